@@ -1,0 +1,38 @@
+"""Multiply-accumulates of one image's forward, by formula."""
+
+from .configuration_visual_perceiver import VisualPerceiverConfig
+
+
+def count_macs(
+    config: VisualPerceiverConfig, num_active_queries: int | None = None, num_candidates: int | None = None
+) -> int:
+    """Multiply-accumulates of one image (what the paper's Table 1 calls FLOP, and half of what torch counts as FLOP).
+
+    Counts matrix products, as `torch.utils.flop_counter` does; norms, activations and softmax are left out. The queries'
+    projection, K D^2, is counted although it is work per batch rather than per image.
+
+    Args:
+        config: Of the model.
+        num_active_queries: Queries that go through the self-attention blocks; None is the config's value, or Q.
+        num_candidates: With Dynamic Query Selection, the queries that the cross-attention computed and the selection
+            compared, at least `num_active_queries`. Their attention and their similarities are then counted too.
+
+    Raises:
+        ValueError: If a number of queries is out of its range.
+
+    Example:
+        >>> count_macs(VisualPerceiverConfig(num_labels=10), num_active_queries=64)
+        394200960
+    """
+    K, _ = config.operating_point(num_active_queries)
+    C, _ = config.operating_point(num_active_queries if num_candidates is None else num_candidates)
+    if C < K:
+        raise ValueError(f"Expected `num_candidates` to be at least `num_active_queries` = {K}, got {C}.")
+    N, D, M = config.num_patches, config.hidden_size, config.intermediate_size
+    mlp = 2 * D * M
+    patches = N * config.num_channels * config.patch_size**2 * D
+    reading = N * 2 * D**2 + C * (D**2 + 2 * N * D) + K * (D**2 + mlp)
+    selection = 0 if num_candidates is None else C**2 * D
+    trunk = config.num_hidden_layers * (K * (4 * D**2 + mlp) + 2 * K**2 * D)
+    decoder = K * 2 * D**2 + 2 * D**2 + 2 * K * D + mlp
+    return patches + reading + selection + trunk + decoder + D * config.num_labels
