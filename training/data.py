@@ -1,0 +1,239 @@
+"""Images for training and evaluation: loading, decoding once, the order of batches, augmentation."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torchvision import transforms
+
+from .recipe import Augmentation
+
+
+@dataclass
+class ImageDataset:
+    """Labelled images, either decoded, (n, H, W, 3) uint8, or in a `datasets.Dataset` that decodes at each use."""
+
+    images: Any
+    labels: np.ndarray
+    label_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """One image, in RGB."""
+        if isinstance(self.images, np.ndarray):
+            return Image.fromarray(self.images[index])
+        return self.images[int(index)]["image"].convert("RGB")
+
+    def subset(self, indices: slice) -> "ImageDataset":
+        """The images of a slice, without copying pixels."""
+        if isinstance(self.images, np.ndarray):
+            images = self.images[indices]
+        else:
+            images = self.images.select(range(len(self))[indices])
+        return ImageDataset(images, self.labels[indices], self.label_names)
+
+
+def load_images(dataset: str, split: str = "train", cache_gib: float = 8.0) -> ImageDataset:
+    """Load a labelled image dataset.
+
+    Images of one size are decoded once and kept as uint8 if they fit in `cache_gib`; a dataset of other or larger images
+    is decoded at each use.
+
+    Args:
+        dataset: A folder of parquet files whose names begin with the split, a single parquet file, an imagefolder, or
+            a Hub id.
+        split: Name of the split.
+        cache_gib: GiB that the decoded images may take in memory.
+
+    Raises:
+        ValueError: If the dataset has no such split, no image or no label column, or an unreadable image.
+        FileNotFoundError: If `dataset` looks like a path and is not there.
+    """
+    table = _load_table(dataset, split)
+    image_column, label_column = _find_columns(table, dataset)
+    label_feature = table.features[label_column]
+    labels = np.asarray(table[label_column], dtype=np.int64)
+    if len(labels) == 0:
+        raise ValueError(f"Expected images in split {split!r} of {dataset}, got none.")
+    if hasattr(label_feature, "names"):
+        names = list(label_feature.names)
+    else:
+        names = [str(i) for i in range(int(labels.max()) + 1)]
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise ValueError(
+            f"Expected labels in [0, {len(names)}) in {dataset}, got {labels.min()} to {labels.max()}; "
+            "unlabelled test splits have -1."
+        )
+    table = table.select_columns([image_column]).rename_column(image_column, "image")
+    first = _decode(table, 0, dataset)
+    size = len(table) * first.size[0] * first.size[1] * 3
+    decoded = _decode_all(table, first.size, dataset) if size <= cache_gib * 2**30 else None
+    return ImageDataset(table if decoded is None else decoded, labels, names)
+
+
+def _load_table(dataset: str, split: str) -> datasets.Dataset:
+    path = Path(dataset)
+    try:
+        if path.is_file():
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        if path.is_dir():
+            files = sorted(str(p) for p in path.glob(f"{split}*.parquet"))
+            if files:
+                return datasets.load_dataset("parquet", data_files=files, split="train")
+            if list(path.glob("*.parquet")):
+                raise ValueError(f"Expected parquet files named {split}*.parquet in {dataset}, got none.")
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
+        if path.is_absolute() or dataset.startswith(".") or dataset.count("/") > 1:
+            raise FileNotFoundError(f"Expected a dataset at {dataset}, which is not there.")
+        return datasets.load_dataset(dataset, split=split)
+    except ValueError as error:
+        raise ValueError(f"Cannot load split {split!r} of {dataset}: {error}") from error
+
+
+def _find_columns(table: datasets.Dataset, dataset: str) -> tuple[str, str]:
+    features = table.features
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if not images:
+        raise ValueError(f"Expected an image column in {dataset}, got columns {', '.join(features)}.")
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    # CIFAR-100 calls its 100 classes fine_label.
+    labels = [n for n in ("label", "fine_label", "labels") if n in features] or labels
+    if not labels:
+        raise ValueError(f"Expected a label column in {dataset}, got columns {', '.join(features)}.")
+    return images[0], labels[0]
+
+
+def _decode(table: datasets.Dataset, index: int, dataset: str) -> Image.Image:
+    try:
+        return table[index]["image"].convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"Cannot read image {index} of {dataset}: {error}") from error
+
+
+def _decode_all(table: datasets.Dataset, size: tuple[int, int], dataset: str) -> np.ndarray | None:
+    """All images as one uint8 array, or None if one has another size."""
+    pixels = np.empty((len(table), size[1], size[0], 3), dtype=np.uint8)
+    for i in range(len(table)):
+        image = _decode(table, i, dataset)
+        if image.size != size:
+            return None
+        pixels[i] = np.asarray(image)
+    return pixels
+
+
+def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 images (B, H, W, 3) to `pixel_values` (B, 3, H, W), as an image processor without resizing does."""
+    x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
+    return (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+
+
+def pixels_of_size(data: ImageDataset, indices: range, size: tuple[int, int]) -> np.ndarray:
+    """uint8 images (B, H, W, 3) of the given (height, width); those of another size are resized, bicubic."""
+    if isinstance(data.images, np.ndarray) and data.images.shape[1:3] == size:
+        return data.images[indices.start : indices.stop]
+    images = (data.image(i) for i in indices)
+    return np.stack([np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)) for image in images])
+
+
+def training_transform(
+    augmentation: Augmentation, image_size: tuple[int, int], preprocessing: dict[str, Any]
+) -> transforms.Compose:
+    """timm's augmentation of one PIL image, down to a normalised (3, H, W) tensor."""
+    transform = create_transform(
+        input_size=(3, *image_size),
+        is_training=True,
+        hflip=augmentation.horizontal_flip,
+        color_jitter=augmentation.color_jitter or None,
+        auto_augment=augmentation.auto_augment,
+        re_prob=augmentation.random_erasing,
+        interpolation=preprocessing["interpolation"],
+        mean=preprocessing["mean"],
+        std=preprocessing["std"],
+    )
+    if augmentation.random_crop_padding is not None:
+        # DeiT does the same for small images: a resized crop would leave too little of 32 pixels.
+        transform.transforms[0] = transforms.RandomCrop(image_size, padding=augmentation.random_crop_padding)
+    return transform
+
+
+def seed_everything(*key: int) -> None:
+    """Seed Python, NumPy and torch from a tuple of integers, so that what follows depends on nothing else."""
+    a, b, c = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(a))
+    np.random.seed(int(b))
+    torch.manual_seed(int(c))
+
+
+@dataclass
+class BatchOrder:
+    """Which images make up each step, for one of several processes.
+
+    A step's batch is a function of the seed and the step. With several processes each takes a share in which the i-th
+    image from the front and from the back of the global batch stay together, because mixup and cutmix pair exactly
+    those: the images of a step, and what they are mixed with, do not depend on the number of processes.
+
+    Iterating yields lists of (position in the epoch, epoch, index of the image).
+    """
+
+    num_images: int
+    batch_size: int
+    seed: int
+    repeats: int = 1
+    first_step: int = 0
+    last_step: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % (2 * self.world_size):
+            raise ValueError(
+                f"Expected `batch_size` to be a multiple of {2 * self.world_size}, twice the number of processes, "
+                f"got {self.batch_size}."
+            )
+        if self.num_images < self.batch_size:
+            raise ValueError(f"Expected at least {self.batch_size} images, one batch, got {self.num_images}.")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_images // self.batch_size
+
+    def __len__(self) -> int:
+        return self.last_step - self.first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        shown_epoch, order = -1, np.empty(0)
+        half = self.batch_size // (2 * self.world_size)
+        front = np.arange(self.rank * half, (self.rank + 1) * half)
+        share = np.concatenate([front, self.batch_size - 1 - front[::-1]])
+        for step in range(self.first_step, self.last_step):
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if epoch != shown_epoch:
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+                order = order.repeat(self.repeats)[: self.num_images]
+                shown_epoch = epoch
+            positions = batch * self.batch_size + share
+            yield [(int(p), epoch, int(order[p])) for p in positions]
+
+
+class AugmentedImages(torch.utils.data.Dataset):
+    """Augmented training images; the augmentation of each follows from the seed, the epoch and its place in it."""
+
+    def __init__(self, data: ImageDataset, transform: transforms.Compose, seed: int):
+        self.data, self.transform, self.seed = data, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, int]:
+        position, epoch, index = key
+        seed_everything(self.seed, epoch, position)
+        return self.transform(self.data.image(index)), int(self.data.labels[index])

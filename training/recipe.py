@@ -1,0 +1,174 @@
+"""Recipes: one YAML file that says everything about a training run."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_visual_perceiver.modeling import VisualPerceiverConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What happens to a training image; the parts are timm's, the names are DeiT's."""
+
+    random_crop_padding: int | None = None  # pixels around the image before a crop; None is a random resized crop
+    horizontal_flip: float = 0.5  # probability
+    color_jitter: float = 0.0  # unused with auto_augment
+    auto_augment: str | None = None  # timm's notation, such as rand-m9-mstd0.5-inc1
+    random_erasing: float = 0.0  # probability
+    mixup: float = 0.0  # alpha of the beta distribution; 0 is off
+    cutmix: float = 0.0  # likewise
+    mixup_probability: float = 1.0  # of mixing a batch at all
+    mixup_switch: float = 0.5  # probability of cutmix when both are on
+    label_smoothing: float = 0.0
+    repeats: int = 1  # times that an image stands in a batch, each time augmented anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training run. `load_recipe` reads one from YAML and checks it.
+
+    Everything that a run does follows from its recipe: the batch, augmentation, mixing and K of a step are functions of
+    `seed` and the step alone.
+    """
+
+    architecture: str  # one of modeling.ARCHITECTURES
+    config: dict[str, Any] = field(default_factory=dict)  # overrides of the architecture's config
+    attention: str | None = None  # sdpa, eager or flash_attention_2; None is transformers' choice
+
+    dataset: str = "uoft-cs/cifar10"  # Hub id, folder of parquet files, or imagefolder
+    split: str = "train"
+    validation: int = 0  # the last images of the split, for choosing; 0 trains on everything
+    cache_gib: float = 8.0  # decoded images of one size are kept in memory up to this; 0 decodes at each use
+    workers: int = 0  # processes that augment, for each training process
+
+    queries: dict[str, Any] = field(default_factory=lambda: {"schedule": "uniform"})  # see schedules.py
+
+    steps: int = 1
+    batch_size: int = 512  # images of one step, over all processes
+    learning_rate: float = 5e-4
+    min_learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    warmup_learning_rate: float = 1e-6
+    optimizer: str = "adamw"  # a name of timm's factory
+    weight_decay: float = 0.05
+    clip_gradient_norm: float | None = None
+    ema_decay: float | None = None  # of the averaged weights, which are then the ones evaluated and published
+    mixed_precision: str = "no"  # no, bf16 or fp16
+
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    evaluate_every: int | None = None  # steps; None is only at the end
+    evaluate_queries: list[int] | None = None  # the K to evaluate at; None is all queries
+    save_every: int = 1000  # steps
+    keep_checkpoints: int = 2
+    log_every: int = 10  # steps
+    tracker: str | None = "tensorboard"  # any of accelerate's trackers, if installed
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "batch_size", "save_every", "keep_checkpoints", "log_every")
+        for name in positive:
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("validation", "warmup_steps", "workers", "weight_decay", "cache_gib"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
+        _require(self.warmup_steps < self.steps, "warmup_steps", f"below steps = {self.steps}", self.warmup_steps)
+        precisions = ("no", "bf16", "fp16")
+        _require(self.mixed_precision in precisions, "mixed_precision", f"one of {precisions}", self.mixed_precision)
+        if self.ema_decay is not None:
+            _require(0 < self.ema_decay < 1, "ema_decay", "in (0, 1)", self.ema_decay)
+        for name in ("horizontal_flip", "random_erasing", "mixup_probability", "mixup_switch", "label_smoothing"):
+            value = getattr(self.augmentation, name)
+            _require(0 <= value <= 1, f"augmentation.{name}", "in [0, 1]", value)
+        _require(self.augmentation.repeats >= 1, "augmentation.repeats", "at least 1", self.augmentation.repeats)
+        if self.evaluate_every is not None:
+            _require(self.evaluate_every >= 1, "evaluate_every", "at least 1", self.evaluate_every)
+        config = self.model_config(num_labels=2)
+        for K in self.evaluate_queries or []:
+            config.operating_point(K)
+
+    def model_config(self, **fields: Any) -> VisualPerceiverConfig:
+        """The config of the model to train; `fields` adds what the dataset knows, such as the labels."""
+        return VisualPerceiverConfig.from_architecture(self.architecture, **{**self.config, **fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in the YAML."""
+        return dataclasses.asdict(self)
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `overrides` such as `steps=100` or `augmentation.mixup=0`.
+
+    Raises:
+        ValueError: Naming the offending key, and what is allowed, if the file or an override does not fit.
+        FileNotFoundError: If there is no such file.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"Expected {path} to be YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"Expected {path} to hold keys and values, got {type(values).__name__}.")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"Expected an override such as steps=100, got {override!r}.")
+        place = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"Expected `{parent}` in the override {override!r} to be a group of keys.")
+        place[last] = yaml.safe_load(value)
+    return recipe_from_dict(values, source=str(path))
+
+
+def recipe_from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Build a recipe from plain values, checking keys and types."""
+    return _build(Recipe, values, source)
+
+
+def _build(cls: type, values: dict[str, Any], source: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"Unknown key `{key}` in {source}. Allowed keys: {', '.join(sorted(fields))}.")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"Missing key `{missing[0]}` in {source}.")
+    return cls(**{key: _convert(hints[key], value, f"{source}: {key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, source: str) -> Any:
+    """`value` as the annotated type, or a ValueError."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"Expected a group of keys in {source}, got {value!r}.")
+        return _build(typing.cast(type, hint), value, source)
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:  # YAML 1.1 reads 5e-4, without a point, as a string
+                return float(value)
+            except ValueError:
+                continue
+        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+    raise ValueError(f"Expected {hint} in {source}, got {value!r}.".replace("<class '", "").replace("'>", ""))
+
+
+def _require(condition: bool, name: str, expected: str, value: Any) -> None:
+    if not condition:
+        raise ValueError(f"Expected `{name}` to be {expected}, got {value!r}.")

@@ -1,0 +1,296 @@
+"""Train a Visual Perceiver: `accelerate launch training/train.py --config training/recipes/NAME.yaml`.
+
+One process or many, CPU or GPU: accelerate decides. Everything random in a step is seeded from the recipe's seed and the
+step, so that a resumed run is the run that was not interrupted.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.tracking import get_available_trackers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch.nn import functional as F
+
+from hf_visual_perceiver.folder import save_folder
+from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
+from hf_visual_perceiver.training.checkpointing import RunFolder
+from hf_visual_perceiver.training.data import (
+    AugmentedImages,
+    BatchOrder,
+    ImageDataset,
+    load_images,
+    normalise,
+    pixels_of_size,
+    seed_everything,
+    training_transform,
+)
+from hf_visual_perceiver.training.recipe import Recipe, load_recipe
+from hf_visual_perceiver.training.schedules import create_schedule
+
+
+console = Console(stderr=True)
+
+
+def train(recipe: Recipe, output_dir: str | Path, resume: bool = False) -> Path:
+    """Run a recipe to its end and write the Hub-ready model to `output_dir`/model.
+
+    Args:
+        recipe: What to do.
+        output_dir: A new or empty folder, or with `resume` that of the run to continue.
+        resume: Continue from the newest complete checkpoint.
+
+    Returns:
+        The folder of the trained model.
+
+    Raises:
+        ValueError: If the recipe, the dataset and the folder do not fit together; nothing is then written.
+        FloatingPointError: If the loss is not finite; checkpoints from before stay.
+    """
+    run = RunFolder(output_dir)
+    run.check(recipe, resume)
+    data = load_images(recipe.dataset, recipe.split, recipe.cache_gib)
+    if not recipe.validation < len(data):
+        raise ValueError(f"Expected `validation` to be below the {len(data)} images, got {recipe.validation}.")
+    first_validation = len(data) - recipe.validation
+    training, validation = data.subset(slice(None, first_validation)), data.subset(slice(first_validation, None))
+
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        log_with=_tracker(recipe.tracker),
+        project_dir=str(run.path),
+        # The batches are dealt by BatchOrder, which accelerate would deal a second time.
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
+    )
+    # Before anything is written: these raise a ValueError if the recipe does not fit.
+    order = BatchOrder(
+        num_images=len(training),
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        repeats=recipe.augmentation.repeats,
+        last_step=recipe.steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    model = create_model(recipe, data.label_names)
+    schedule = create_schedule(recipe.queries, model.config.num_queries, recipe.seed)
+    transform = training_transform(
+        recipe.augmentation, model.config.image_height_width, model.config.timm_pretrained_cfg
+    )
+
+    if accelerator.is_main_process:
+        run.start(recipe)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("logs", config=None)
+
+    optimizer = create_optimizer(model, recipe)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = ModelEmaV3(accelerator.unwrap_model(model), decay=recipe.ema_decay) if recipe.ema_decay else None
+    if ema is not None:
+        accelerator.register_for_checkpointing(ema)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=recipe.steps,
+        warmup_epochs=recipe.warmup_steps,
+        min_lr=recipe.min_learning_rate,
+        warmup_lr=recipe.warmup_learning_rate,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    first_step = run.restore(accelerator) if resume else 0
+    if accelerator.is_main_process and resume:
+        run.truncate_log(first_step)
+        console.print(f"Resuming after step {first_step}.")
+
+    order.first_step = first_step
+    loader = torch.utils.data.DataLoader(
+        AugmentedImages(training, transform, recipe.seed),
+        batch_sampler=order,
+        num_workers=recipe.workers,
+        persistent_workers=recipe.workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    criterion = create_criterion(recipe, len(data.label_names))
+
+    def evaluate(step: int) -> None:
+        if len(validation) == 0:
+            return
+        network = ema.module if ema is not None else accelerator.unwrap_model(model)
+        for K in recipe.evaluate_queries or [network.config.num_queries]:
+            accuracy = validation_accuracy(network, validation, K, accelerator, recipe.batch_size)
+            if accelerator.is_main_process:
+                run.log({"step": step, "validation_accuracy": accuracy, "K": K})
+                console.print(f"step {step}: validation accuracy {100 * accuracy:.2f} % with K = {K}")
+            accelerator.log({f"validation_accuracy/K={K}": accuracy}, step=step)
+
+    progress = Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not accelerator.is_main_process,
+    )
+    with progress:
+        task = progress.add_task("training", total=recipe.steps, completed=first_step, status="")
+        model.train()
+        began, seen = time.perf_counter(), 0
+        for step, (images, labels) in enumerate(loader, start=first_step):
+            scheduler.step_update(step)
+            K = schedule(step)
+            # The processes share the mixing of a batch (NumPy) but not their dropped paths (torch).
+            seed_everything(recipe.seed, step)
+            images, labels = images.to(accelerator.device), labels.to(accelerator.device)
+            torch.manual_seed(torch.initial_seed() + accelerator.process_index)
+            with accelerator.autocast():
+                loss = criterion(images, labels, lambda x, K=K: model(x, num_active_queries=K).logits)
+            accelerator.backward(loss)
+            if recipe.clip_gradient_norm is not None:
+                accelerator.clip_grad_norm_(model.parameters(), recipe.clip_gradient_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            done = step + 1
+            if ema is not None:
+                ema.update(accelerator.unwrap_model(model), step=done)
+
+            seen += recipe.batch_size
+            if done % recipe.log_every == 0 or done == recipe.steps:
+                mean_loss = accelerator.reduce(loss.detach().float(), "mean").item()
+                if not mean_loss < float("inf"):
+                    raise FloatingPointError(
+                        f"Expected a finite loss, got {mean_loss} at step {step} with K = {K}; "
+                        f"complete checkpoints: {run.saved_steps() or 'none'}."
+                    )
+                rate = seen / (time.perf_counter() - began)
+                began, seen = time.perf_counter(), 0
+                entry = {"loss": mean_loss, "K": K, "learning_rate": optimizer.param_groups[0]["lr"]}
+                accelerator.log({**entry, "images_per_second": rate}, step=step)
+                if accelerator.is_main_process:
+                    run.log({"step": done, **entry, "images_per_second": round(rate, 1)})
+                status = f"loss {mean_loss:.3f}  K {K:<3d} {rate:,.0f} images/s"
+                progress.update(task, status=status)
+            progress.update(task, completed=done)
+            if done % recipe.save_every == 0 or done == recipe.steps:
+                run.save(accelerator, done, recipe.keep_checkpoints)
+            if recipe.evaluate_every and done % recipe.evaluate_every == 0 and done != recipe.steps:
+                evaluate(done)
+                model.train()
+                began, seen = time.perf_counter(), 0
+        evaluate(recipe.steps)
+
+    if accelerator.is_main_process:
+        save_folder(ema.module if ema is not None else accelerator.unwrap_model(model), run.model)
+        console.print(f"The trained model is in {run.model}.")
+    accelerator.end_training()
+    return run.model
+
+
+def create_model(recipe: Recipe, label_names: list[str]) -> VisualPerceiverForImageClassification:
+    """The recipe's model with seeded weights, for these labels."""
+    seed_everything(recipe.seed)
+    config = recipe.model_config(
+        id2label=dict(enumerate(label_names)), label2id={name: i for i, name in enumerate(label_names)}
+    )
+    model = VisualPerceiverForImageClassification(config)
+    if recipe.attention is not None:
+        model.set_attn_implementation(recipe.attention)
+    return model
+
+
+def create_optimizer(model: VisualPerceiverForImageClassification, recipe: Recipe) -> torch.optim.Optimizer:
+    """timm's optimiser of that name; biases, norms, positions and queries are not decayed, as timm does for its models."""
+    spared = {name for name, _ in model.named_parameters() if name.endswith(("queries", "position_embeddings"))}
+    groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=spared)
+    return create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=0.0)
+
+
+def create_criterion(
+    recipe: Recipe, num_labels: int
+) -> Callable[[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], torch.Tensor]:
+    """The loss of a batch as a function of images, labels and the network; mixes the images where the recipe says so."""
+    a = recipe.augmentation
+    if not (a.mixup or a.cutmix):
+        return lambda images, labels, network: F.cross_entropy(
+            network(images).float(), labels, label_smoothing=a.label_smoothing
+        )
+    mixup = Mixup(
+        mixup_alpha=a.mixup,
+        cutmix_alpha=a.cutmix,
+        prob=a.mixup_probability,
+        switch_prob=a.mixup_switch,
+        label_smoothing=a.label_smoothing,
+        num_classes=num_labels,
+    )
+    cross_entropy = SoftTargetCrossEntropy()
+
+    def criterion(images: torch.Tensor, labels: torch.Tensor, network: Callable) -> torch.Tensor:
+        images, targets = mixup(images, labels)
+        return cross_entropy(network(images).float(), targets)
+
+    return criterion
+
+
+@torch.no_grad()
+def validation_accuracy(
+    model: VisualPerceiverForImageClassification, data: ImageDataset, K: int, accelerator: Accelerator, batch_size: int
+) -> float:
+    """Accuracy at the first K queries, each process taking its share of the images."""
+    model.eval()
+    size, cfg = model.config.image_height_width, model.config.timm_pretrained_cfg
+    correct = torch.zeros((), device=accelerator.device)
+    for first in range(accelerator.process_index * batch_size, len(data), accelerator.num_processes * batch_size):
+        indices = range(first, min(first + batch_size, len(data)))
+        pixels = pixels_of_size(data, indices, size)
+        images = normalise(pixels, cfg["mean"], cfg["std"]).to(accelerator.device)
+        with accelerator.autocast():
+            logits = model(images, num_active_queries=K).logits
+        labels = torch.from_numpy(data.labels[indices.start : indices.stop]).to(accelerator.device)
+        correct += (logits.argmax(-1) == labels).sum()
+    return (accelerator.reduce(correct, "sum") / len(data)).item()
+
+
+def _tracker(name: str | None) -> str | None:
+    """The tracker, or None with a message when it is not installed."""
+    if name is None or name in [str(getattr(t, "value", t)) for t in get_available_trackers()]:
+        return name
+    console.print(f"Tracker {name} is not installed; the run is logged to log.jsonl alone.")
+    return None
+
+
+def command(
+    config: Annotated[Path, typer.Option(help="The recipe, a YAML file.", exists=True, dir_okay=False)],
+    output_dir: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    dataset: Annotated[str | None, typer.Option(help="Hub id, folder of parquet files, or imagefolder.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Keys of the recipe, such as steps=100.")] = None,
+) -> None:
+    """Train a Visual Perceiver by a recipe."""
+    try:
+        recipe = load_recipe(config, [*(overrides or []), *([f"dataset={dataset}"] if dataset else [])])
+        train(recipe, output_dir or Path("runs") / config.stem, resume)
+    except (ValueError, OSError, FloatingPointError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+def main() -> None:
+    """Entry point of the script."""
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    typer.run(command)
+
+
+if __name__ == "__main__":
+    main()
