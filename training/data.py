@@ -1,5 +1,6 @@
 """Images for training and evaluation: loading, decoding once, the order of batches, augmentation."""
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -166,11 +167,12 @@ def training_transform(
 
 
 def seed_everything(*key: int) -> None:
-    """Seed Python, NumPy and torch from a tuple of integers, so that what follows depends on nothing else."""
-    a, b, c = np.random.SeedSequence(key).generate_state(3)
-    random.seed(int(a))
-    np.random.seed(int(b))
-    torch.manual_seed(int(c))
+    """Seed Python, NumPy and torch (on the CPU) from a tuple of integers, so that what follows depends on nothing else."""
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    # Not torch.manual_seed, which also looks for accelerators: this is called for every image, in worker processes too.
+    torch.default_generator.manual_seed(seed % 2**63)
 
 
 @dataclass

@@ -153,8 +153,8 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False) -> Path:
             K = schedule(step)
             # The processes share the mixing of a batch (NumPy) but not their dropped paths (torch).
             seed_everything(recipe.seed, step)
+            torch.manual_seed(torch.initial_seed() % 2**32 + accelerator.process_index)
             images, labels = images.to(accelerator.device), labels.to(accelerator.device)
-            torch.manual_seed(torch.initial_seed() + accelerator.process_index)
             with accelerator.autocast():
                 loss = criterion(images, labels, lambda x, K=K: model(x, num_active_queries=K).logits)
             accelerator.backward(loss)
