@@ -47,7 +47,11 @@ def save_folder(
     verbosity = transformers_logging.get_verbosity()
     try:
         transformers_logging.set_verbosity_error()
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
         model.save_pretrained(aside)
+        if bars:
+            transformers_logging.enable_progress_bar()
         create_image_processor(model.config).save_pretrained(aside)
         for name, text in (files or {}).items():
             (aside / name).write_text(text)

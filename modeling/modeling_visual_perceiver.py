@@ -20,7 +20,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils.generic import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_visual_perceiver import VisualPerceiverConfig
@@ -81,7 +82,7 @@ def check_pixel_values(pixel_values: torch.Tensor, config: VisualPerceiverConfig
     B, C, height, width = pixel_values.shape
     if B == 0:
         raise ValueError("Expected at least one image, got an empty batch.")
-    if C != config.num_channels:
+    if config.num_channels != C:
         raise ValueError(f"Expected images of {config.num_channels} channels, got {C}.")
     if not pixel_values.is_floating_point():
         raise ValueError(
@@ -221,9 +222,10 @@ class MultiHeadAttention(nn.Module):
         self.scaling = (config.hidden_size // num_heads) ** -0.5
         self.is_causal = False  # read by transformers' flash attention
 
-    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., H, d)."""
-        return x.unflatten(-1, (self.num_heads, -1))
+    def split_heads(self, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+        """(..., parts D) -> `parts` x (..., H, d)."""
+        # Not `chunk` and a loop over the parts, which torch.fx cannot trace.
+        return x.unflatten(-1, (parts, self.num_heads, -1)).unbind(-3)
 
     def attend(
         self,
@@ -270,7 +272,7 @@ class VisualPerceiverSelfAttention(MultiHeadAttention):
         layout: PackedLayout | None = None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = (self.split_heads(part) for part in self.qkv(x).chunk(3, dim=-1))  # (..., H, d)
+        query, key, value = self.split_heads(self.qkv(x), 3)  # (..., H, d)
         if layout is None:
             query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, H, K, d)
             y, weights = self.attend(query, key, value, mask, need_weights)
@@ -315,8 +317,8 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
         # A copy, because a view of a parameter claims to require a gradient even under no_grad, which torch's FLOP
         # counter cannot take.
         queries = self.query(self.norm_queries(self.queries[:K].clone()))
-        query = self.split_heads(queries).transpose(0, 1)[None]  # (K, H, d) -> (1, H, K, d)
-        key, value = (self.split_heads(x) for x in self.key_value(self.norm_inputs(inputs)).chunk(2, dim=-1))
+        query = queries.unflatten(-1, (self.num_heads, -1)).transpose(0, 1)[None]  # (K, H, d) -> (1, H, K, d)
+        key, value = self.split_heads(self.key_value(self.norm_inputs(inputs)), 2)  # (..., H, d)
         if layout is None:
             key, value = key.transpose(1, 2), value.transpose(1, 2)  # (B, H, N, d)
             # A view: the projected queries are not copied for each image.
@@ -502,7 +504,7 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
         num_active_queries: int | None = None,
         dqs_threshold: float | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VisualPerceiverModelOutput:
         """Compute the tokens of the active queries and what the output query reads from them.
 
@@ -520,7 +522,8 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
         """
         K, threshold = self.config.operating_point(num_active_queries, dqs_threshold)
         need_weights, need_states = (
-            kwargs.get(name, getattr(self.config, name, False)) for name in ("output_attentions", "output_hidden_states")
+            kwargs.get(name, getattr(self.config, name, False))
+            for name in ("output_attentions", "output_hidden_states")
         )
         # Recorded tensors are dense, (B, K, ...), so recording takes the masked form.
         record = {"need_weights": True} if need_weights else {}
@@ -562,7 +565,7 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
         num_active_queries: int | None = None,
         dqs_threshold: float | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VisualPerceiverImageClassifierOutput:
         """Classify images at the compute budget that `num_active_queries` and `dqs_threshold` set.
 
@@ -606,7 +609,7 @@ def check_labels(labels: torch.Tensor, num_labels: int) -> None:
     """
     if labels.is_floating_point() or labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if labels.numel() and not (0 <= labels.min() and labels.max() < num_labels):
+    if labels.numel() and not (labels.min() >= 0 and labels.max() < num_labels):
         raise ValueError(
             f"Expected labels in [0, {num_labels}), got values from {labels.min().item()} to {labels.max().item()}."
         )

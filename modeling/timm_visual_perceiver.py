@@ -18,6 +18,7 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 from torch import nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_visual_perceiver import ARCHITECTURES, TIMM_ARGUMENTS, VisualPerceiverConfig
@@ -203,7 +204,10 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             update_model_input_size(self, new.image_height_width)
 
     def _begin(self, x: torch.Tensor, num_active_queries: int | None, dqs_threshold: float | None) -> ActiveTokens:
-        K, threshold = self.config.operating_point(num_active_queries, dqs_threshold)
+        # torch.fx passes a placeholder for each argument that is not among its `concrete_args`. Selection is part of a
+        # graph's structure, so a graph traced without them runs at the config's operating point.
+        given = (None if isinstance(value, Proxy) else value for value in (num_active_queries, dqs_threshold))
+        K, threshold = self.config.operating_point(*given)
         return self.select(self.read(x, K), threshold)
 
     def _process(self, active: ActiveTokens) -> ActiveTokens:
@@ -364,7 +368,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> VisualPerc
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        feature_cfg={"out_indices": 3, "feature_cls": "getter", "output_fmt": "NLC"},
         **{**arguments, **kwargs},
     )
 

@@ -94,6 +94,19 @@ class RunFolder:
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             write_text(self.log_file, "".join(line + "\n" for line in kept))
 
+    def entries(self) -> list[dict[str, Any]]:
+        """What was logged, oldest first."""
+        return [json.loads(line) for line in self.log_file.read_text().splitlines()] if self.log_file.exists() else []
+
+    def hours(self, batch_size: int) -> float:
+        """Time spent on training steps, over all resumptions, by the log's throughput."""
+        hours, before = 0.0, 0
+        for entry in self.entries():
+            if "images_per_second" in entry:
+                hours += (entry["step"] - before) * batch_size / entry["images_per_second"] / 3600
+                before = entry["step"]
+        return hours
+
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to the log."""
         with self.log_file.open("a") as file:

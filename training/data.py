@@ -59,7 +59,7 @@ def load_images(dataset: str, split: str = "train", cache_gib: float = 8.0) -> I
         ValueError: If the dataset has no such split, no image or no label column, or an unreadable image.
         FileNotFoundError: If `dataset` looks like a path and is not there.
     """
-    table = _load_table(dataset, split)
+    table = load_table(dataset, split)
     image_column, label_column = _find_columns(table, dataset)
     label_feature = table.features[label_column]
     labels = np.asarray(table[label_column], dtype=np.int64)
@@ -81,7 +81,8 @@ def load_images(dataset: str, split: str = "train", cache_gib: float = 8.0) -> I
     return ImageDataset(table if decoded is None else decoded, labels, names)
 
 
-def _load_table(dataset: str, split: str) -> datasets.Dataset:
+def load_table(dataset: str, split: str) -> datasets.Dataset:
+    """The undecoded table of one split; see `load_images` for what `dataset` may be."""
     path = Path(dataset)
     try:
         if path.is_file():

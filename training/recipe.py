@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from hf_visual_perceiver.modeling import VisualPerceiverConfig
 
 

@@ -4,6 +4,7 @@ One process or many, CPU or GPU: accelerate decides. Everything random in a step
 step, so that a resumed run is the run that was not interrupted.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -14,16 +15,6 @@ import torch
 import typer
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
-from torch.nn import functional as F
-
-from hf_visual_perceiver.folder import save_folder
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.checkpointing import RunFolder
 from hf_visual_perceiver.training.data import (
@@ -38,18 +29,30 @@ from hf_visual_perceiver.training.data import (
 )
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
 from hf_visual_perceiver.training.schedules import create_schedule
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch.nn import functional as F
+
+from hf_visual_perceiver.conditions import measurement_conditions
+from hf_visual_perceiver.folder import save_folder
 
 
 console = Console(stderr=True)
 
 
-def train(recipe: Recipe, output_dir: str | Path, resume: bool = False) -> Path:
+def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_name: str = "recipe") -> Path:
     """Run a recipe to its end and write the Hub-ready model to `output_dir`/model.
 
     Args:
         recipe: What to do.
         output_dir: A new or empty folder, or with `resume` that of the run to continue.
         resume: Continue from the newest complete checkpoint.
+        recipe_name: What to call the recipe on the model's card.
 
     Returns:
         The folder of the trained model.
@@ -147,7 +150,8 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False) -> Path:
     with progress:
         task = progress.add_task("training", total=recipe.steps, completed=first_step, status="")
         model.train()
-        began, seen = time.perf_counter(), 0
+        began = shown = time.perf_counter()
+        seen = 0
         for step, (images, labels) in enumerate(loader, start=first_step):
             scheduler.step_update(step)
             K = schedule(step)
@@ -182,6 +186,9 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False) -> Path:
                     run.log({"step": done, **entry, "images_per_second": round(rate, 1)})
                 status = f"loss {mean_loss:.3f}  K {K:<3d} {rate:,.0f} images/s"
                 progress.update(task, status=status)
+                if accelerator.is_main_process and not console.is_terminal and time.perf_counter() - shown > 60:
+                    console.print(f"step {done}/{recipe.steps}  {status}")
+                    shown = time.perf_counter()
             progress.update(task, completed=done)
             if done % recipe.save_every == 0 or done == recipe.steps:
                 run.save(accelerator, done, recipe.keep_checkpoints)
@@ -192,7 +199,22 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False) -> Path:
         evaluate(recipe.steps)
 
     if accelerator.is_main_process:
-        save_folder(ema.module if ema is not None else accelerator.unwrap_model(model), run.model)
+        facts = {
+            "recipe_name": recipe_name,
+            "recipe": recipe.to_dict(),
+            "training_images": len(training),
+            "epochs": recipe.steps * recipe.batch_size / len(training),
+            "processes": accelerator.num_processes,
+            "hours": run.hours(recipe.batch_size),
+            "validation_accuracy": {
+                entry["K"]: entry["validation_accuracy"]
+                for entry in run.entries()
+                if entry["step"] == recipe.steps and "validation_accuracy" in entry
+            },
+            "conditions": measurement_conditions(accelerator.device),
+        }
+        files = {"training.json": json.dumps(facts, indent=2) + "\n", "recipe.yaml": run.recipe_file.read_text()}
+        save_folder(ema.module if ema is not None else accelerator.unwrap_model(model), run.model, files)
         console.print(f"The trained model is in {run.model}.")
     accelerator.end_training()
     return run.model
@@ -280,7 +302,7 @@ def command(
     """Train a Visual Perceiver by a recipe."""
     try:
         recipe = load_recipe(config, [*(overrides or []), *([f"dataset={dataset}"] if dataset else [])])
-        train(recipe, output_dir or Path("runs") / config.stem, resume)
+        train(recipe, output_dir or Path("runs") / config.stem, resume, config.name)
     except (ValueError, OSError, FloatingPointError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None

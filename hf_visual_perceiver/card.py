@@ -1,0 +1,149 @@
+"""Model cards, made from what was measured and from how the checkpoint was trained."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCardData
+
+from .evaluation import Evaluation
+from .loading import shipped
+from .modeling import VisualPerceiverForImageClassification
+from .plots import plot_tradeoff
+
+
+def write_card(folder: Path, model: VisualPerceiverForImageClassification, evaluation: Evaluation) -> Path:
+    """Write README.md, tradeoff.png and evaluation.json into a checkpoint's folder.
+
+    Args:
+        folder: Of the checkpoint; training.json in it says how it was trained.
+        model: The checkpoint.
+        evaluation: What was measured.
+
+    Returns:
+        The card.
+    """
+    training = folder / "training.json"
+    facts = json.loads(training.read_text()) if training.is_file() else {}
+    name = folder.resolve().name
+    text = _template().render(
+        metadata=_metadata(name, evaluation, facts),
+        name=name,
+        summary=_summary(model, facts),
+        num_queries=model.config.num_queries,
+        table=markdown_table(evaluation),
+        command=_command(evaluation),
+        conditions=", ".join(f"{key.replace('_', ' ')} {value}" for key, value in evaluation.conditions.items()),
+        training=_training(facts),
+        limits=_limits(model),
+    )
+    plot_tradeoff(evaluation, folder / "tradeoff.png")
+    for path, content in (
+        (folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n"),
+        (folder / "README.md", text),
+    ):
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_text(content)
+        os.replace(aside, path)
+    return folder / "README.md"
+
+
+def markdown_table(evaluation: Evaluation) -> str:
+    """The rows of a sweep as Markdown."""
+    lines = [
+        "| setting | queries: mean ± std (min to max) | MACs (M) | accuracy (%) | time |",
+        "|---|---|---|---|---|",
+    ]
+    for row in evaluation.rows:
+        queries = f"{row.queries_mean:.2f}"
+        if row.dqs_threshold is not None:
+            queries += f" ± {row.queries_std:.2f} ({row.queries_min} to {row.queries_max})"
+        accuracy = f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}"
+        lines.append(f"| {row.point} | {queries} | {row.macs / 1e6:.2f} | {accuracy} | {row.relative_time:.2f} |")
+    return "\n".join(lines)
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    return environment.from_string(shipped("model_cards/template.md").read_text())
+
+
+def _metadata(name: str, evaluation: Evaluation, facts: dict[str, Any]) -> str:
+    """The YAML that the Hub reads."""
+    dataset = facts.get("recipe", {}).get("dataset", "uoft-cs/cifar10")
+    conditions = evaluation.conditions
+    full = [row for row in evaluation.rows if row.dqs_threshold is None]
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset,
+            dataset_name=f"{dataset} ({conditions['split']}, {conditions['images']} images)",
+            dataset_split=conditions["split"],
+            metric_type="accuracy",
+            metric_name=f"accuracy at {row.point}",
+            metric_value=round(row.accuracy, 4),
+        )
+        for row in (*full, *(row for row in evaluation.rows if row.dqs_threshold is not None))
+    ]
+    data = ModelCardData(
+        model_name=name,
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["timm", "vision", "perceiver", "adaptive-computation", "dynamic-query-selection"],
+        datasets=[dataset],
+        metrics=["accuracy"],
+        eval_results=results,
+    )
+    return data.to_yaml()
+
+
+def _summary(model: VisualPerceiverForImageClassification, facts: dict[str, Any]) -> str:
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    height, width = config.image_height_width
+    return (
+        f"A Visual Perceiver ({config.architecture}, {parameters:.2f} M parameters: {config.num_hidden_layers} blocks of width "
+        f"{config.hidden_size}) that classifies {height}x{width} images into {config.num_labels} classes"
+        + (f", trained on {facts['recipe']['dataset']}." if facts else ".")
+    )
+
+
+def _command(evaluation: Evaluation) -> str:
+    c = evaluation.conditions
+    dataset = "uoft-cs/cifar10" if "cifar10" in c["dataset"] else c["dataset"]
+    return (
+        f"visual-perceiver evaluate --model checkpoints/{c['model']} --dataset {dataset} --split {c['split']} "
+        f"--batch-size {c['batch_size']} --dtype {c['dtype']} --write-card"
+    )
+
+
+def _training(facts: dict[str, Any]) -> str:
+    if not facts:
+        return "Not recorded."
+    recipe, c = facts["recipe"], facts["conditions"]
+    lines = [
+        f"- Data: {facts['training_images']:,} training images of {recipe['dataset']}; the last {recipe['validation']:,} images "
+        "of the training split were kept for choosing.",
+        f"- Recipe: `{facts['recipe_name']}` (recipe.yaml beside this card), {recipe['steps']:,} steps of "
+        f"{recipe['batch_size']} images ({facts['epochs']:.1f} epochs), K by the schedule {recipe['queries']}, seed {recipe['seed']}.",
+        f"- Hardware: {c['hardware']}, {facts['processes']} process(es), {recipe['mixed_precision']} mixed precision; "
+        f"{facts['hours']:.2f} hours.",
+        f"- Versions: torch {c['torch']}, transformers {c['transformers']}, timm {c['timm']}"
+        + (f"; commit {c['commit']}." if "commit" in c else "."),
+    ]
+    if facts["validation_accuracy"]:
+        accuracies = ", ".join(f"{100 * a:.2f} % (K = {k})" for k, a in facts["validation_accuracy"].items())
+        lines.append(f"- Validation accuracy at the end: {accuracies}.")
+    return "\n".join(lines)
+
+
+def _limits(model: VisualPerceiverForImageClassification) -> str:
+    height, width = model.config.image_height_width
+    return (
+        f"The network has seen {height}x{width} images of the training set's classes only, and gives every image one of those labels. "
+        "Its probabilities are not calibrated. Robustness to corrupted or shifted images was not measured. At few queries it "
+        "is much less accurate; read the table before you choose."
+    )

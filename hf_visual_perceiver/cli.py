@@ -1,0 +1,288 @@
+"""The `visual-perceiver` command."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+import torch
+import transformers
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from .card import write_card
+from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
+from .folder import create_image_processor
+from .loading import choose_device, default_dataset, default_model, load_model
+from .modeling import VisualPerceiverForImageClassification, count_macs
+from .plots import plot_tradeoff
+from .training.data import load_images
+
+
+app = typer.Typer(
+    help="Image models whose compute is a dial.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Not a terminal, no width: tables are then as wide as they need.
+console = Console(width=None if sys.stdout.isatty() else 120)
+messages = Console(stderr=True)
+
+ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or Hub id; by default the one that ships.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: ModelOption = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Hub id, folder of parquet files, or imagefolder; by default the sample that ships."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    num_active_queries: Annotated[
+        list[int] | None, typer.Option(help="K to measure; repeat for several. By default the paper's.")
+    ] = None,
+    dqs_threshold: Annotated[
+        list[float] | None, typer.Option(help="t to measure; repeat for several. By default the paper's.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images of a batch.")] = 256,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    plot: Annotated[Path | None, typer.Option(help="Write accuracy against MACs to this .png, .svg or .pdf.")] = None,
+    json_file: JsonOption = None,
+    card: Annotated[
+        bool, typer.Option("--write-card", help="Write the result and a model card into the model's folder.")
+    ] = False,
+) -> None:
+    """Accuracy, active queries, MACs and time at every budget K and threshold t."""
+    name, data_name = model or default_model(), dataset or default_dataset()
+    if card and not Path(name).is_dir():
+        raise ValueError(f"Expected --write-card to go with a model folder, got {name!r}.")
+    network = load_model(name, choose_device(device), dtype)
+    points = default_points(network.config.num_queries)
+    if num_active_queries or dqs_threshold:
+        points = [OperatingPoint(K) for K in num_active_queries or []]
+        points += [OperatingPoint(None, t) for t in dqs_threshold or []]
+    shown = dataset or "the embedded sample of CIFAR-10"
+    if Path(shown).exists():  # a path says nothing to others
+        shown = Path(shown).resolve().name
+    result = evaluate(
+        network,
+        load_images(data_name, split),
+        points,
+        batch_size,
+        progress=messages.is_terminal,
+        conditions={"model": Path(name).name, "dataset": shown, "split": split},
+    )
+    console.print(evaluation_table(result))
+    console.print(conditions_line(result.conditions), style="dim", highlight=False)
+    if json_file:
+        write_json(json_file, result.to_dict())
+    if plot:
+        plot_tradeoff(result, plot)
+        console.print(f"Plot: {plot}")
+    if card:
+        console.print(f"Card: {write_card(Path(name), network, result)}")
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    model: ModelOption = None,
+    num_active_queries: Annotated[int | None, typer.Option(help="K: use the first K queries.")] = None,
+    dqs_threshold: Annotated[float | None, typer.Option(help="t: drop queries more similar than this.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Labels to show of each image.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    json_file: JsonOption = None,
+) -> None:
+    """Labels with probabilities, and the number of queries that each image used.
+
+    Unreadable files are named, the others classified; the exit status is then 1.
+    """
+    files = list_images(images)
+    network = load_model(model or default_model(), choose_device(device), dtype)
+    network.config.operating_point(num_active_queries, dqs_threshold)
+    results, unreadable = [], []
+    for first in range(0, len(files), batch_size):
+        readable = []
+        for path in files[first : first + batch_size]:
+            try:
+                readable.append((path, read_image(path)))
+            except ValueError as error:
+                unreadable.append(str(error))
+        if readable:
+            paths, pictures = zip(*readable, strict=True)
+            outputs = classify(network, pictures, num_active_queries, dqs_threshold, top_k)
+            results += [{"file": str(path), **output} for path, output in zip(paths, outputs, strict=True)]
+
+    if results:
+        table = Table("image", "label", "probability", "also", "queries used", "MACs (M)")
+        for result in results:
+            (label, p), *others = result["labels"].items()
+            also = ", ".join(f"{name} {q:.1%}" for name, q in others)
+            table.add_row(
+                result["file"], label, f"{p:.1%}", also, f"{result['queries_used']}", f"{result['macs'] / 1e6:.1f}"
+            )
+        console.print(table)
+    if json_file:
+        write_json(json_file, {"images": results, "unreadable": unreadable})
+    for message in unreadable:
+        print_error(message)
+    if unreadable:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
+    """A checkpoint at a glance: architecture, operating point, cost at every budget, measured accuracy."""
+    name = model or default_model()
+    network = load_model(name)
+    config = network.config
+    height, width = config.image_height_width
+    K, t = config.operating_point()
+    facts = {
+        "architecture": config.architecture,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "images": f"{height}x{width}, {config.num_channels} channels, {config.num_patches} patches",
+        "trunk": f"{config.num_hidden_layers} blocks of width {config.hidden_size}, {config.num_attention_heads} heads",
+        "queries": config.num_queries,
+        "operating point": f"K = {K}, " + (f"t = {t:g} ({config.dqs_reference})" if t is not None else "no selection"),
+        "labels": ", ".join(config.id2label[i] for i in range(config.num_labels)),
+    }
+    summary = Table(show_header=False, title=name)
+    for key, value in facts.items():
+        summary.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+    console.print(summary)
+    macs = {point.num_active_queries: 0 for point in default_points(config.num_queries) if point.num_active_queries}
+    macs = {budget: count_macs(config, budget) for budget in macs}
+    measured = Path(name) / "evaluation.json"
+    evaluation = Evaluation.from_dict(json.loads(measured.read_text())) if measured.is_file() else None
+    if evaluation is not None:
+        console.print(evaluation_table(evaluation))
+        console.print(conditions_line(evaluation.conditions), style="dim", highlight=False)
+    else:
+        table = Table("K", "MACs (M)", title="cost of one image")
+        for budget, count in macs.items():
+            table.add_row(f"{budget}", f"{count / 1e6:.2f}")
+        console.print(table)
+    if json_file:
+        write_json(
+            json_file,
+            {**facts, "macs": macs, "evaluation": None if evaluation is None else evaluation.to_dict()},
+        )
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """The rows of a sweep, for the terminal."""
+    table = Table(title="one network, every budget", title_justify="left")
+    for header in ("setting", "queries", "std", "min", "max", "MACs (M)", "accuracy (%)", "ms / image", "time"):
+        table.add_column(header, justify="left" if header == "setting" else "right", no_wrap=True)
+    for before, row in zip([None, *evaluation.rows], evaluation.rows, strict=False):
+        if before is not None and (before.dqs_threshold is None) != (row.dqs_threshold is None):
+            table.add_section()
+        table.add_row(
+            str(row.point),
+            f"{row.queries_mean:.2f}",
+            f"{row.queries_std:.2f}",
+            f"{row.queries_min}",
+            f"{row.queries_max}",
+            f"{row.macs / 1e6:.2f}",
+            f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}",
+            f"{row.ms_per_image:.3f}",
+            f"{row.relative_time:.2f}",
+        )
+    return table
+
+
+def conditions_line(conditions: dict[str, Any]) -> str:
+    """The conditions of a measurement, in one line."""
+    return ", ".join(f"{key} {value}" for key, value in conditions.items())
+
+
+def list_images(paths: list[Path]) -> list[Path]:
+    """The files among `paths`, and the image files in the folders among them."""
+    files = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise ValueError(f"Expected images in {path}, found none.")
+            files += found
+        else:
+            files.append(path)
+    return files
+
+
+def read_image(path: Path) -> Image.Image:
+    """An RGB image, or a `ValueError` that names the file."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"Cannot read {path} as an image: {error}") from error
+
+
+@torch.inference_mode()
+def classify(
+    model: VisualPerceiverForImageClassification,
+    images: tuple[Image.Image, ...],
+    num_active_queries: int | None,
+    dqs_threshold: float | None,
+    top_k: int,
+) -> list[dict[str, Any]]:
+    """The most probable labels of each image, and what it cost."""
+    parameter = next(model.parameters())
+    pixels = create_image_processor(model.config)(images=list(images), return_tensors="pt")["pixel_values"]
+    K, t = model.config.operating_point(num_active_queries, dqs_threshold)
+    output = model(pixels.to(parameter.device, parameter.dtype), num_active_queries=K, dqs_threshold=t)
+    probabilities, labels = output.logits.float().softmax(-1).topk(min(top_k, model.config.num_labels))
+    return [
+        {
+            "labels": {model.config.id2label[i]: p for i, p in zip(indices.tolist(), ps.tolist(), strict=True)},
+            "queries_used": used,
+            "macs": count_macs(model.config, used, None if t is None else K),
+        }
+        for indices, ps, used in zip(labels, probabilities, output.active_queries.sum(1).tolist(), strict=True)
+    ]
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON aside and rename it."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(aside, path)
+
+
+def print_error(message: object) -> None:
+    """One red line on stderr."""
+    messages.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command; what is wrong with the input is said in one line, without a traceback."""
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print_error(error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

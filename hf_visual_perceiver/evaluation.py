@@ -1,0 +1,204 @@
+"""Accuracy, cost and time of a checkpoint at every budget, in one pass over a dataset."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from .conditions import measurement_conditions
+from .metrics import Accuracy
+from .modeling import VisualPerceiverForImageClassification, count_macs
+from .training.data import ImageDataset, normalise, pixels_of_size
+
+
+# The budgets and thresholds of the paper's Tables 1 to 3.
+PAPER_QUERIES = (1, 2, 4, 8, 16, 32, 48, 64)
+PAPER_THRESHOLDS = (0.6, 0.65, 0.7, 0.8, 0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A setting of the two knobs; None leaves K at all queries and t off, whatever the checkpoint's default."""
+
+    num_active_queries: int | None = None
+    dqs_threshold: float | None = None
+
+    def __str__(self) -> str:
+        parts = [f"K = {self.num_active_queries}"] if self.num_active_queries is not None else []
+        parts += [f"t = {self.dqs_threshold:g}"] if self.dqs_threshold is not None else []
+        return ", ".join(parts) or "all queries"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one operating point was measured to do."""
+
+    num_active_queries: int | None
+    dqs_threshold: float | None
+    queries_mean: float
+    queries_std: float
+    queries_min: int
+    queries_max: int
+    macs: float  # mean per image
+    accuracy: float
+    standard_error: float
+    ms_per_image: float  # median over batches
+    relative_time: float  # to all queries on the same batch, median over batches
+
+    @property
+    def point(self) -> OperatingPoint:
+        return OperatingPoint(self.num_active_queries, self.dqs_threshold)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The rows of a sweep and the conditions that they were measured under."""
+
+    rows: list[Row]
+    conditions: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"conditions": self.conditions, "rows": [asdict(row) for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
+        """The inverse of `to_dict`."""
+        return cls([Row(**row) for row in values["rows"]], values["conditions"])
+
+
+def default_points(num_queries: int) -> list[OperatingPoint]:
+    """The paper's budgets that a model with Q queries has, all Q, and the paper's thresholds."""
+    budgets = [*(K for K in PAPER_QUERIES if num_queries > K), num_queries]
+    return [*(OperatingPoint(K) for K in budgets), *(OperatingPoint(None, t) for t in PAPER_THRESHOLDS)]
+
+
+def evaluate(
+    model: VisualPerceiverForImageClassification,
+    data: ImageDataset,
+    points: Sequence[OperatingPoint] | None = None,
+    batch_size: int = 256,
+    progress: bool = True,
+    conditions: dict[str, Any] | None = None,
+) -> Evaluation:
+    """Measure accuracy, active queries, MACs and time at several operating points.
+
+    Every batch goes through all points in turn, after a warm-up on the first one, so that times are compared on the same
+    images within moments of each other. Times are of the model alone, on images that are ready on its device.
+
+    Args:
+        model: In eval mode, on the device and in the dtype to measure.
+        data: Images that the model has labels for.
+        points: What to measure; `default_points` if None.
+        batch_size: Images of a batch.
+        progress: Show a bar.
+        conditions: More facts to keep with the result, such as the names of model and dataset.
+
+    Raises:
+        ValueError: If the dataset's labels are not the model's, or a point is out of the model's range.
+    """
+    config, parameter = model.config, next(model.parameters())
+    check_labels_match(model, data)
+    all_queries = OperatingPoint(config.num_queries)
+    points = list(points) if points is not None else default_points(config.num_queries)
+    for point in points:
+        config.operating_point(point.num_active_queries, point.dqs_threshold)
+    if batch_size < 1:
+        raise ValueError(f"Expected a batch size of at least 1, got {batch_size}.")
+
+    # The reference of relative times runs too, if it is not among the points.
+    measured = points if all_queries in points else [*points, all_queries]
+    metrics = {point: Accuracy() for point in measured}
+    queries: dict[OperatingPoint, list[np.ndarray]] = {point: [] for point in measured}
+    seconds: dict[OperatingPoint, list[float]] = {point: [] for point in measured}
+    cfg = config.timm_pretrained_cfg
+    batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
+    for number, indices in enumerate(track(batches, "evaluating", disable=not progress)):
+        pixels = normalise(pixels_of_size(data, indices, config.image_height_width), cfg["mean"], cfg["std"])
+        pixels = pixels.to(parameter.device, parameter.dtype)
+        labels = data.labels[indices.start : indices.stop]
+        if number == 0:
+            for point in measured:
+                _timed_forward(model, pixels, point)
+        for point in measured:
+            elapsed, logits, active = _timed_forward(model, pixels, point)
+            metrics[point].add_batch(predictions=logits.argmax(-1).cpu().numpy(), references=labels)
+            queries[point].append(active.sum(1).cpu().numpy())
+            seconds[point].append(elapsed / len(indices))
+
+    rows = []
+    reference = np.asarray(seconds[all_queries])
+    for point in points:
+        counts, times = np.concatenate(queries[point]), np.asarray(seconds[point])
+        score = metrics[point].compute()
+        rows.append(
+            Row(
+                num_active_queries=point.num_active_queries,
+                dqs_threshold=point.dqs_threshold,
+                queries_mean=float(counts.mean()),
+                queries_std=float(counts.std()),
+                queries_min=int(counts.min()),
+                queries_max=int(counts.max()),
+                macs=_mean_macs(model, counts, point),
+                accuracy=score["accuracy"],
+                standard_error=score["standard_error"],
+                ms_per_image=1000 * float(np.median(times)),
+                relative_time=float(np.median(times / reference)),
+            )
+        )
+    measured_under = measurement_conditions(
+        parameter.device,
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        attention=config._attn_implementation,
+        batch_size=batch_size,
+        images=len(data),
+        **(conditions or {}),
+    )
+    return Evaluation(rows, measured_under)
+
+
+def check_labels_match(model: VisualPerceiverForImageClassification, data: ImageDataset) -> None:
+    """Raise a `ValueError` unless the dataset's classes are the model's, in number and, where both have names, in name."""
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    given = data.label_names
+    if len(given) != len(names):
+        raise ValueError(f"Expected a dataset of {len(names)} classes ({', '.join(names[:10])}), got {len(given)}.")
+    named = not any(n.startswith("LABEL_") for n in names) and not all(n.isdigit() for n in given)
+    if named and given != names:
+        raise ValueError(f"Expected the classes {', '.join(names)}, got {', '.join(given)}.")
+
+
+@torch.inference_mode()
+def _timed_forward(
+    model: VisualPerceiverForImageClassification, pixels: torch.Tensor, point: OperatingPoint
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    def synchronise() -> None:
+        if pixels.device.type == "cuda":
+            torch.cuda.synchronize(pixels.device)
+
+    # None means the checkpoint's default to `forward`, but all queries, or no selection, here.
+    default = model.config.dqs_threshold
+    model.config.dqs_threshold = None
+    try:
+        synchronise()
+        began = time.perf_counter()
+        K = model.config.num_queries if point.num_active_queries is None else point.num_active_queries
+        output = model(pixels, num_active_queries=K, dqs_threshold=point.dqs_threshold)
+        synchronise()
+        return time.perf_counter() - began, output.logits, output.active_queries
+    finally:
+        model.config.dqs_threshold = default
+
+
+def _mean_macs(model: VisualPerceiverForImageClassification, counts: np.ndarray, point: OperatingPoint) -> float:
+    """Mean over images; with selection, reading and comparing all candidates counts too."""
+    config = model.config
+    K = config.num_queries if point.num_active_queries is None else point.num_active_queries
+    candidates = None if point.dqs_threshold is None else K
+    values, images = np.unique(counts, return_counts=True)
+    macs = [count_macs(config, int(k), candidates) for k in values]
+    return float(np.average(macs, weights=images))

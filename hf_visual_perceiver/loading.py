@@ -1,0 +1,82 @@
+"""Checkpoints and devices by name, with errors that say what is wrong."""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from transformers import AutoConfig
+
+from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
+
+
+DEFAULT_CHECKPOINT = "visual_perceiver_nano_cifar10"
+
+
+def shipped(name: str) -> Path:
+    """A file or folder that comes with the package, installed or in a checkout."""
+    package = Path(__file__).resolve().parent
+    for root in (package, package.parent):
+        if (root / name).exists():
+            return root / name
+    raise FileNotFoundError(f"Expected {name} to come with the package, found it neither in {package} nor beside it.")
+
+
+def default_model() -> str:
+    """The checkpoint that comes with the package."""
+    return str(shipped(f"checkpoints/{DEFAULT_CHECKPOINT}"))
+
+
+def default_dataset() -> str:
+    """The embedded sample of CIFAR-10."""
+    return str(shipped("data"))
+
+
+def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> VisualPerceiverForImageClassification:
+    """Load a classifier, ready for inference.
+
+    Args:
+        name: A folder or Hub id.
+        device: torch's name.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+
+    Raises:
+        ValueError: If there is no such checkpoint, it holds another kind of model, or its weights are incomplete.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"Expected dtype to be float32, bfloat16 or float16, got {dtype!r}.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, HFValidationError, HfHubHTTPError) as error:
+        raise ValueError(f"Expected a folder or Hub id of a checkpoint, got {name!r}: {_first_line(error)}") from error
+    if not isinstance(config, VisualPerceiverConfig):
+        raise ValueError(f"Expected a model of type visual_perceiver in {name}, got {config.model_type!r}.")
+    try:
+        model, report = VisualPerceiverForImageClassification.from_pretrained(
+            name, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"Cannot read the weights of {name}: {_first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"Expected all weights in {name}; {len(missing)} are missing, such as {missing[0]}.")
+    return model.to(device).eval()
+
+
+def choose_device(device: str = "auto") -> str:
+    """`device`, or for `"auto"` the accelerator if there is one.
+
+    Raises:
+        ValueError: If this machine has no such device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"Expected a device that this machine has, got {device!r}: {_first_line(error)}") from error
+    return device
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

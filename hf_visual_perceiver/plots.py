@@ -1,0 +1,54 @@
+"""Pictures of what was measured."""
+
+import os
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from .evaluation import Evaluation
+
+
+def plot_tradeoff(evaluation: Evaluation, path: str | Path) -> None:
+    """Plot accuracy against mean MACs: one curve for Query Masking, one for Dynamic Query Selection."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    masking = [row for row in evaluation.rows if row.dqs_threshold is None]
+    selection = [row for row in evaluation.rows if row.dqs_threshold is not None]
+    for rows, label, marker, offset in (
+        (masking, "first K queries (Query Masking)", "o", (4, -12)),
+        (selection, "Dynamic Query Selection, threshold t", "s", (-4, 8)),
+    ):
+        if not rows:
+            continue
+        rows = sorted(rows, key=lambda row: row.macs)
+        axes.errorbar(
+            [row.macs / 1e6 for row in rows],
+            [100 * row.accuracy for row in rows],
+            yerr=[100 * row.standard_error for row in rows],
+            marker=marker,
+            capsize=2,
+            label=label,
+        )
+        for row in rows:
+            text = f"{row.dqs_threshold:g}" if row.dqs_threshold is not None else f"{row.num_active_queries}"
+            place = (row.macs / 1e6, 100 * row.accuracy)
+            axes.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=8)
+    axes.set_xlabel("multiply-accumulates per image (millions)")
+    axes.set_ylabel("accuracy (%)")
+    images = evaluation.conditions.get("images")
+    axes.set_title(
+        f"{evaluation.conditions.get('model', 'One network')}, {images:,} images, ±1 standard error", fontsize=10
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Save aside and rename, so that no half-written picture is left."""
+    path = Path(path)
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"Expected a plot's file to end in .png, .svg or .pdf, got {path.name!r}.")
+    aside = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    figure.savefig(aside, dpi=150)
+    os.replace(aside, path)

@@ -1,0 +1,48 @@
+"""What several tests share. All data is the sample inside the repository unless HF_VISUAL_PERCEIVER_CIFAR10 names a folder."""
+
+import os
+
+import datasets
+import pytest
+import torch
+import transformers
+from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
+from support import small_config
+
+from hf_visual_perceiver.loading import default_dataset, default_model, load_model
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_seeded():
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> str:
+    """A folder with CIFAR-10's train and test split, or the sample of it."""
+    return os.environ.get("HF_VISUAL_PERCEIVER_CIFAR10", default_dataset())
+
+
+@pytest.fixture
+def config() -> VisualPerceiverConfig:
+    return small_config()
+
+
+@pytest.fixture
+def model(config) -> VisualPerceiverForImageClassification:
+    return VisualPerceiverForImageClassification(config).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Eight normalised 16x16 images."""
+    return torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def trained() -> VisualPerceiverForImageClassification:
+    """The bundled checkpoint."""
+    return load_model(default_model())

@@ -1,0 +1,269 @@
+"""Properties of the network: what K and t mean, and that no path through it changes the numbers."""
+
+import copy
+
+import pytest
+import torch
+from support import small_config
+
+from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification, VisualPerceiverModel
+
+
+THRESHOLDS = (-1, -0.3, 0.0, 0.3, 0.6, 0.9, 1)
+close = {"rtol": 0, "atol": 1e-5}
+
+
+@pytest.fixture(params=["fresh", "trained"])
+def any_model(request):
+    """A network with random weights, and the bundled one, each with images of its size."""
+    generator = torch.Generator().manual_seed(2)
+    if request.param == "trained":
+        model = request.getfixturevalue("trained")
+    else:
+        model = VisualPerceiverForImageClassification(small_config()).eval()
+    return model, torch.randn(64, 3, *model.config.image_height_width, generator=generator)
+
+
+@torch.no_grad()
+def one_by_one(model, images, **arguments):
+    outputs = [model(image[None], **arguments) for image in images]
+    return torch.cat([o.logits for o in outputs]), torch.cat([o.active_queries for o in outputs])
+
+
+class TestNumActiveQueries:
+    def test_none_is_all(self, model, images):
+        assert torch.equal(model(images).logits, model(images, num_active_queries=12).logits)
+
+    def test_the_first_k_outputs_do_not_depend_on_k(self, model, images):
+        network = model.visual_perceiver
+        everything = network.read(images, 12)
+        for K in (1, 5, 12):
+            torch.testing.assert_close(network.read(images, K), everything[:, :K], **close)
+
+    def test_shapes_and_mask(self, model, images):
+        output = model.visual_perceiver(images, num_active_queries=5)
+        assert output.last_hidden_state.shape == (8, 5, 24)
+        assert output.pooler_output.shape == (8, 24)
+        assert output.active_queries.tolist() == [[True] * 5 + [False] * 7] * 8
+
+    def test_equals_a_network_that_has_only_k_queries(self, model, images):
+        smaller = VisualPerceiverForImageClassification(small_config(num_queries=5)).eval()
+        weights = model.state_dict()
+        name = "visual_perceiver.cross_attention.queries"
+        smaller.load_state_dict({**weights, name: weights[name][:5]})
+        torch.testing.assert_close(smaller(images).logits, model(images, num_active_queries=5).logits, **close)
+
+    def test_the_config_holds_the_default(self, model, images):
+        expected = model(images, num_active_queries=4, dqs_threshold=0.5)
+        model.config.num_active_queries, model.config.dqs_threshold = 4, 0.5
+        assert torch.equal(model(images).logits, expected.logits)
+
+    def test_numpy_integers_are_integers(self, model, images):
+        numpy = pytest.importorskip("numpy")
+        assert model(images, num_active_queries=numpy.int64(3)).active_queries.sum() == 24
+
+    @pytest.mark.parametrize("K", [0, 13, -1, 2.5, 3.0, True, "3", float("nan")])
+    def test_bad_values(self, model, images, K):
+        with pytest.raises(ValueError, match=r"`num_active_queries` to be an integer in \[1, 12\], got"):
+            model(images, num_active_queries=K)
+
+
+class TestDynamicQuerySelection:
+    @pytest.mark.parametrize("threshold", THRESHOLDS)
+    @pytest.mark.parametrize("batch", [1, 7, 64])
+    def test_equals_one_image_at_a_time(self, any_model, threshold, batch):
+        model, images = any_model
+        for K in (1, 3, model.config.num_queries):
+            arguments = {"num_active_queries": K, "dqs_threshold": threshold}
+            with torch.no_grad():
+                output = model(images[:batch], **arguments)
+            logits, active = one_by_one(model, images[:batch], **arguments)
+            assert torch.equal(output.active_queries, active)
+            torch.testing.assert_close(output.logits, logits, **close)
+
+    @pytest.mark.parametrize("reference", ["all", "kept"])
+    def test_removed_queries_are_really_gone(self, model, images, reference):
+        # One image at a time, a network that holds only the kept queries gives the same answer.
+        model.config.dqs_reference = reference
+        name = "visual_perceiver.cross_attention.queries"
+        weights = model.state_dict()
+        output = model(images, dqs_threshold=0.3)
+        assert 1 < output.active_queries.sum(1).float().mean() < 11
+        for image, keep, logits in zip(images, output.active_queries, output.logits, strict=True):
+            only = VisualPerceiverForImageClassification(small_config(num_queries=int(keep.sum()))).eval()
+            only.load_state_dict({**weights, name: weights[name][keep]})
+            torch.testing.assert_close(only(image[None]).logits[0], logits, **close)
+
+    def test_packed_equals_masked_with_gradients(self, images):
+        config = small_config()
+        packed = VisualPerceiverForImageClassification(config)
+        masked = copy.deepcopy(packed)
+        masked.visual_perceiver.ragged_backend = "masked"
+        labels = torch.arange(8) % 5
+        for model in (packed, masked):
+            model(images, labels=labels, dqs_threshold=0.3).loss.backward()
+        for (name, p), q in zip(packed.named_parameters(), masked.parameters(), strict=True):
+            assert p.grad is not None, name
+            torch.testing.assert_close(p.grad, q.grad, msg=lambda m, name=name: f"{name}: {m}", **close)
+
+    def test_the_first_query_stays_and_one_keeps_all(self, any_model):
+        model, images = any_model
+        assert model(images[:8], dqs_threshold=-1).active_queries[:, 0].all()
+        output = model(images[:8], dqs_threshold=1)
+        assert output.active_queries.all()
+        torch.testing.assert_close(output.logits, model(images[:8]).logits, **close)
+
+    def test_permuting_a_batch_permutes_its_outputs(self, any_model):
+        model, images = any_model
+        order = torch.randperm(64)
+        a, b = model(images, dqs_threshold=0.7), model(images[order], dqs_threshold=0.7)
+        assert torch.equal(a.active_queries[order], b.active_queries)
+        torch.testing.assert_close(a.logits[order], b.logits, **close)
+
+    def test_rows_of_removed_queries_are_zero(self, model, images):
+        for backend in ("packed", "masked"):
+            model.visual_perceiver.ragged_backend = backend
+            output = model.visual_perceiver(images, num_active_queries=10, dqs_threshold=0.3)
+            used = output.last_hidden_state.ne(0).any(-1)
+            assert torch.equal(used, output.active_queries[:, :10])
+            assert not output.active_queries[:, 10:].any()
+
+    def test_packed_tokens_are_fewer(self, model, images):
+        rows = []
+        model.visual_perceiver.layers[0].mlp.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
+        kept = model(images, dqs_threshold=0.3).active_queries.sum().item()
+        assert rows == [kept]
+        assert kept < 8 * 12
+
+    @pytest.mark.parametrize("t", [float("nan"), float("inf"), -2, True, "0.5"])
+    def test_bad_values(self, model, images, t):
+        with pytest.raises(ValueError, match="`dqs_threshold` to be a finite number of at least -1, got"):
+            model(images, dqs_threshold=t)
+
+
+class TestTransformersIdiom:
+    @pytest.mark.parametrize("arguments", [{}, {"num_active_queries": 5}, {"dqs_threshold": 0.3}])
+    def test_eager_equals_sdpa(self, model, images, arguments):
+        expected = model(images, **arguments).logits
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(model(images, **arguments).logits, expected, **close)
+
+    @pytest.mark.parametrize("arguments", [{}, {"num_active_queries": 5}, {"dqs_threshold": 0.3}])
+    def test_gradient_checkpointing_changes_nothing(self, images, arguments):
+        model = VisualPerceiverForImageClassification(small_config()).train()
+        labels, gradients = torch.arange(8) % 5, []
+        for enable in (False, True):
+            if enable:
+                model.gradient_checkpointing_enable()
+            model.zero_grad()
+            model(images, labels=labels, **arguments).loss.backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, **close)
+
+    def test_every_parameter_gets_a_gradient(self, images):
+        model = VisualPerceiverForImageClassification(small_config()).train()
+        for arguments in ({}, {"num_active_queries": 1}, {"dqs_threshold": 0.3}):
+            model.zero_grad()
+            model(images, labels=torch.arange(8) % 5, **arguments).loss.backward()
+            assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+    @pytest.mark.parametrize("arguments", [{"num_active_queries": 5}, {"num_active_queries": 5, "dqs_threshold": 0.3}])
+    def test_recorded_outputs(self, model, images, arguments):
+        expected = model(images, **arguments).logits
+        output = model(images, output_hidden_states=True, output_attentions=True, **arguments)
+        torch.testing.assert_close(output.logits, expected, **close)
+        assert [h.shape for h in output.hidden_states] == [(8, 5, 24)] * 3
+        assert [a.shape for a in output.attentions] == [(8, 3, 5, 5)] * 2
+        assert [a.shape for a in output.cross_attentions] == [(8, 1, 5, 16)]
+        torch.testing.assert_close(output.cross_attentions[0].sum(-1), torch.ones(8, 1, 5), **close)
+
+    def test_tuples(self, model, images):
+        assert torch.equal(model(images, return_dict=False)[0], model(images).logits)
+
+    def test_compiles_as_one_graph_at_fixed_k(self, model, images):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            expected = model(images, num_active_queries=6).logits
+            torch.testing.assert_close(compiled(images, num_active_queries=6).logits, expected, **close)
+
+    def test_other_image_sizes(self, model, images):
+        same = model(images, interpolate_pos_encoding=True).logits
+        assert torch.equal(same, model(images).logits)
+        larger = model(torch.randn(2, 3, 24, 32), interpolate_pos_encoding=True, num_active_queries=3)
+        assert larger.logits.shape == (2, 5)
+        with pytest.raises(ValueError, match="multiple of the patch size 4, got 18x16"):
+            model(torch.randn(2, 3, 18, 16), interpolate_pos_encoding=True)
+
+    def test_save_and_load(self, model, images, tmp_path):
+        model.save_pretrained(tmp_path)
+        again, report = VisualPerceiverForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert torch.equal(again.eval()(images).logits, model(images).logits)
+        base = VisualPerceiverModel.from_pretrained(tmp_path).eval()
+        assert torch.equal(base(images).pooler_output, model.visual_perceiver(images).pooler_output)
+
+    def test_half_precision(self, model, images):
+        model.to(torch.bfloat16)
+        for arguments in ({}, {"dqs_threshold": 0.3}):
+            output = model(images.bfloat16(), **arguments)
+            assert output.logits.dtype == torch.bfloat16
+            assert output.logits.isfinite().all()
+
+    def test_stochastic_depth_drops_whole_images(self):
+        model = VisualPerceiverModel(small_config(num_hidden_layers=1, drop_path_rate=0.5)).train()
+        block = model.layers[0]
+        block.drop_path_rate = 0.5  # the first block's rate is 0
+        x = torch.randn(200, 12, 24)
+        unchanged = (block(x) == x).flatten(1).all(1).float().mean()
+        assert 0.15 < unchanged < 0.35  # both branches dropped: a quarter
+
+    def test_problem_types(self, images):
+        regression = VisualPerceiverForImageClassification(small_config(num_labels=1))
+        assert regression(images, labels=torch.randn(8)).loss.isfinite()
+        multi = VisualPerceiverForImageClassification(small_config(problem_type="multi_label_classification"))
+        assert multi(images, labels=torch.ones(8, 5)).loss.isfinite()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("pixel_values", "message"),
+        [
+            (torch.zeros(2, 3, 18, 16), "images of size 16x16, got 18x16"),
+            (torch.zeros(2, 1, 16, 16), "images of 3 channels, got 1"),
+            (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "floating-point dtype, got torch.uint8"),
+            (torch.zeros(0, 3, 16, 16), "at least one image, got an empty batch"),
+            (torch.zeros(3, 16, 16), r"shape \(B, C, H, W\), got \(3, 16, 16\)"),
+            (None, r"shape \(B, C, H, W\), got None"),
+        ],
+    )
+    def test_images(self, model, pixel_values, message):
+        with pytest.raises(ValueError, match=message):
+            model(pixel_values)
+
+    @pytest.mark.parametrize("label", [-1, 5])
+    def test_labels(self, model, images, label):
+        with pytest.raises(ValueError, match=rf"labels in \[0, 5\), got values from .*{label}"):
+            model(images, labels=torch.tensor([0, 1, 2, 3, 4, 0, 1, label]))
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"image_size": 30}, "`image_size` to be a positive multiple of `patch_size`, got 30 and 4"),
+            ({"image_size": [32, 32, 32]}, r"an int or \(height, width\)"),
+            ({"num_attention_heads": 5}, "`hidden_size` to be a multiple of `num_attention_heads`, got 192 and 5"),
+            ({"num_queries": 0}, "`num_queries` to be at least 1, got 0"),
+            ({"num_active_queries": 65}, r"integer in \[1, 64\], got 65"),
+            ({"dqs_threshold": float("nan")}, "dqs_threshold"),
+            ({"dqs_reference": "some"}, "'all' or 'kept', got 'some'"),
+            ({"drop_path_rate": 1.0}, r"in \[0, 1\), got 1.0"),
+        ],
+    )
+    def test_config(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            VisualPerceiverConfig(**fields)
+
+    def test_unknown_architecture(self):
+        with pytest.raises(ValueError, match="visual_perceiver_tiny_patch4_32.*got 'visual_perceiver_huge'"):
+            VisualPerceiverConfig.from_architecture("visual_perceiver_huge")
