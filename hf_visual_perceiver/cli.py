@@ -160,7 +160,7 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
         "trunk": f"{config.num_hidden_layers} blocks of width {config.hidden_size}, {config.num_attention_heads} heads",
         "queries": config.num_queries,
         "operating point": f"K = {K}, " + (f"t = {t:g} ({config.dqs_reference})" if t is not None else "no selection"),
-        "labels": ", ".join(config.id2label[i] for i in range(config.num_labels)),
+        "labels": ", ".join(config.label_names),
     }
     summary = Table(show_header=False, title=name)
     for key, value in facts.items():
@@ -244,14 +244,14 @@ def classify(
     top_k: int,
 ) -> list[dict[str, Any]]:
     """The most probable labels of each image, and what it cost."""
-    parameter = next(model.parameters())
+    parameter, names = next(model.parameters()), model.config.label_names
     pixels = create_image_processor(model.config)(images=list(images), return_tensors="pt")["pixel_values"]
     K, t = model.config.operating_point(num_active_queries, dqs_threshold)
     output = model(pixels.to(parameter.device, parameter.dtype), num_active_queries=K, dqs_threshold=t)
-    probabilities, labels = output.logits.float().softmax(-1).topk(min(top_k, model.config.num_labels))
+    probabilities, labels = output.logits.float().softmax(-1).topk(min(top_k, len(names)))
     return [
         {
-            "labels": {model.config.id2label[i]: p for i, p in zip(indices.tolist(), ps.tolist(), strict=True)},
+            "labels": {names[i]: p for i, p in zip(indices.tolist(), ps.tolist(), strict=True)},
             "queries_used": used,
             "macs": count_macs(model.config, used, None if t is None else K),
         }

@@ -163,7 +163,7 @@ def evaluate(
 
 def check_labels_match(model: VisualPerceiverForImageClassification, data: ImageDataset) -> None:
     """Raise a `ValueError` unless the dataset's classes are the model's, in number and, where both have names, in name."""
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    names = model.config.label_names
     given = data.label_names
     if len(given) != len(names):
         raise ValueError(f"Expected a dataset of {len(names)} classes ({', '.join(names[:10])}), got {len(given)}.")

@@ -104,12 +104,13 @@ class VisualPerceiverConfig(PreTrainedConfig):
             self.image_size = list(self.image_size)
             if len(self.image_size) != 2:
                 raise ValueError(f"Expected `image_size` to be an int or (height, width), got {self.image_size}.")
+            if self.image_size[0] == self.image_size[1]:
+                self.image_size = self.image_size[0]
         self._check()
 
     def _check(self) -> None:
-        positive = ("patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        positive += ("intermediate_size", "num_queries", "num_cross_attention_heads")
-        for name in positive:
+        sizes = ["patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads"]
+        for name in (*sizes, "intermediate_size", "num_queries", "num_cross_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected `{name}` to be at least 1, got {getattr(self, name)}.")
         for name in ("num_attention_heads", "num_cross_attention_heads"):
@@ -133,6 +134,11 @@ class VisualPerceiverConfig(PreTrainedConfig):
         """(height, width) in pixels."""
         height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         return height, width
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+        return [name for _, name in sorted((self.id2label or {}).items())]
 
     @property
     def num_patches(self) -> int:
@@ -196,7 +202,7 @@ class VisualPerceiverConfig(PreTrainedConfig):
             first_conv="embeddings.patch_embeddings.projection",
             classifier="head",
         )
-        labels = [self.id2label[i] for i in sorted(self.id2label)]
+        labels = self.label_names
         if labels != [f"LABEL_{i}" for i in range(len(labels))]:
             cfg["label_names"] = labels
         return cfg

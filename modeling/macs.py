@@ -35,4 +35,4 @@ def count_macs(
     selection = 0 if num_candidates is None else C**2 * D
     trunk = config.num_hidden_layers * (K * (4 * D**2 + mlp) + 2 * K**2 * D)
     decoder = K * 2 * D**2 + 2 * D**2 + 2 * K * D + mlp
-    return patches + reading + selection + trunk + decoder + D * config.num_labels
+    return patches + reading + selection + trunk + decoder + D * len(config.label_names)

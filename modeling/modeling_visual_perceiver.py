@@ -42,12 +42,12 @@ class VisualPerceiverModelOutput(ModelOutput):
         cross_attentions: One (B, H, K, N) tensor: what each query reads, if asked for.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    active_queries: torch.BoolTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    active_queries: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -63,12 +63,12 @@ class VisualPerceiverImageClassifierOutput(ModelOutput):
         cross_attentions: As in `VisualPerceiverModelOutput`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    active_queries: torch.BoolTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    active_queries: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def check_pixel_values(pixel_values: torch.Tensor, config: VisualPerceiverConfig, any_size: bool = False) -> None:
@@ -180,13 +180,12 @@ class VisualPerceiverEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         check_pixel_values(pixel_values, self.config, any_size=interpolate_pos_encoding)
         tokens = self.patch_embeddings(pixel_values.to(self.patch_embeddings.projection.weight.dtype))
-        positions = self.position_embeddings
-        if interpolate_pos_encoding:
-            old, new = self.config.image_height_width, pixel_values.shape[-2:]
-            positions = resample_positions(
-                positions, *(tuple(side // self.config.patch_size for side in size) for size in (old, new))
-            )
-        return self.dropout(tokens + positions)
+        if not interpolate_pos_encoding:
+            return self.dropout(tokens + self.position_embeddings)
+        size = self.config.patch_size
+        (height, width), (new_height, new_width) = self.config.image_height_width, pixel_values.shape[-2:]
+        grids = (height // size, width // size), (new_height // size, new_width // size)
+        return self.dropout(tokens + resample_positions(self.position_embeddings, *grids))
 
 
 def resample_positions(positions: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
@@ -400,8 +399,11 @@ class PerceiverParts:
         self.layers = nn.ModuleList(
             VisualPerceiverLayer(config, config.drop_path_rate * i / last) for i in range(config.num_hidden_layers)
         )
-        self.decoder = VisualPerceiverCrossAttention(config, 1, config.num_attention_heads)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # timm's pruning removes these two.
+        self.decoder: VisualPerceiverCrossAttention | None = VisualPerceiverCrossAttention(
+            config, 1, config.num_attention_heads
+        )
+        self.norm: nn.Module = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         # How images of different lengths share a batch: "packed", or "masked" (the reference, and for recorded outputs).
         self.ragged_backend = "packed"
 
@@ -428,6 +430,7 @@ class PerceiverParts:
 
     def decode(self, active: ActiveTokens) -> torch.Tensor:
         """What the output query reads from the active tokens, normalised: (B, D)."""
+        assert self.decoder is not None
         y, _ = self.decoder(active.tokens, mask=active.mask, layout=active.layout)
         pooled = self.norm(self.decoder.finish(y))[:, 0]  # (B, 1, D) -> (B, D)
         return pooled if active.layout is None else active.layout.unsort(pooled)
@@ -447,7 +450,7 @@ class VisualPerceiverPreTrainedModel(PreTrainedModel):
     config_class = VisualPerceiverConfig
     base_model_prefix = "visual_perceiver"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
     _no_split_modules = ["VisualPerceiverEmbeddings", "VisualPerceiverLayer"]
     _input_embed_layer = "patch_embeddings"
@@ -552,9 +555,9 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
 
     def __init__(self, config: VisualPerceiverConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = len(config.label_names)
         self.visual_perceiver = VisualPerceiverModel(config)
-        self.head = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.head = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels > 0 else nn.Identity()
         self.post_init()
 
     @can_return_tuple

@@ -47,7 +47,8 @@ class PackedLayout:
         for length, images in zip(values, counts, strict=True):
             groups.append((first, images, length))
             first += images * length
-        return cls(tuple(keep.shape), order[position], query, order, groups)
+        B, K = keep.shape
+        return cls((B, K), order[position], query, order, groups)
 
     def pack(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, K, D) -> (T, D)."""

@@ -25,11 +25,17 @@ from .configuration_visual_perceiver import ARCHITECTURES, TIMM_ARGUMENTS, Visua
 from .modeling_visual_perceiver import (
     ActiveTokens,
     PerceiverParts,
+    VisualPerceiverLayer,
     check_pixel_values,
     init_weights,
     resample_positions,
 )
 
+
+try:  # newer timm models keep a record of their input size for export
+    from timm.models import _input
+except ImportError:
+    _input = None  # type: ignore[assignment]
 
 __all__ = ["VisualPerceiver"]
 
@@ -104,27 +110,28 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             dtype: Of the parameters.
         """
         super().__init__()
-        self.config = VisualPerceiverConfig(
-            image_size=img_size,
-            patch_size=patch_size,
-            num_channels=in_chans,
-            num_labels=num_classes,
-            hidden_size=embed_dim,
-            num_hidden_layers=depth,
-            num_attention_heads=num_heads,
-            intermediate_size=round(embed_dim * mlp_ratio),
-            num_queries=num_queries,
-            num_cross_attention_heads=num_cross_heads,
-            hidden_act=act_layer,
-            qkv_bias=qkv_bias,
-            layer_norm_eps=norm_eps,
-            hidden_dropout_prob=proj_drop_rate,
-            attention_probs_dropout_prob=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
-            num_active_queries=num_active_queries,
-            dqs_threshold=dqs_threshold,
-            dqs_reference=dqs_reference,
-        )
+        fields: dict[str, Any] = {
+            "image_size": img_size,
+            "patch_size": patch_size,
+            "num_channels": in_chans,
+            "num_labels": num_classes,
+            "hidden_size": embed_dim,
+            "num_hidden_layers": depth,
+            "num_attention_heads": num_heads,
+            "intermediate_size": round(embed_dim * mlp_ratio),
+            "num_queries": num_queries,
+            "num_cross_attention_heads": num_cross_heads,
+            "hidden_act": act_layer,
+            "qkv_bias": qkv_bias,
+            "layer_norm_eps": norm_eps,
+            "hidden_dropout_prob": proj_drop_rate,
+            "attention_probs_dropout_prob": attn_drop_rate,
+            "drop_path_rate": drop_path_rate,
+            "num_active_queries": num_active_queries,
+            "dqs_threshold": dqs_threshold,
+            "dqs_reference": dqs_reference,
+        }
+        self.config = VisualPerceiverConfig(**fields)
         self.config._attn_implementation = "sdpa" if use_fused_attn() else "eager"
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -162,6 +169,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""
         for layer in self.layers:
+            assert isinstance(layer, VisualPerceiverLayer)
             layer.gradient_checkpointing = enable
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
@@ -200,14 +208,16 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             resample_positions(positions.detach(), old, _grid(new.image_size, new.patch_size)),
             requires_grad=positions.requires_grad,
         )
-        if update_model_input_size is not None:
-            update_model_input_size(self, new.image_height_width)
+        if _input is not None:
+            _input.update_model_input_size(self, new.image_height_width)
 
     def _begin(self, x: torch.Tensor, num_active_queries: int | None, dqs_threshold: float | None) -> ActiveTokens:
         # torch.fx passes a placeholder for each argument that is not among its `concrete_args`. Selection is part of a
         # graph's structure, so a graph traced without them runs at the config's operating point.
-        given = (None if isinstance(value, Proxy) else value for value in (num_active_queries, dqs_threshold))
-        K, threshold = self.config.operating_point(*given)
+        K, threshold = self.config.operating_point(
+            None if isinstance(num_active_queries, Proxy) else num_active_queries,
+            None if isinstance(dqs_threshold, Proxy) else dqs_threshold,
+        )
         return self.select(self.read(x, K), threshold)
 
     def _process(self, active: ActiveTokens) -> ActiveTokens:
@@ -252,7 +262,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
     def forward_intermediates(
         self,
         x: torch.Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NLC",
@@ -297,12 +307,12 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         return self.norm(x) if self.decoder is None else self.decoder.norm_inputs(x)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what `forward_intermediates` does not need for these blocks; returns the blocks' indices."""
         take_indices, last = feature_take_indices(len(self.layers), indices)
         self.layers = self.layers[: last + 1]
-        if prune_head:
+        if prune_head and self.decoder is not None:
             self.norm = nn.Identity() if prune_norm else self.decoder.norm_inputs
             self.decoder = None
             self.reset_classifier(0, "")
@@ -342,15 +352,9 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: VisualPerce
     return state_dict
 
 
-try:  # since timm 1.0.27 models keep a record of their input size for export
-    from timm.models._input import update_model_input_size
-except ImportError:
-    update_model_input_size = None
-
-
 def _default_cfg(fields: dict[str, Any]) -> dict[str, Any]:
     num_labels = 10 if fields.get("image_size", 32) == 32 else 1000
-    cfg = VisualPerceiverConfig(num_labels=num_labels, **fields).timm_pretrained_cfg
+    cfg = VisualPerceiverConfig(**{**fields, "num_labels": num_labels}).timm_pretrained_cfg
     return {"url": "", "pool_size": None, "license": "apache-2.0", **cfg, "input_size": tuple(cfg["input_size"])}
 
 

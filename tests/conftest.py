@@ -6,10 +6,10 @@ import datasets
 import pytest
 import torch
 import transformers
-from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
 from support import small_config
 
 from hf_visual_perceiver.loading import default_dataset, default_model, load_model
+from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +18,8 @@ def quiet_and_seeded():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
+    # The networks are small and the tests run side by side.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

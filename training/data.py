@@ -154,7 +154,7 @@ def training_transform(
         input_size=(3, *image_size),
         is_training=True,
         hflip=augmentation.horizontal_flip,
-        color_jitter=augmentation.color_jitter or None,
+        color_jitter=augmentation.color_jitter,
         auto_augment=augmentation.auto_augment,
         re_prob=augmentation.random_erasing,
         interpolation=preprocessing["interpolation"],
@@ -213,7 +213,7 @@ class BatchOrder:
         return self.last_step - self.first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        shown_epoch, order = -1, np.empty(0)
+        shown_epoch, order = -1, np.empty(0, dtype=np.int64)
         half = self.batch_size // (2 * self.world_size)
         front = np.arange(self.rank * half, (self.rank + 1) * half)
         share = np.concatenate([front, self.batch_size - 1 - front[::-1]])

@@ -10,6 +10,7 @@ from typing import Annotated
 import datasets
 import numpy as np
 import typer
+
 from hf_visual_perceiver.training.data import load_table
 
 

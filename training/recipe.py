@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from hf_visual_perceiver.modeling import VisualPerceiverConfig
 
 

@@ -30,7 +30,7 @@ class Uniform:
         return int(np.random.default_rng((self.seed, step)).integers(1, self.num_queries + 1))
 
 
-SCHEDULES: dict[str, type] = {"fixed": Fixed, "uniform": Uniform}
+SCHEDULES: dict[str, Any] = {"fixed": Fixed, "uniform": Uniform}
 
 
 def create_schedule(queries: dict[str, Any], num_queries: int, seed: int) -> Callable[[int], int]:

@@ -4,6 +4,7 @@ One process or many, CPU or GPU: accelerate decides. Everything random in a step
 step, so that a resumed run is the run that was not interrupted.
 """
 
+import functools
 import json
 import logging
 import time
@@ -15,6 +16,17 @@ import torch
 import typer
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch.nn import functional as F
+
+from hf_visual_perceiver.conditions import measurement_conditions
+from hf_visual_perceiver.folder import save_folder
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.checkpointing import RunFolder
 from hf_visual_perceiver.training.data import (
@@ -29,17 +41,6 @@ from hf_visual_perceiver.training.data import (
 )
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
 from hf_visual_perceiver.training.schedules import create_schedule
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
-from torch.nn import functional as F
-
-from hf_visual_perceiver.conditions import measurement_conditions
-from hf_visual_perceiver.folder import save_folder
 
 
 console = Console(stderr=True)
@@ -160,7 +161,7 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
             torch.manual_seed(torch.initial_seed() % 2**32 + accelerator.process_index)
             images, labels = images.to(accelerator.device), labels.to(accelerator.device)
             with accelerator.autocast():
-                loss = criterion(images, labels, lambda x, K=K: model(x, num_active_queries=K).logits)
+                loss = criterion(images, labels, functools.partial(logits_at, model, K))
             accelerator.backward(loss)
             if recipe.clip_gradient_norm is not None:
                 accelerator.clip_grad_norm_(model.parameters(), recipe.clip_gradient_norm)
@@ -218,6 +219,11 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
         console.print(f"The trained model is in {run.model}.")
     accelerator.end_training()
     return run.model
+
+
+def logits_at(model: torch.nn.Module, K: int, images: torch.Tensor) -> torch.Tensor:
+    """The network's answer with its first K queries: (B, C, H, W) -> (B, labels)."""
+    return model(images, num_active_queries=K).logits
 
 
 def create_model(recipe: Recipe, label_names: list[str]) -> VisualPerceiverForImageClassification:

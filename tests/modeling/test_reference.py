@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 
 

@@ -3,12 +3,12 @@
 import unittest
 from unittest.mock import patch
 
-from hf_visual_perceiver.modeling import VisualPerceiverPreTrainedModel
 from torch import nn
 from upstream_transformers import test_modeling_common as upstream
 from upstream_transformers.test_configuration_common import ConfigTester
 
 from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification, VisualPerceiverModel
+from hf_visual_perceiver.modeling import VisualPerceiverPreTrainedModel
 
 
 # By these upstream tells which classes return no loss, and which take class indices as labels.

@@ -1,0 +1,181 @@
+"""One folder for every library: transformers with and without this package, and timm, give identical logits."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    pipeline,
+)
+
+from hf_visual_perceiver.folder import save_folder
+from hf_visual_perceiver.loading import load_model
+from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
+
+
+POINTS = [{}, {"num_active_queries": 7}, {"dqs_threshold": 0.8}, {"num_active_queries": 40, "dqs_threshold": 0.6}]
+
+# Makes this package impossible to import, then loads the folder by its own code.
+WITHOUT_PACKAGE = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("hf_visual_perceiver", "timm"):
+            raise ModuleNotFoundError(f"{name} is not to be found here")
+sys.meta_path.insert(0, Blocker())
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+torch.set_num_threads(1)  # as the process that it is compared with
+folder, points, out = sys.argv[1], eval(sys.argv[2]), sys.argv[3]
+model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "visual_perceiver"
+base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+AutoImageProcessor.from_pretrained(folder)
+x = torch.load(out + ".in", weights_only=True)
+with torch.no_grad():
+    logits = [model(x, **p).logits for p in points]
+    pooled = base(x).pooler_output
+    assert torch.equal(model.head(pooled), logits[0])
+# Saved again from the remote code, the folder must still be whole.
+model.save_pretrained(out + ".again")
+torch.save(logits, out)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, trained):
+    return save_folder(trained, tmp_path_factory.mktemp("checkpoint") / "model", {"notes.txt": "hello"})
+
+
+def test_contents(folder):
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "configuration_visual_perceiver.py",
+        "modeling_visual_perceiver.py",
+        "query_selection.py",
+        "ragged.py",
+        "notes.txt",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification"}
+    assert config["architecture"] == "visual_perceiver_nano_patch4_32"
+    assert config["num_classes"] == 10
+    assert "num_classes" not in config["model_args"]
+    assert config["pretrained_cfg"]["label_names"][3] == "cat"
+
+
+@torch.no_grad()
+def test_identical_logits_everywhere(folder, trained, tmp_path):
+    x = torch.randn(6, 3, 32, 32)
+    hf = AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert type(hf) is VisualPerceiverForImageClassification
+    assert type(AutoConfig.from_pretrained(folder)) is VisualPerceiverConfig
+    assert AutoImageProcessor.from_pretrained(folder).size["height"] == 32
+    in_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    out = tmp_path / "logits.pt"
+    torch.save(x, f"{out}.in")
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), repr(POINTS), str(out)], check=True, timeout=120
+    )
+    remote = torch.load(out, weights_only=True)
+    for point, logits in zip(POINTS, remote, strict=True):
+        expected = trained(x, **point).logits
+        assert torch.equal(hf(x, **point).logits, expected)
+        assert torch.equal(in_timm(x, **point), expected)
+        assert torch.equal(logits, expected)
+    assert torch.equal(
+        AutoModel.from_pretrained(folder).eval()(x).pooler_output, trained.visual_perceiver(x).pooler_output
+    )
+    again = AutoModelForImageClassification.from_pretrained(f"{out}.again").eval()
+    assert torch.equal(again(x).logits, trained(x).logits)
+
+
+def test_pipeline(folder, cifar10):
+    from hf_visual_perceiver.training.data import load_images
+
+    classifier = pipeline("image-classification", model=str(folder))
+    answers = classifier(load_images(cifar10, "test").image(0), top_k=3)
+    assert len(answers) == 3
+    assert answers[0]["label"] in AutoConfig.from_pretrained(folder).label2id
+
+
+def test_timm_exports_what_transformers_loads(folder, tmp_path):
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    state = {f"visual_perceiver.{k}" if not k.startswith("head") else k: v for k, v in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    x = torch.randn(2, 3, 32, 32)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(x).logits, model(x))
+    # And without the prefix, as timm itself saves.
+    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(x).logits, model(x))
+
+
+def test_new_labels_replace_old_ones(folder, tmp_path):
+    config = AutoConfig.from_pretrained(folder, num_labels=3)
+    model = AutoModelForImageClassification.from_pretrained(folder, config=config, ignore_mismatched_sizes=True)
+    save_folder(model, tmp_path / "m")
+    saved = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert saved["num_classes"] == 3
+    assert "label_names" not in saved["pretrained_cfg"]
+
+
+def test_a_failing_save_leaves_the_old_folder(trained, tmp_path):
+    folder = save_folder(trained, tmp_path / "model")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(TypeError):
+        save_folder(trained, folder, {"bad.txt": 3})
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+    assert load_model(str(folder)).config.num_labels == 10
+
+
+class TestBadFolders:
+    def copy(self, folder, tmp_path, **replaced):
+        for path in folder.iterdir():
+            (tmp_path / path.name).write_bytes(replaced.get(path.stem, path.read_bytes()))
+        return str(tmp_path)
+
+    def test_truncated_weights(self, folder, tmp_path):
+        half = (folder / "model.safetensors").read_bytes()[:100_000]
+        with pytest.raises(ValueError, match="Cannot read the weights of"):
+            load_model(self.copy(folder, tmp_path, model=half))
+
+    def test_weights_of_another_network(self, folder, tmp_path):
+        config = json.loads((folder / "config.json").read_text())
+        config["hidden_size"] = 48
+        with pytest.raises(ValueError, match="Cannot read the weights of"):
+            load_model(self.copy(folder, tmp_path, config=json.dumps(config).encode()))
+
+    def test_missing_weights(self, folder, tmp_path):
+        copy = self.copy(folder, tmp_path)
+        weights = load_file(f"{copy}/model.safetensors")
+        del weights["head.bias"]
+        save_file(weights, f"{copy}/model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"1 are missing, such as head.bias"):
+            load_model(copy)
+
+    def test_another_model_type(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+        with pytest.raises(ValueError, match=r"type visual_perceiver in .*, got 'vit'"):
+            load_model(str(tmp_path))
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(ValueError, match="folder or Hub id"):
+            load_model(str(tmp_path / "absent"))
+
+    def test_dtype(self, folder):
+        with pytest.raises(ValueError, match="float32, bfloat16 or float16, got 'int8'"):
+            load_model(str(folder), dtype="int8")
