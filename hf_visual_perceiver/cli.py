@@ -20,7 +20,7 @@ from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
 from .folder import create_image_processor
 from .loading import choose_device, default_dataset, default_model, load_model
 from .modeling import VisualPerceiverForImageClassification, count_macs
-from .plots import plot_tradeoff
+from .plots import check_picture, plot_tradeoff
 from .training.data import load_images
 
 
@@ -69,6 +69,11 @@ def evaluate_command(
     name, data_name = model or default_model(), dataset or default_dataset()
     if card and not Path(name).is_dir():
         raise ValueError(f"Expected --write-card to go with a model folder, got {name!r}.")
+    # What could fail at the end fails now.
+    if plot:
+        check_picture(plot)
+    for output in filter(None, (plot, json_file)):
+        check_writable(output)
     network = load_model(name, choose_device(device), dtype)
     points = default_points(network.config.num_queries)
     if num_active_queries or dqs_threshold:
@@ -112,6 +117,8 @@ def predict(
 
     Unreadable files are named, the others classified; the exit status is then 1.
     """
+    if json_file:
+        check_writable(json_file)
     files = list_images(images)
     network = load_model(model or default_model(), choose_device(device), dtype)
     network.config.operating_point(num_active_queries, dqs_threshold)
@@ -257,6 +264,12 @@ def classify(
         }
         for indices, ps, used in zip(labels, probabilities, output.active_queries.sum(1).tolist(), strict=True)
     ]
+
+
+def check_writable(path: Path) -> None:
+    """Raise a `ValueError` unless a file of this name can be made."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"Expected a file name in an existing folder, got {str(path)!r}.")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -44,11 +44,16 @@ def plot_tradeoff(evaluation: Evaluation, path: str | Path) -> None:
     save_figure(figure, path)
 
 
+def check_picture(path: Path) -> None:
+    """Raise a `ValueError` unless the file's name is that of a picture."""
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"Expected a plot's file to end in .png, .svg or .pdf, got {path.name!r}.")
+
+
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Save aside and rename, so that no half-written picture is left."""
     path = Path(path)
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"Expected a plot's file to end in .png, .svg or .pdf, got {path.name!r}.")
+    check_picture(path)
     aside = path.with_name(f".{path.stem}.tmp{path.suffix}")
     figure.savefig(aside, dpi=150)
     os.replace(aside, path)

@@ -171,7 +171,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         for layer in self.layers:
             assert isinstance(layer, VisualPerceiverLayer)
             layer.gradient_checkpointing = enable
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

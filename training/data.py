@@ -74,7 +74,9 @@ def load_images(dataset: str, split: str = "train", cache_gib: float = 8.0) -> I
             f"Expected labels in [0, {len(names)}) in {dataset}, got {labels.min()} to {labels.max()}; "
             "unlabelled test splits have -1."
         )
-    table = table.select_columns([image_column]).rename_column(image_column, "image")
+    table = table.select_columns([image_column])
+    if image_column != "image":
+        table = table.rename_column(image_column, "image")
     first = _decode(table, 0, dataset)
     size = len(table) * first.size[0] * first.size[1] * 3
     decoded = _decode_all(table, first.size, dataset) if size <= cache_gib * 2**30 else None
@@ -118,7 +120,8 @@ def _decode(table: datasets.Dataset, index: int, dataset: str) -> Image.Image:
     try:
         return table[index]["image"].convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"Cannot read image {index} of {dataset}: {error}") from error
+        path = table.cast_column("image", datasets.Image(decode=False))[index]["image"]["path"]
+        raise ValueError(f"Cannot read image {index} of {dataset}{f' ({path})' if path else ''}: {error}") from error
 
 
 def _decode_all(table: datasets.Dataset, size: tuple[int, int], dataset: str) -> np.ndarray | None:

@@ -1,0 +1,119 @@
+"""The sweep: its numbers are those of plain loops, and the times are comparable."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hf_visual_perceiver import count_macs
+from hf_visual_perceiver.card import write_card
+from hf_visual_perceiver.evaluation import Evaluation, OperatingPoint, default_points, evaluate
+from hf_visual_perceiver.folder import save_folder
+from hf_visual_perceiver.metrics import Accuracy
+from hf_visual_perceiver.plots import plot_tradeoff
+from hf_visual_perceiver.training.data import ImageDataset, load_images, normalise
+
+
+@pytest.fixture(scope="module")
+def data(cifar10):
+    return load_images(cifar10, "test").subset(slice(0, 90))
+
+
+@pytest.fixture(scope="module")
+def result(trained, data):
+    conditions = {"model": "m", "dataset": "sample", "split": "test"}
+    return evaluate(trained, data, batch_size=40, progress=False, conditions=conditions)
+
+
+def test_default_points(trained):
+    points = default_points(64)
+    assert [p.num_active_queries for p in points[:8]] == [1, 2, 4, 8, 16, 32, 48, 64]
+    assert [p.dqs_threshold for p in points[8:]] == [0.6, 0.65, 0.7, 0.8, 0.9, 0.99]
+    assert [p.num_active_queries for p in default_points(20) if p.dqs_threshold is None] == [1, 2, 4, 8, 16, 20]
+
+
+@torch.no_grad()
+def test_rows_equal_plain_loops(trained, data, result):
+    cfg = trained.config.timm_pretrained_cfg
+    images = normalise(data.images, cfg["mean"], cfg["std"])
+    for row in result.rows:
+        K = row.num_active_queries or 64
+        outputs = [trained(x[None], num_active_queries=K, dqs_threshold=row.dqs_threshold) for x in images]
+        right = np.array([o.logits.argmax().item() for o in outputs]) == data.labels
+        used = np.array([o.active_queries.sum().item() for o in outputs])
+        assert row.accuracy == pytest.approx(right.mean())
+        assert row.standard_error == pytest.approx(np.sqrt(right.mean() * (1 - right.mean()) / 90))
+        assert (row.queries_min, row.queries_max) == (used.min(), used.max())
+        assert row.queries_mean == pytest.approx(used.mean())
+        assert row.queries_std == pytest.approx(used.std())
+        candidates = None if row.dqs_threshold is None else 64
+        macs = [count_macs(trained.config, int(k), candidates) for k in used]
+        assert row.macs == pytest.approx(np.mean(macs))
+        assert row.ms_per_image > 0
+    full = next(row for row in result.rows if row.num_active_queries == 64)
+    assert full.relative_time == 1
+
+
+def test_the_checkpoints_own_operating_point_does_not_leak_in(trained, data, result):
+    trained.config.dqs_threshold, trained.config.num_active_queries = 0.5, 3
+    try:
+        again = evaluate(trained, data, [OperatingPoint(64), OperatingPoint(None, 0.9)], progress=False)
+        assert (trained.config.dqs_threshold, trained.config.num_active_queries) == (0.5, 3)
+    finally:
+        trained.config.dqs_threshold = trained.config.num_active_queries = None
+    assert again.rows[0].queries_mean == 64
+    expected = next(row for row in result.rows if row.dqs_threshold == 0.9)
+    assert again.rows[1].queries_mean == pytest.approx(expected.queries_mean)
+
+
+def test_conditions_and_json(result):
+    assert {"hardware", "torch", "dtype", "batch_size", "images"} <= set(result.conditions)
+    assert Evaluation.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_metric_is_of_the_evaluate_library():
+    metric = Accuracy()
+    metric.add_batch(predictions=[0, 1], references=[0, 0])
+    metric.add_batch(predictions=[2], references=[2])
+    assert metric.compute()["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_labels_must_match(trained, data):
+    with pytest.raises(ValueError, match=r"a dataset of 10 classes .*, got 3"):
+        evaluate(trained, dataclasses.replace(data, label_names=["a", "b", "c"]), progress=False)
+    shuffled = ImageDataset(data.images, data.labels, data.label_names[::-1])
+    with pytest.raises(ValueError, match=r"Expected the classes airplane, .*, got truck"):
+        evaluate(trained, shuffled, progress=False)
+
+
+def test_points_must_be_in_range(trained, data):
+    with pytest.raises(ValueError, match=r"integer in \[1, 64\], got 65"):
+        evaluate(trained, data, [OperatingPoint(65)], progress=False)
+    with pytest.raises(ValueError, match="batch size of at least 1, got 0"):
+        evaluate(trained, data, batch_size=0, progress=False)
+
+
+def test_plot(result, tmp_path):
+    plot_tradeoff(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"end in .png, .svg or .pdf, got 'plot.txt'"):
+        plot_tradeoff(result, tmp_path / "plot.txt")
+    assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_card(trained, result, tmp_path):
+    from huggingface_hub import ModelCard
+
+    folder = save_folder(trained, tmp_path / "my_model")
+    card = ModelCard.load(write_card(folder, trained, result))
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.license == "apache-2.0"
+    values = {r.metric_name: r.metric_value for r in card.data.eval_results}
+    for row in result.rows:
+        assert values[f"accuracy at {row.point}"] == round(row.accuracy, 4)
+        assert f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}" in card.text
+    assert "visual-perceiver evaluate --model checkpoints/m" in card.text
+    assert (folder / "tradeoff.png").exists()
+    assert json.loads((folder / "evaluation.json").read_text()) == result.to_dict()

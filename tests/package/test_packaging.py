@@ -1,0 +1,95 @@
+"""What is installed: one package, one command, and everything the package needs to find."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from support import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\n")
+    for name in filter(None, files):
+        if (REPOSITORY / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((REPOSITORY / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+    subprocess.run(command, check=True, capture_output=True, timeout=180)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_contents(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"hf_visual_perceiver"}
+    package = {name.removeprefix("hf_visual_perceiver/") for name in names}
+    assert {
+        "__init__.py",
+        "cli.py",
+        "modeling/modeling_visual_perceiver.py",
+        "modeling/timm_visual_perceiver.py",
+        "training/train.py",
+        "training/recipes/cifar10_query_masking.yaml",
+        "data/test.parquet",
+        "model_cards/template.md",
+        "checkpoints/visual_perceiver_nano_cifar10/model.safetensors",
+    } <= package
+    assert not any("test_" in name for name in names)
+    entry_points = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    assert "visual-perceiver = hf_visual_perceiver.cli:main" in entry_points
+
+
+def test_the_installed_wheel_works(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    # The unpacked wheel comes first on the path, away from the checkout.
+    code = (
+        "import hf_visual_perceiver, hf_visual_perceiver.training.train, timm, sys;"
+        "from hf_visual_perceiver.cli import main;"
+        "assert hf_visual_perceiver.__file__.startswith(sys.argv.pop());"
+        "timm.create_model('visual_perceiver_tiny_patch4_32');"
+        "sys.argv = ['visual-perceiver', 'evaluate', '--num-active-queries', '4'];"
+        "main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "K = 4" in result.stdout
+
+
+REMOTE = ["configuration_visual_perceiver", "modeling_visual_perceiver", "query_selection", "ragged"]
+
+
+@pytest.mark.parametrize("name", REMOTE)
+def test_code_that_travels_with_weights_needs_torch_and_transformers_alone(name):
+    tree = ast.parse((REPOSITORY / "modeling" / f"{name}.py").read_text())
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            imported.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module in REMOTE
+    assert imported <= {"torch", "transformers", "huggingface_hub", "typing", "collections", "dataclasses"}
+
+
+def test_the_checkpoints_code_is_the_packages():
+    folder = REPOSITORY / "checkpoints" / "visual_perceiver_nano_cifar10"
+    for name in REMOTE:
+        assert (folder / f"{name}.py").read_text() == (REPOSITORY / "modeling" / f"{name}.py").read_text(), name

@@ -1,0 +1,154 @@
+"""Loading, the order of batches, augmentation."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_visual_perceiver.modeling import VisualPerceiverConfig
+from hf_visual_perceiver.training.data import (
+    AugmentedImages,
+    BatchOrder,
+    ImageDataset,
+    load_images,
+    normalise,
+    pixels_of_size,
+    training_transform,
+)
+from hf_visual_perceiver.training.recipe import Augmentation
+
+
+@pytest.fixture
+def imagefolder(tmp_path):
+    """Two classes of 12x10 images."""
+    for i in range(6):
+        path = tmp_path / "data" / "train" / ("cat" if i % 2 else "dog") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((10, 12, 3), 40 * i, dtype=np.uint8)).save(path)
+    return tmp_path / "data"
+
+
+class TestLoading:
+    def test_the_sample(self):
+        from hf_visual_perceiver.loading import default_dataset
+
+        for split, n in (("test", 1000), ("train", 2000)):
+            data = load_images(default_dataset(), split)
+            assert data.images.shape == (n, 32, 32, 3)
+            assert data.images.dtype == np.uint8
+            assert np.bincount(data.labels).tolist() == [n // 10] * 10
+            assert data.label_names[:4] == ["airplane", "automobile", "bird", "cat"]
+
+    def test_imagefolder(self, imagefolder):
+        data = load_images(str(imagefolder), "train")
+        assert data.images.shape == (6, 10, 12, 3)
+        assert data.label_names == ["cat", "dog"]
+        assert sorted(data.images[data.labels == 0].max((1, 2, 3)).tolist()) == [40, 120, 200]
+
+    def test_images_of_several_sizes_stay_encoded(self, imagefolder):
+        Image.new("L", (5, 7), 9).save(imagefolder / "train" / "cat" / "odd.png")
+        data = load_images(str(imagefolder), "train")
+        assert isinstance(data.images, datasets.Dataset)
+        assert len(data) == 7
+        assert pixels_of_size(data, range(0, 7), (8, 8)).shape == (7, 8, 8, 3)
+
+    def test_a_dataset_too_large_for_memory_stays_encoded(self, imagefolder):
+        data = load_images(str(imagefolder), "train", cache_gib=1e-9)
+        assert isinstance(data.images, datasets.Dataset)
+        assert data.image(0).size == (12, 10)
+        assert len(data.subset(slice(4, None))) == 2
+
+    def test_unreadable_images_are_named(self, imagefolder):
+        (imagefolder / "train" / "cat" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+        with pytest.raises(ValueError, match=r"Cannot read image \d of .*3\.png"):
+            load_images(str(imagefolder), "train")
+
+    @pytest.mark.parametrize(
+        ("columns", "message"),
+        [
+            ({"img": "image"}, "a label column in .*, got columns img"),
+            ({"label": "label"}, "an image column in .*, got columns label"),
+            ({"img": "image", "label": "negative"}, r"labels in \[0, 2\) in .*, got -1 to 1"),
+        ],
+    )
+    def test_bad_columns(self, tmp_path, columns, message):
+        values = {
+            "image": [Image.new("RGB", (4, 4))] * 3,
+            "label": [0, 1, 1],
+            "negative": [0, -1, 1],
+        }
+        features = {
+            name: datasets.Image() if kind == "image" else datasets.Value("int64") for name, kind in columns.items()
+        }
+        table = datasets.Dataset.from_dict(
+            {name: values[kind] for name, kind in columns.items()}, features=datasets.Features(features)
+        )
+        table.to_parquet(str(tmp_path / "train.parquet"))
+        with pytest.raises(ValueError, match=message):
+            load_images(str(tmp_path), "train")
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="which is not there"):
+            load_images(str(tmp_path / "absent"))
+        (tmp_path / "other.parquet").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"parquet files named train\*\.parquet"):
+            load_images(str(tmp_path), "train")
+
+
+class TestBatchOrder:
+    def order(self, **fields):
+        return BatchOrder(**{"num_images": 40, "batch_size": 12, "seed": 0, "last_step": 7, **fields})
+
+    def test_an_epoch_uses_each_image_once_at_most(self):
+        batches = list(self.order(last_step=3))
+        indices = [index for batch in batches for _, _, index in batch]
+        assert len(indices) == len(set(indices)) == 36
+
+    def test_resuming_goes_on_where_it_stopped(self):
+        assert list(self.order(first_step=4)) == list(self.order())[4:]
+
+    def test_processes_share_what_one_would_do(self):
+        whole = list(self.order())
+        parts = [list(self.order(rank=rank, world_size=3)) for rank in range(3)]
+        for step, batch in enumerate(whole):
+            shares = [part[step] for part in parts]
+            assert sorted(key for share in shares for key in share) == sorted(batch)
+            # Mixup pairs the i-th image from the front with the i-th from the back.
+            pairs = {frozenset(p) for p in zip(batch, reversed(batch), strict=True)}
+            for share in shares:
+                assert {frozenset(p) for p in zip(share, reversed(share), strict=True)} <= pairs
+
+    def test_repeated_augmentation(self):
+        batch = next(iter(self.order(repeats=3)))
+        positions, _, indices = zip(*batch, strict=True)
+        assert len(set(indices)) == 4
+        assert len(set(positions)) == 12
+
+    def test_bad_sizes(self):
+        with pytest.raises(ValueError, match="a multiple of 8, twice the number of processes, got 12"):
+            self.order(world_size=4)
+        with pytest.raises(ValueError, match="at least 12 images, one batch, got 5"):
+            self.order(num_images=5)
+
+
+class TestAugmentation:
+    def images(self, seed=0, **fields):
+        pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+        data = ImageDataset(pixels, np.arange(4), ["a", "b", "c", "d"])
+        cfg = VisualPerceiverConfig().timm_pretrained_cfg
+        return AugmentedImages(data, training_transform(Augmentation(**fields), (32, 32), cfg), seed)
+
+    def test_follows_from_seed_epoch_and_position(self):
+        deit = {"random_crop_padding": 4, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.9}
+        a, b = self.images(**deit), self.images(**deit)
+        assert torch.equal(a[(5, 1, 2)][0], b[(5, 1, 2)][0])
+        assert not torch.equal(a[(5, 1, 2)][0], a[(5, 2, 2)][0])
+        assert not torch.equal(a[(5, 1, 2)][0], self.images(seed=1, **deit)[(5, 1, 2)][0])
+
+    def test_without_augmentation_an_image_is_normalised(self):
+        dataset = self.images(random_crop_padding=0, horizontal_flip=0)
+        cfg = VisualPerceiverConfig().timm_pretrained_cfg
+        expected = normalise(dataset.data.images, cfg["mean"], cfg["std"])
+        torch.testing.assert_close(dataset[(0, 0, 2)][0], expected[2], rtol=0, atol=1e-5)
+        assert dataset[(0, 0, 2)][1] == 2

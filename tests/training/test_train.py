@@ -1,0 +1,266 @@
+"""Training runs: they learn, they resume as if never stopped, and processes share one batch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from support import REPOSITORY, run
+
+from hf_visual_perceiver.loading import default_dataset, load_model
+from hf_visual_perceiver.training import train as train_module
+from hf_visual_perceiver.training.checkpointing import RunFolder
+from hf_visual_perceiver.training.data import load_images
+from hf_visual_perceiver.training.recipe import recipe_from_dict
+from hf_visual_perceiver.training.train import train
+
+
+SMALL = {
+    "architecture": "visual_perceiver_nano_patch4_32",
+    "config": {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_queries": 8},
+    "validation": 1000,
+    "steps": 6,
+    "batch_size": 16,
+    "learning_rate": 1e-3,
+    "ema_decay": 0.9,
+    "clip_gradient_norm": 1.0,
+    "evaluate_queries": [1, 8],
+    "evaluate_every": 4,
+    "save_every": 2,
+    "log_every": 1,
+    "tracker": None,
+}
+
+
+def small_recipe(**changes):
+    return recipe_from_dict({**SMALL, "dataset": default_dataset(), **changes})
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "dataset": default_dataset()}))
+    return path
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same_run(a, b):
+    assert losses(a) == losses(b)
+    for name, value in weights(a).items():
+        assert torch.equal(value, weights(b)[name]), name
+
+
+DEIT = {
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "random_crop_padding": 4,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "random_erasing": 0.25,
+}
+
+
+def test_a_run_from_start_to_end(tmp_path):
+    folder = train(small_recipe(augmentation=DEIT, tracker="tensorboard"), tmp_path / "run", recipe_name="small.yaml")
+    model = load_model(str(folder))
+    assert model.config.label_names[3] == "cat"
+    facts = json.loads((folder / "training.json").read_text())
+    assert facts["processes"] == 1
+    assert facts["training_images"] == 1000
+    assert set(facts["validation_accuracy"]) == {"1", "8"}
+    assert facts["hours"] > 0
+    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+    # The averaged weights are the ones published.
+    raw = load_file(tmp_path / "run" / "checkpoints" / "step_6" / "model.safetensors")
+    assert not torch.equal(raw["head.weight"], weights(tmp_path / "run")["head.weight"])
+
+
+def test_learns_64_images_by_heart(tmp_path):
+    from datasets import load_dataset
+
+    images = load_dataset("parquet", data_files=f"{default_dataset()}/train.parquet", split="train").select(range(64))
+    (tmp_path / "data").mkdir()
+    images.to_parquet(str(tmp_path / "data" / "train.parquet"))
+    recipe = small_recipe(
+        dataset=str(tmp_path / "data"),
+        validation=0,
+        config={"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.1},
+        queries={"schedule": "fixed", "K": 16},
+        steps=120,
+        batch_size=64,
+        learning_rate=3e-3,
+        warmup_steps=10,
+        ema_decay=None,
+        save_every=200,
+        weight_decay=0.0,
+        augmentation={"random_crop_padding": 0, "horizontal_flip": 0},
+    )
+    model = load_model(str(train(recipe, tmp_path / "run")))
+    data = load_images(str(tmp_path / "data"))
+    cfg = model.config.timm_pretrained_cfg
+    with torch.no_grad():
+        logits = model(train_module.normalise(data.images, cfg["mean"], cfg["std"]), num_active_queries=16).logits
+    assert (logits.argmax(-1).numpy() == data.labels).mean() >= 0.98
+
+
+class TestResuming:
+    def test_equals_no_interruption_bit_for_bit(self, tmp_path, monkeypatch):
+        recipe = small_recipe(augmentation=DEIT)
+        train(recipe, tmp_path / "whole")
+
+        class StoppedError(Exception):
+            pass
+
+        # Stops in the middle of step 5, and once more in the middle of writing the checkpoint of step 6.
+        original = train_module.logits_at
+        calls = []
+
+        def interrupt(*args):
+            calls.append(args)
+            if len(calls) == 5:
+                raise StoppedError
+            return original(*args)
+
+        monkeypatch.setattr(train_module, "logits_at", interrupt)
+        with pytest.raises(StoppedError):
+            train(recipe, tmp_path / "pieces")
+        monkeypatch.setattr(train_module, "logits_at", original)
+        assert RunFolder(tmp_path / "pieces").saved_steps() == [2, 4]
+
+        save_state = train_module.Accelerator.save_state
+
+        def half_save(self, output_dir, *args, **kwargs):
+            save_state(self, output_dir, *args, **kwargs)
+            os.truncate(f"{output_dir}/model.safetensors", 100)
+            raise StoppedError
+
+        monkeypatch.setattr(train_module.Accelerator, "save_state", half_save)
+        with pytest.raises(StoppedError):
+            train(recipe, tmp_path / "pieces", resume=True)
+        monkeypatch.setattr(train_module.Accelerator, "save_state", save_state)
+        assert RunFolder(tmp_path / "pieces").saved_steps() == [2, 4]
+
+        train(recipe, tmp_path / "pieces", resume=True)
+        assert_same_run(tmp_path / "whole", tmp_path / "pieces")
+        assert RunFolder(tmp_path / "pieces").saved_steps() == [4, 6]
+        assert not list((tmp_path / "pieces" / "checkpoints").glob(".*"))
+
+    def test_after_kill_9(self, tmp_path, recipe_file):
+        command = [sys.executable, "-m", "hf_visual_perceiver.training.train", "--config", recipe_file]
+        overrides = ["steps=60", "evaluate_every=null"]
+        folder = tmp_path / "run"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [*command, "--output-dir", folder, *overrides],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while not RunFolder(folder).saved_steps() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert RunFolder(folder).saved_steps()
+        assert not (folder / "model").exists()
+        result = run(*command, "--output-dir", folder, "--resume", *overrides, env={"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+        assert "Resuming after step" in result.stderr
+        recipe = small_recipe(steps=60, evaluate_every=None)
+        train(recipe, tmp_path / "whole")
+        assert_same_run(tmp_path / "whole", folder)
+
+    def test_a_finished_run_stays_as_it_is(self, tmp_path):
+        train(small_recipe(), tmp_path / "run")
+        before = weights(tmp_path / "run")
+        train(small_recipe(), tmp_path / "run", resume=True)
+        assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items())
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path, recipe_file):
+    arguments = ["-m", "hf_visual_perceiver.training.train", "--config", recipe_file, "augmentation.mixup=0.8"]
+    arguments += ["augmentation.cutmix=1.0", "augmentation.random_crop_padding=4"]
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    single = run(sys.executable, *arguments, "--output-dir", tmp_path / "one", env=environment)
+    assert single.returncode == 0, single.stderr
+    double = run("torchrun", "--nproc_per_node", "2", *arguments, "--output-dir", tmp_path / "two", env=environment)
+    assert double.returncode == 0, double.stderr
+    facts = [json.loads((tmp_path / name / "model" / "training.json").read_text()) for name in ("one", "two")]
+    assert [f["processes"] for f in facts] == [1, 2]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(one) == list(two) == [1, 2, 3, 4, 5, 6]
+    assert all(abs(one[step] - two[step]) < 1e-4 for step in one)
+    assert facts[0]["validation_accuracy"] == pytest.approx(facts[1]["validation_accuracy"], abs=2e-3)
+
+
+def test_accelerate_launch_on_a_checkouts_script(tmp_path, recipe_file):
+    result = run(
+        "accelerate",
+        "launch",
+        "--cpu",
+        REPOSITORY / "training" / "train.py",
+        "--config",
+        recipe_file,
+        "--output-dir",
+        tmp_path / "run",
+        "steps=2",
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+class TestMistakes:
+    def test_a_folder_that_holds_another_run(self, tmp_path):
+        train(small_recipe(steps=2), tmp_path / "run")
+        log = (tmp_path / "run" / "log.jsonl").read_text()
+        with pytest.raises(ValueError, match="already holds a run: continue it with --resume"):
+            train(small_recipe(steps=2), tmp_path / "run")
+        with pytest.raises(ValueError, match=r"these keys differ: steps \(2 -> 3\), seed \(0 -> 1\)"):
+            train(small_recipe(steps=3, seed=1), tmp_path / "run", resume=True)
+        assert (tmp_path / "run" / "log.jsonl").read_text() == log
+
+    def test_a_folder_that_holds_something_else(self, tmp_path):
+        (tmp_path / "thesis.tex").write_text("precious")
+        with pytest.raises(ValueError, match="empty or new; it holds something else"):
+            train(small_recipe(), tmp_path)
+        with pytest.raises(ValueError, match=r"a run to resume in .*, found none"):
+            train(small_recipe(), tmp_path / "new", resume=True)
+        assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"validation": 2000}, "`validation` to be below the 2000 images, got 2000"),
+            ({"batch_size": 1024}, "at least 1024 images, one batch, got 1000"),
+            ({"batch_size": 15}, "a multiple of 2"),
+            ({"queries": {"schedule": "fixed", "K": 9}}, r"integer in \[1, 8\], got 9"),
+        ],
+    )
+    def test_nothing_is_written_when_the_recipe_does_not_fit(self, tmp_path, changes, message):
+        with pytest.raises(ValueError, match=message):
+            train(small_recipe(**changes), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_a_loss_that_is_not_finite_stops_the_run(self, tmp_path):
+        with pytest.raises(FloatingPointError, match=r"finite loss, got nan at step \d with K = \d"):
+            train(small_recipe(learning_rate=1e30, clip_gradient_norm=None), tmp_path / "run")
+        assert not (tmp_path / "run" / "model").exists()
+
+    def test_the_command_says_it_in_one_line(self, tmp_path, recipe_file):
+        result = run(sys.executable, "-m", "hf_visual_perceiver.training.train", "--config", recipe_file, "steps=none")
+        assert result.returncode == 1
+        assert "error: Expected int in" in result.stderr
+        assert "Traceback" not in result.stderr
