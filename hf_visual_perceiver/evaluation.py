@@ -102,7 +102,7 @@ def evaluate(
         ValueError: If the dataset's labels are not the model's, or a point is out of the model's range.
     """
     config, parameter = model.config, next(model.parameters())
-    check_labels_match(model, data)
+    all_labels = labels_of_model(model, data)
     all_queries = OperatingPoint(config.num_queries)
     points = list(points) if points is not None else default_points(config.num_queries)
     for point in points:
@@ -120,7 +120,7 @@ def evaluate(
     for number, indices in enumerate(track(batches, "evaluating", disable=not progress)):
         pixels = normalise(pixels_of_size(data, indices, config.image_height_width), cfg["mean"], cfg["std"])
         pixels = pixels.to(parameter.device, parameter.dtype)
-        labels = data.labels[indices.start : indices.stop]
+        labels = all_labels[indices.start : indices.stop]
         if number == 0:
             for point in measured:
                 _timed_forward(model, pixels, point)
@@ -161,15 +161,22 @@ def evaluate(
     return Evaluation(rows, measured_under)
 
 
-def check_labels_match(model: VisualPerceiverForImageClassification, data: ImageDataset) -> None:
-    """Raise a `ValueError` unless the dataset's classes are the model's, in number and, where both have names, in name."""
-    names = model.config.label_names
-    given = data.label_names
-    if len(given) != len(names):
-        raise ValueError(f"Expected a dataset of {len(names)} classes ({', '.join(names[:10])}), got {len(given)}.")
-    named = not any(n.startswith("LABEL_") for n in names) and not all(n.isdigit() for n in given)
-    if named and given != names:
-        raise ValueError(f"Expected the classes {', '.join(names)}, got {', '.join(given)}.")
+def labels_of_model(model: VisualPerceiverForImageClassification, data: ImageDataset) -> np.ndarray:
+    """The dataset's labels as indices of the model's classes, (n,): by name where both have names.
+
+    Raises:
+        ValueError: If the dataset has a class that the model does not know.
+    """
+    names, given = model.config.label_names, data.label_names
+    nameless = all(n.isdigit() for n in given) or any(n.startswith("LABEL_") for n in names)
+    if nameless:
+        if len(given) > len(names):
+            raise ValueError(f"Expected labels in [0, {len(names)}), got {len(given)} classes.")
+        return data.labels
+    unknown = [n for n in given if n not in names]
+    if unknown:
+        raise ValueError(f"Expected classes among {', '.join(names)}, got {', '.join(unknown[:10])}.")
+    return np.array([names.index(n) for n in given])[data.labels]
 
 
 @torch.inference_mode()

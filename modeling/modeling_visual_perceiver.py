@@ -247,7 +247,8 @@ class MultiHeadAttention(nn.Module):
             (n, L_q, H, d) and the weights (n, H, L_q, L), or None.
         """
         implementation = "eager" if need_weights else self.config._attn_implementation
-        if implementation in ("sdpa", None):
+        # Flash attention takes no mask of this form; only the reference form of a ragged batch has one.
+        if implementation in ("sdpa", None) or (mask is not None and "flash" in implementation):
             attention: Callable = sdpa_attention
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)

@@ -1,6 +1,7 @@
 """One folder for every library: transformers with and without this package, and timm, give identical logits."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -99,6 +100,29 @@ def test_identical_logits_everywhere(folder, trained, tmp_path):
     )
     again = AutoModelForImageClassification.from_pretrained(f"{out}.again").eval()
     assert torch.equal(again(x).logits, trained(x).logits)
+
+
+def test_hub_ids(folder, trained, tmp_path):
+    # A Hub cache as huggingface_hub lays it out, read offline in a process of its own.
+    repository = tmp_path / "hub" / "models--somebody--perceiver"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    snapshot.symlink_to(folder)
+    x = torch.randn(2, 3, 32, 32)
+    torch.save((x, trained(x).logits), tmp_path / "expected.pt")
+    code = (
+        "import sys, timm, torch, hf_visual_perceiver; from transformers import AutoModelForImageClassification;"
+        "torch.set_num_threads(1); x, expected = torch.load(sys.argv[1], weights_only=True);"
+        "a = timm.create_model('hf-hub:somebody/perceiver', pretrained=True).eval()(x);"
+        "b = AutoModelForImageClassification.from_pretrained('somebody/perceiver').eval()(x).logits;"
+        "assert torch.equal(a, expected) and torch.equal(b, expected)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "expected.pt")], check=True, timeout=120, env=environment
+    )
 
 
 def test_pipeline(folder, cifar10):

@@ -87,7 +87,7 @@ def test_the_data_config_is_the_processors(folder):
     processor = AutoImageProcessor.from_pretrained(folder.removeprefix("local-dir:"))
     assert list(data["mean"]) == list(processor.image_mean)
     assert list(data["std"]) == list(processor.image_std)
-    assert data["input_size"][1:] == (processor.size["height"], processor.size["width"])
+    assert tuple(data["input_size"][1:]) == (processor.size["height"], processor.size["width"])
 
 
 def test_processor_and_transform_agree(folder, cifar10):

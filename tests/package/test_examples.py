@@ -2,10 +2,18 @@
 
 import doctest
 import importlib
+import json
 import re
+from pathlib import Path
 
 import pytest
+import timm
 from support import REPOSITORY
+
+from hf_visual_perceiver import ARCHITECTURES, count_macs
+from hf_visual_perceiver.card import markdown_table
+from hf_visual_perceiver.evaluation import Evaluation
+from hf_visual_perceiver.loading import default_model
 
 
 MODULES = [
@@ -25,6 +33,18 @@ def test_docstrings(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_the_readmes_numbers_are_the_measured_ones():
+    readme = (REPOSITORY / "README.md").read_text()
+    measured = Path(default_model()) / "evaluation.json"
+    evaluation = Evaluation.from_dict(json.loads(measured.read_text()))
+    assert evaluation.conditions["images"] == 10_000
+    assert markdown_table(evaluation) in readme
+    for name in ARCHITECTURES:
+        model = timm.create_model(name, device="meta")
+        parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model.config)
+        assert re.search(rf"`{name}` .* \| {parameters / 1e6:.2f} \| {macs / 1e6:,.1f} \|", readme), name
 
 
 def test_readme(monkeypatch):
