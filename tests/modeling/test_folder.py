@@ -57,6 +57,12 @@ def folder(tmp_path_factory, trained):
     return save_folder(trained, tmp_path_factory.mktemp("checkpoint") / "model", {"notes.txt": "hello"})
 
 
+def test_a_fresh_model_maps_every_auto_class(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification"}
+
+
 def test_contents(folder):
     assert {p.name for p in folder.iterdir()} == {
         "config.json",
