@@ -1,6 +1,7 @@
 """Images for training and evaluation: loading, decoding once, the order of batches, augmentation."""
 
 import hashlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform
 from torchvision import transforms
 
@@ -167,7 +168,16 @@ def training_transform(
     if augmentation.random_crop_padding is not None:
         # DeiT does the same for small images: a resized crop would leave too little of 32 pixels.
         transform.transforms[0] = transforms.RandomCrop(image_size, padding=augmentation.random_crop_padding)
+    for step in transform.transforms:
+        for op in [*getattr(step, "ops", []), *itertools.chain(*getattr(step, "policy", []))]:
+            if op.name.startswith("Posterize"):
+                op.aug_fn = _posterize
     return transform
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    """timm's posterize, which at its strongest asks for 0 bits: black once, an error since Pillow 13. One bit stays."""
+    return ImageOps.posterize(image, min(max(bits, 1), 8))
 
 
 def seed_everything(*key: int) -> None:

@@ -146,6 +146,20 @@ class TestAugmentation:
         assert not torch.equal(a[(5, 1, 2)][0], a[(5, 2, 2)][0])
         assert not torch.equal(a[(5, 1, 2)][0], self.images(seed=1, **deit)[(5, 1, 2)][0])
 
+    @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5", "v0", "original"])
+    def test_the_strongest_posterize_is_no_error(self, policy):
+        image = Image.new("RGB", (32, 32), (200, 100, 50))
+        steps = self.images(auto_augment=policy).transform.transforms
+        ops = [
+            op for s in steps for op in [*getattr(s, "ops", []), *(o for sub in getattr(s, "policy", []) for o in sub)]
+        ]
+        ops = [op for op in ops if op.name.startswith("Posterize")]
+        assert ops
+        for op in ops:
+            for magnitude in (0, 5, 10):
+                op.prob, op.magnitude, op.magnitude_std = 1.0, magnitude, 0
+                assert op(image).size == (32, 32)
+
     def test_without_augmentation_an_image_is_normalised(self):
         dataset = self.images(random_crop_padding=0, horizontal_flip=0)
         cfg = VisualPerceiverConfig().timm_pretrained_cfg
