@@ -19,11 +19,12 @@ from rich.progress import track
 from rich.table import Table
 
 from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
-from hf_visual_perceiver.cli import conditions_line, write_json
-from hf_visual_perceiver.conditions import measurement_conditions
+from hf_visual_perceiver.cli import conditions_line
 from hf_visual_perceiver.evaluation import PAPER_QUERIES
 from hf_visual_perceiver.loading import choose_device, default_dataset, load_model
+from hf_visual_perceiver.training.conditions import measurement_conditions
 from hf_visual_perceiver.training.data import load_images, normalise, pixels_of_size
+from hf_visual_perceiver.training.files import write_json
 
 
 console = Console(width=120)

@@ -1,17 +1,18 @@
 """Model cards, made from what was measured and from how the checkpoint was trained."""
 
 import json
-import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from .evaluation import Evaluation
+from .evaluation import Evaluation, default_points
 from .loading import shipped
 from .modeling import VisualPerceiverForImageClassification
 from .plots import plot_tradeoff
+from .training.files import write_json, write_text
 
 
 def write_card(folder: Path, model: VisualPerceiverForImageClassification, evaluation: Evaluation) -> Path:
@@ -36,17 +37,12 @@ def write_card(folder: Path, model: VisualPerceiverForImageClassification, evalu
         table=markdown_table(evaluation),
         command=_command(evaluation),
         conditions=", ".join(f"{key.replace('_', ' ')} {value}" for key, value in evaluation.conditions.items()),
-        training=_training(facts),
+        training="\n".join(f"- {line}" for line in training_lines(facts)) if facts else "Not recorded.",
         limits=_limits(model),
     )
     plot_tradeoff(evaluation, folder / "tradeoff.png")
-    for path, content in (
-        (folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n"),
-        (folder / "README.md", text),
-    ):
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text(content)
-        os.replace(aside, path)
+    write_json(folder / "evaluation.json", evaluation.to_dict())
+    write_text(folder / "README.md", text)
     return folder / "README.md"
 
 
@@ -72,20 +68,18 @@ def _template() -> jinja2.Template:
 
 def _metadata(name: str, evaluation: Evaluation, facts: dict[str, Any]) -> str:
     """The YAML that the Hub reads."""
-    dataset = facts.get("recipe", {}).get("dataset", "uoft-cs/cifar10")
-    conditions = evaluation.conditions
-    full = [row for row in evaluation.rows if row.dqs_threshold is None]
+    c = evaluation.conditions
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=dataset,
-            dataset_name=f"{dataset} ({conditions['split']}, {conditions['images']} images)",
-            dataset_split=conditions["split"],
+            dataset_type=c["dataset"],
+            dataset_name=f"{c['dataset']} ({c['split']}, {c['images']} images)",
+            dataset_split=c["split"],
             metric_type="accuracy",
             metric_name=f"accuracy at {row.point}",
             metric_value=round(row.accuracy, 4),
         )
-        for row in (*full, *(row for row in evaluation.rows if row.dqs_threshold is not None))
+        for row in evaluation.rows
     ]
     data = ModelCardData(
         model_name=name,
@@ -93,7 +87,7 @@ def _metadata(name: str, evaluation: Evaluation, facts: dict[str, Any]) -> str:
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["timm", "vision", "perceiver", "adaptive-computation", "dynamic-query-selection"],
-        datasets=[dataset],
+        datasets=[facts["recipe"]["dataset"]] if facts else None,
         metrics=["accuracy"],
         eval_results=results,
     )
@@ -112,32 +106,37 @@ def _summary(model: VisualPerceiverForImageClassification, facts: dict[str, Any]
 
 
 def _command(evaluation: Evaluation) -> str:
+    """The command that measures these rows."""
     c = evaluation.conditions
-    dataset = "uoft-cs/cifar10" if "cifar10" in c["dataset"] else c["dataset"]
-    return (
-        f"visual-perceiver evaluate --model checkpoints/{c['model']} --dataset {dataset} --split {c['split']} "
-        f"--batch-size {c['batch_size']} --dtype {c['dtype']} --write-card"
-    )
+    parts = ["visual-perceiver", "evaluate", "--model", f"checkpoints/{c['model']}", "--dataset", c["dataset"]]
+    parts += ["--split", c["split"], "--batch-size", str(c["batch_size"]), "--dtype", c["dtype"]]
+    queries = max(row.num_active_queries or 0 for row in evaluation.rows)
+    if [row.point for row in evaluation.rows] != default_points(queries):
+        for K in dict.fromkeys(row.num_active_queries for row in evaluation.rows if row.num_active_queries):
+            parts += ["--num-active-queries", str(K)]
+        for t in dict.fromkeys(row.dqs_threshold for row in evaluation.rows if row.dqs_threshold is not None):
+            parts += ["--dqs-threshold", str(t)]
+    return shlex.join([*parts, "--write-card"])
 
 
-def _training(facts: dict[str, Any]) -> str:
-    if not facts:
-        return "Not recorded."
+def training_lines(facts: dict[str, Any]) -> list[str]:
+    """What training.json says, in sentences."""
     recipe, c = facts["recipe"], facts["conditions"]
     lines = [
-        f"- Data: {facts['training_images']:,} training images of {recipe['dataset']}; the last {recipe['validation']:,} images "
-        "of the training split were kept for choosing.",
-        f"- Recipe: `{facts['recipe_name']}` (recipe.yaml beside this card), {recipe['steps']:,} steps of "
-        f"{recipe['batch_size']} images ({facts['epochs']:.1f} epochs), K by the schedule {recipe['queries']}, seed {recipe['seed']}.",
-        f"- Hardware: {c['hardware']}, {facts['processes']} process(es), {recipe['mixed_precision']} mixed precision; "
-        f"{facts['hours']:.2f} hours.",
-        f"- Versions: torch {c['torch']}, transformers {c['transformers']}, timm {c['timm']}"
+        f"Data: {facts['training_images']:,} training images of {recipe['dataset']}; "
+        f"the last {recipe['validation']:,} of the training split were kept for choosing.",
+        f"Recipe: {facts['recipe_name']} (recipe.yaml in the checkpoint's folder), {recipe['steps']:,} steps of "
+        f"{recipe['batch_size']} images ({facts['epochs']:.1f} epochs), "
+        f"K by the schedule {recipe['queries']['schedule']}, seed {recipe['seed']}.",
+        f"Hardware: {c['hardware']}, {facts['processes']} process(es), {recipe['mixed_precision']} mixed precision; "
+        f"{facts['training_hours']:.2f} hours of training steps.",
+        f"Versions: torch {c['torch']}, transformers {c['transformers']}, timm {c['timm']}"
         + (f"; commit {c['commit']}." if "commit" in c else "."),
     ]
     if facts["validation_accuracy"]:
         accuracies = ", ".join(f"{100 * a:.2f} % (K = {k})" for k, a in facts["validation_accuracy"].items())
-        lines.append(f"- Validation accuracy at the end: {accuracies}.")
-    return "\n".join(lines)
+        lines.append(f"Validation accuracy at the end: {accuracies}.")
+    return lines
 
 
 def _limits(model: VisualPerceiverForImageClassification) -> str:

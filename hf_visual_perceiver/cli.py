@@ -2,27 +2,31 @@
 
 import json
 import logging
-import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import datasets
 import torch
 import transformers
 import typer
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .card import write_card
+from .card import training_lines, write_card
 from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
-from .folder import create_image_processor
 from .loading import choose_device, default_dataset, default_model, load_model
 from .modeling import VisualPerceiverForImageClassification, count_macs
 from .plots import check_picture, plot_tradeoff
 from .training.data import load_images
+from .training.files import write_json
+from .training.folder import create_image_processor
 
+
+T = TypeVar("T")
 
 app = typer.Typer(
     help="Image models whose compute is a dial.",
@@ -39,6 +43,7 @@ ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or Hub 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+SAMPLE = "the embedded sample of CIFAR-10"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -49,12 +54,16 @@ def evaluate_command(
         str | None,
         typer.Option(help="Hub id, folder of parquet files, or imagefolder; by default the sample that ships."),
     ] = None,
+    dataset_name: Annotated[
+        str | None,
+        typer.Option(help="What to call the dataset in the result: its Hub id, if --dataset is a copy of it."),
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
     num_active_queries: Annotated[
-        list[int] | None, typer.Option(help="K to measure; repeat for several. By default the paper's.")
+        list[int] | None, typer.Option(help="K to measure; repeat for several. By default the paper's K and t.")
     ] = None,
     dqs_threshold: Annotated[
-        list[float] | None, typer.Option(help="t to measure; repeat for several. By default the paper's.")
+        list[float] | None, typer.Option(help="t to measure, at every K given; repeat for several.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images of a batch.")] = 256,
     device: DeviceOption = "auto",
@@ -77,18 +86,22 @@ def evaluate_command(
     network = load_model(name, choose_device(device), dtype)
     points = default_points(network.config.num_queries)
     if num_active_queries or dqs_threshold:
-        points = [OperatingPoint(K) for K in num_active_queries or []]
-        points += [OperatingPoint(None, t) for t in dqs_threshold or []]
-    shown = dataset or "the embedded sample of CIFAR-10"
-    if Path(shown).exists():  # a path says nothing to others
-        shown = Path(shown).resolve().name
+        budgets: list[int | None] = [*num_active_queries] if num_active_queries else [None]
+        thresholds: list[float | None] = [*dqs_threshold] if dqs_threshold else [None]
+        points = [OperatingPoint(K, t) for K in budgets for t in thresholds]
     result = evaluate(
         network,
         load_images(data_name, split),
         points,
         batch_size,
         progress=messages.is_terminal,
-        conditions={"model": Path(name).name, "dataset": shown, "split": split},
+        conditions={
+            "model": Path(name).name if Path(name).is_dir() else name,
+            "dataset": dataset_name
+            or (Path(data_name).name if dataset and Path(dataset).exists() else dataset)
+            or SAMPLE,
+            "split": split,
+        },
     )
     console.print(evaluation_table(result))
     console.print(conditions_line(result.conditions), style="dim", highlight=False)
@@ -173,10 +186,11 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
     for key, value in facts.items():
         summary.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
     console.print(summary)
-    macs = {point.num_active_queries: 0 for point in default_points(config.num_queries) if point.num_active_queries}
-    macs = {budget: count_macs(config, budget) for budget in macs}
-    measured = Path(name) / "evaluation.json"
-    evaluation = Evaluation.from_dict(json.loads(measured.read_text())) if measured.is_file() else None
+    budgets = [point.num_active_queries for point in default_points(config.num_queries) if point.num_active_queries]
+    macs = {budget: count_macs(config, budget) for budget in budgets}
+    evaluation = _read_json(Path(name) / "evaluation.json", Evaluation.from_dict)
+    for line in _read_json(Path(name) / "training.json", training_lines) or []:
+        console.print(f"- {line}", highlight=False)
     if evaluation is not None:
         console.print(evaluation_table(evaluation))
         console.print(conditions_line(evaluation.conditions), style="dim", highlight=False)
@@ -192,10 +206,20 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
         )
 
 
+def _read_json(path: Path, convert: Callable[[dict[str, Any]], T]) -> T | None:
+    """A file of a checkpoint's folder, None if it is not there; a damaged one is a `ValueError`."""
+    if not path.is_file():
+        return None
+    try:
+        return convert(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"Expected {path} to be as it was written; it is damaged: {error!r}.") from error
+
+
 def evaluation_table(evaluation: Evaluation) -> Table:
     """The rows of a sweep, for the terminal."""
-    table = Table(title="one network, every budget", title_justify="left")
-    for header in ("setting", "queries", "std", "min", "max", "MACs (M)", "accuracy (%)", "ms / image", "time"):
+    table = Table(title="one network, every budget", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in ("setting", "queries", "std", "min-max", "MACs (M)", "accuracy (%)", "ms/image", "time"):
         table.add_column(header, justify="left" if header == "setting" else "right", no_wrap=True)
     for before, row in zip([None, *evaluation.rows], evaluation.rows, strict=False):
         if before is not None and (before.dqs_threshold is None) != (row.dqs_threshold is None):
@@ -204,8 +228,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
             str(row.point),
             f"{row.queries_mean:.2f}",
             f"{row.queries_std:.2f}",
-            f"{row.queries_min}",
-            f"{row.queries_max}",
+            f"{row.queries_min}-{row.queries_max}",
             f"{row.macs / 1e6:.2f}",
             f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}",
             f"{row.ms_per_image:.3f}",
@@ -272,13 +295,6 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"Expected a file name in an existing folder, got {str(path)!r}.")
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON aside and rename it."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(aside, path)
-
-
 def print_error(message: object) -> None:
     """One red line on stderr."""
     messages.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -292,6 +308,9 @@ def main() -> None:
     logging.getLogger("datasets").setLevel(logging.ERROR)
     try:
         app()
+    except torch.OutOfMemoryError as error:
+        print_error(f"{str(error).splitlines()[0]} A smaller --batch-size needs less.")
+        sys.exit(1)
     except (ValueError, OSError) as error:
         print_error(error)
         sys.exit(1)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from .conditions import measurement_conditions
 from .metrics import Accuracy
 from .modeling import VisualPerceiverForImageClassification, count_macs
+from .training.conditions import measurement_conditions
 from .training.data import ImageDataset, normalise, pixels_of_size
 
 
@@ -104,7 +104,7 @@ def evaluate(
     config, parameter = model.config, next(model.parameters())
     all_labels = labels_of_model(model, data)
     all_queries = OperatingPoint(config.num_queries)
-    points = list(points) if points is not None else default_points(config.num_queries)
+    points = list(dict.fromkeys(points)) if points is not None else default_points(config.num_queries)
     for point in points:
         config.operating_point(point.num_active_queries, point.dqs_threshold)
     if batch_size < 1:
@@ -118,7 +118,8 @@ def evaluate(
     cfg = config.timm_pretrained_cfg
     batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
     for number, indices in enumerate(track(batches, "evaluating", disable=not progress)):
-        pixels = normalise(pixels_of_size(data, indices, config.image_height_width), cfg["mean"], cfg["std"])
+        pixels = pixels_of_size(data, indices, config.image_height_width, cfg["interpolation"])
+        pixels = normalise(pixels, cfg["mean"], cfg["std"])
         pixels = pixels.to(parameter.device, parameter.dtype)
         labels = all_labels[indices.start : indices.stop]
         if number == 0:

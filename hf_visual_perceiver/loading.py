@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
@@ -47,19 +47,31 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Visual
         raise ValueError(f"Expected dtype to be float32, bfloat16 or float16, got {dtype!r}.")
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, HFValidationError, HfHubHTTPError) as error:
+    except (OSError, ValueError, HFValidationError, HfHubHTTPError, StrictDataclassError) as error:
         raise ValueError(f"Expected a folder or Hub id of a checkpoint, got {name!r}: {_first_line(error)}") from error
     if not isinstance(config, VisualPerceiverConfig):
         raise ValueError(f"Expected a model of type visual_perceiver in {name}, got {config.model_type!r}.")
     try:
         model, report = VisualPerceiverForImageClassification.from_pretrained(
-            name, dtype=getattr(torch, dtype), output_loading_info=True
+            # Mismatches are reported below with both shapes.
+            name,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"Cannot read the weights of {name}: {_first_line(error)}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(f"Expected all weights in {name}; {len(missing)} are missing, such as {missing[0]}.")
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, given, expected = mismatched[0]
+        raise ValueError(
+            f"Expected {key} of shape {tuple(expected)} in {name}, as its config.json says, got {tuple(given)} "
+            f"({len(mismatched)} weights do not fit)."
+        )
+    for kind, verb in (("missing_keys", "missing"), ("unexpected_keys", "not part of the model")):
+        if keys := sorted(report[kind]):
+            raise ValueError(
+                f"Expected the weights of its config.json in {name}; {len(keys)} are {verb}, such as {keys[0]}."
+            )
     return model.to(device).eval()
 
 
@@ -72,8 +84,8 @@ def choose_device(device: str = "auto") -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"Expected a device that this machine has, got {device!r}: {_first_line(error)}") from error
     return device
 

@@ -1,11 +1,11 @@
 """Pictures of what was measured."""
 
-import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from .evaluation import Evaluation
+from .training.files import written_aside
 
 
 def plot_tradeoff(evaluation: Evaluation, path: str | Path) -> None:
@@ -52,8 +52,6 @@ def check_picture(path: Path) -> None:
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Save aside and rename, so that no half-written picture is left."""
-    path = Path(path)
-    check_picture(path)
-    aside = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    figure.savefig(aside, dpi=150)
-    os.replace(aside, path)
+    check_picture(Path(path))
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=150)

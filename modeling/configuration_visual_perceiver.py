@@ -1,8 +1,10 @@
 """Configuration of the Visual Perceiver, and the named architectures that transformers and timm share."""
 
+import operator
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .query_selection import check_threshold
@@ -122,6 +124,8 @@ class VisualPerceiverConfig(PreTrainedConfig):
             raise ValueError(
                 f"Expected `image_size` to be a positive multiple of `patch_size`, got {self.image_size} and {self.patch_size}."
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"Expected `hidden_act` to be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"Expected `{name}` to be in [0, 1), got {getattr(self, name)}.")
@@ -158,12 +162,15 @@ class VisualPerceiverConfig(PreTrainedConfig):
         K = self.num_active_queries if num_active_queries is None else num_active_queries
         t = self.dqs_threshold if dqs_threshold is None else dqs_threshold
         K = Q if K is None else K
-        # `__index__` is what integers of every library have (NumPy's too) and floats have not.
-        if isinstance(K, bool) or not hasattr(K, "__index__") or not 1 <= K <= Q:
+        try:
+            k = 0 if isinstance(K, bool) else operator.index(K)  # takes integers of every library, and no floats
+        except TypeError:
+            k = 0
+        if not 1 <= k <= Q:
             raise ValueError(f"Expected `num_active_queries` to be an integer in [1, {Q}], got {K!r}.")
         if t is not None:
             check_threshold(t)
-        return K.__index__(), t
+        return k, t
 
     @classmethod
     def from_architecture(cls, name: str, **kwargs: Any) -> "VisualPerceiverConfig":

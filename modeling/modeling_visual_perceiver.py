@@ -247,8 +247,9 @@ class MultiHeadAttention(nn.Module):
             (n, L_q, H, d) and the weights (n, H, L_q, L), or None.
         """
         implementation = "eager" if need_weights else self.config._attn_implementation
-        # Flash attention takes no mask of this form; only the reference form of a ragged batch has one.
-        if implementation in ("sdpa", None) or (mask is not None and "flash" in implementation):
+        # Flash attention takes no mask of this form, which the reference form of a ragged batch has, and no wider heads.
+        beyond_flash = mask is not None or query.shape[-1] > 256
+        if implementation in ("sdpa", None) or (beyond_flash and "flash" in implementation):
             attention: Callable = sdpa_attention
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
@@ -526,13 +527,13 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
         """
         K, threshold = self.config.operating_point(num_active_queries, dqs_threshold)
         need_weights, need_states = (
-            kwargs.get(name, getattr(self.config, name, False))
+            bool(getattr(self.config, name, False) if kwargs.get(name) is None else kwargs[name])
             for name in ("output_attentions", "output_hidden_states")
         )
         # Recorded tensors are dense, (B, K, ...), so recording takes the masked form.
         record = {"need_weights": True} if need_weights else {}
-        y = self.read(pixel_values, K, interpolate_pos_encoding, bool(need_weights))
-        active = self.select(y, threshold, masked=bool(need_weights or need_states))
+        y = self.read(pixel_values, K, interpolate_pos_encoding, need_weights)
+        active = self.select(y, threshold, masked=need_weights or need_states)
         x = active.tokens
         for layer in self.layers:
             x = layer(x, active.mask, active.layout, **record)
@@ -582,7 +583,7 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
             **kwargs: transformers' `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
-            ValueError: If the images, K, the threshold or the labels are not as described.
+            ValueError: If the images, K, the threshold or, on a CPU, the labels are not as described.
         """
         outputs = self.visual_perceiver(
             pixel_values,
@@ -594,7 +595,8 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
         logits = self.head(outputs.pooler_output)
         loss = None
         if labels is not None:
-            check_labels(labels, self.num_labels)
+            if self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1:
+                check_labels(labels, self.num_labels)
             loss = self.loss_function(labels, logits, self.config)
         return VisualPerceiverImageClassifierOutput(
             loss=loss,

@@ -1,5 +1,7 @@
 """Dynamic Query Selection: which queries an image needs (Dancette & Cord 2022, section 3.4)."""
 
+import numbers
+
 import torch
 
 
@@ -10,7 +12,8 @@ def select_queries(tokens: torch.Tensor, threshold: float, reference: str = "all
     have been removed: `reference="all"` reads it literally (every earlier query counts), `"kept"` is the greedy rule
     (only queries that stay count) and keeps a superset of what `"all"` keeps.
 
-    Similarities are computed in float32 whatever the dtype or autocast. A zero vector has similarity 0 to everything,
+    Similarities are computed in float32 whatever the dtype or autocast (on GPUs by TF32 where
+    `torch.set_float32_matmul_precision` allows it, which can tip a similarity within 1e-3 of the threshold). A zero vector has similarity 0 to everything,
     as in `torch.nn.functional.cosine_similarity`; a token with NaN or infinite entries is similar to nothing.
 
     Args:
@@ -64,6 +67,6 @@ def cosine_similarities(tokens: torch.Tensor) -> torch.Tensor:
 
 def check_threshold(threshold: float) -> None:
     """Raise a `ValueError` unless the threshold is a finite number of at least -1."""
-    is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    is_number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)  # NumPy's numbers are Real too
     if not is_number or not -1 <= threshold < float("inf"):
         raise ValueError(f"Expected `dqs_threshold` to be a finite number of at least -1, got {threshold!r}.")

@@ -39,7 +39,7 @@ class PackedLayout:
         """Lay out the tokens that `keep`, (B, K) bool, marks. Every image must keep at least one."""
         lengths, order = keep.sum(dim=1).sort(stable=True)
         position, query = keep[order].nonzero(as_tuple=True)
-        # The one place where the host waits for the device: the shapes of the blocks.
+        # Here the host waits for the device: it has to know the shapes of the blocks.
         values, counts = (x.tolist() for x in lengths.unique_consecutive(return_counts=True))
         if values[0] == 0:
             raise ValueError("Expected every image to keep at least one query, got an image that keeps none.")

@@ -9,14 +9,8 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
+from .files import write_text
 from .recipe import Recipe, recipe_from_dict
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that a reader finds the old or the new text, never a part."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
 
 
 class RunFolder:
@@ -45,7 +39,16 @@ class RunFolder:
         old = recipe_from_dict(yaml.safe_load(self.recipe_file.read_text()), str(self.recipe_file)).to_dict()
         new = recipe.to_dict()
         # Where the data lies and what is shown does not change what is learned.
-        free = {"dataset", "workers", "cache_gib", "tracker", "log_every", "save_every", "keep_checkpoints"}
+        free = {
+            "dataset",
+            "dataset_name",
+            "workers",
+            "cache_gib",
+            "tracker",
+            "log_every",
+            "save_every",
+            "keep_checkpoints",
+        }
         differing = [key for key in new if key not in free and new[key] != old[key]]
         if differing:
             changes = ", ".join(f"{key} ({old[key]!r} -> {new[key]!r})" for key in differing)
@@ -53,10 +56,12 @@ class RunFolder:
 
     def start(self, recipe: Recipe) -> None:
         """Create the folder, and clear what a killed process may have left half-done."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in self.checkpoints.glob(".*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        # First, because a folder without it is not taken for a run.
         write_text(self.recipe_file, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+        self.checkpoints.mkdir(exist_ok=True)
+        for leftover in (*self.checkpoints.glob(".*"), *self.path.glob(".model.*")):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def saved_steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
+from timm.data.auto_augment import rand_augment_transform
 from torchvision import transforms
 
+from .folder import RESAMPLING
 from .recipe import Augmentation
 
 
@@ -33,7 +35,7 @@ class ImageDataset:
         """One image, in RGB."""
         if isinstance(self.images, np.ndarray):
             return Image.fromarray(self.images[index])
-        return self.images[int(index)]["image"].convert("RGB")
+        return _decode(self.images, int(index), "the dataset")
 
     def subset(self, indices: slice) -> "ImageDataset":
         """The images of a slice, without copying pixels."""
@@ -63,9 +65,13 @@ def load_images(dataset: str, split: str = "train", cache_gib: float = 8.0) -> I
     table = load_table(dataset, split)
     image_column, label_column = _find_columns(table, dataset)
     label_feature = table.features[label_column]
-    labels = np.asarray(table[label_column], dtype=np.int64)
-    if len(labels) == 0:
+    if len(table) == 0:
         raise ValueError(f"Expected images in split {split!r} of {dataset}, got none.")
+    values = table[label_column][:]
+    if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+        odd = next(v for v in values if isinstance(v, bool) or not isinstance(v, int))
+        raise ValueError(f"Expected integers in column {label_column!r} of {dataset}, got {odd!r}.")
+    labels = np.asarray(values, dtype=np.int64)
     if hasattr(label_feature, "names"):
         names = list(label_feature.names)
     else:
@@ -120,8 +126,9 @@ def _find_columns(table: datasets.Dataset, dataset: str) -> tuple[str, str]:
 def _decode(table: datasets.Dataset, index: int, dataset: str) -> Image.Image:
     try:
         return table[index]["image"].convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        path = table.cast_column("image", datasets.Image(decode=False))[index]["image"]["path"]
+    except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
+        encoded = table.cast_column("image", datasets.Image(decode=False))[index]["image"]
+        path = encoded and encoded["path"]
         raise ValueError(f"Cannot read image {index} of {dataset}{f' ({path})' if path else ''}: {error}") from error
 
 
@@ -142,18 +149,29 @@ def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
     return (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
 
 
-def pixels_of_size(data: ImageDataset, indices: range, size: tuple[int, int]) -> np.ndarray:
-    """uint8 images (B, H, W, 3) of the given (height, width); those of another size are resized, bicubic."""
+def pixels_of_size(
+    data: ImageDataset, indices: range, size: tuple[int, int], interpolation: str = "bicubic"
+) -> np.ndarray:
+    """uint8 images (B, H, W, 3) of the given (height, width); those of another size are resized."""
     if isinstance(data.images, np.ndarray) and data.images.shape[1:3] == size:
         return data.images[indices.start : indices.stop]
     images = (data.image(i) for i in indices)
-    return np.stack([np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)) for image in images])
+    return np.stack([np.asarray(image.resize(size[::-1], RESAMPLING[interpolation])) for image in images])
 
 
 def training_transform(
     augmentation: Augmentation, image_size: tuple[int, int], preprocessing: dict[str, Any]
 ) -> transforms.Compose:
     """timm's augmentation of one PIL image, down to a normalised (3, H, W) tensor."""
+    if augmentation.auto_augment is not None:
+        try:
+            rand_augment_transform(augmentation.auto_augment, {})
+        except (AssertionError, ValueError, KeyError) as error:
+            if not augmentation.auto_augment.startswith(("v0", "original", "3a", "augmix")):
+                raise ValueError(
+                    "Expected `augmentation.auto_augment` in timm's notation, such as rand-m9-mstd0.5-inc1, "
+                    f"got {augmentation.auto_augment!r}."
+                ) from error
     transform = create_transform(
         input_size=(3, *image_size),
         is_training=True,

@@ -3,7 +3,6 @@
 python -m hf_visual_perceiver.training.make_sample uoft-cs/cifar10 hf_visual_perceiver/data
 """
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import numpy as np
 import typer
 
 from hf_visual_perceiver.training.data import load_table
+from hf_visual_perceiver.training.files import written_aside
 
 
 def make_sample(dataset: str, folder: Path) -> None:
@@ -24,9 +24,8 @@ def make_sample(dataset: str, folder: Path) -> None:
         # The bytes as they are: decoding and encoding again would change the files.
         table = table.cast_column("img", datasets.Image(decode=False)).select(chosen)
         table = table.cast_column("img", datasets.Image())
-        aside = folder / f".{split}.parquet.tmp"
-        table.to_parquet(str(aside))
-        os.replace(aside, folder / f"{split}.parquet")
+        with written_aside(folder / f"{split}.parquet") as aside:
+            table.to_parquet(str(aside))
 
 
 def command(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 from hf_visual_perceiver.modeling import VisualPerceiverConfig
 
@@ -42,6 +43,7 @@ class Recipe:
     attention: str | None = None  # sdpa, eager or flash_attention_2; None is transformers' choice
 
     dataset: str = "uoft-cs/cifar10"  # Hub id, folder of parquet files, or imagefolder
+    dataset_name: str | None = None  # what the card calls it; None is `dataset` as the file says
     split: str = "train"
     validation: int = 0  # the last images of the split, for choosing; 0 trains on everything
     cache_gib: float = 8.0  # decoded images of one size are kept in memory up to this; 0 decodes at each use
@@ -75,9 +77,18 @@ class Recipe:
         positive = ("steps", "batch_size", "save_every", "keep_checkpoints", "log_every")
         for name in positive:
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("validation", "warmup_steps", "workers", "weight_decay", "cache_gib"):
+        for name in ("validation", "warmup_steps", "workers", "weight_decay", "cache_gib", "seed"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
+        for name in ("min_learning_rate", "warmup_learning_rate"):
+            _require(0 <= getattr(self, name) <= self.learning_rate, name, "in [0, learning_rate]", getattr(self, name))
+        clip = self.clip_gradient_norm
+        _require(clip is None or clip > 0, "clip_gradient_norm", "above 0", clip)
+        for name in ("mixup", "cutmix", "color_jitter"):
+            value = getattr(self.augmentation, name)
+            _require(value >= 0, f"augmentation.{name}", "at least 0", value)
+        padding = self.augmentation.random_crop_padding
+        _require(padding is None or padding >= 0, "augmentation.random_crop_padding", "at least 0", padding)
         _require(self.warmup_steps < self.steps, "warmup_steps", f"below steps = {self.steps}", self.warmup_steps)
         precisions = ("no", "bf16", "fp16")
         _require(self.mixed_precision in precisions, "mixed_precision", f"one of {precisions}", self.mixed_precision)
@@ -89,13 +100,19 @@ class Recipe:
         _require(self.augmentation.repeats >= 1, "augmentation.repeats", "at least 1", self.augmentation.repeats)
         if self.evaluate_every is not None:
             _require(self.evaluate_every >= 1, "evaluate_every", "at least 1", self.evaluate_every)
+        unknown = sorted(set(self.config) - set(VisualPerceiverConfig.__dataclass_fields__))
+        _require(not unknown, "config", "fields of VisualPerceiverConfig", unknown)
         config = self.model_config(num_labels=2)
+        _require(config.num_channels == 3, "config.num_channels", "3, as images are read in RGB", config.num_channels)
         for K in self.evaluate_queries or []:
             config.operating_point(K)
 
     def model_config(self, **fields: Any) -> VisualPerceiverConfig:
         """The config of the model to train; `fields` adds what the dataset knows, such as the labels."""
-        return VisualPerceiverConfig.from_architecture(self.architecture, **{**self.config, **fields})
+        try:
+            return VisualPerceiverConfig.from_architecture(self.architecture, **{**self.config, **fields})
+        except StrictDataclassError as error:
+            raise ValueError(f"`config` does not fit: {' '.join(str(error).split())}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in the YAML."""
@@ -115,6 +132,8 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         raise ValueError(f"Expected {path} to be YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"Expected {path} to hold keys and values, got {type(values).__name__}.")
+    # Where the data lies on this machine is no name for it.
+    values.setdefault("dataset_name", values.get("dataset", Recipe.dataset))
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -125,7 +144,10 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ValueError(f"Expected `{parent}` in the override {override!r} to be a group of keys.")
-        place[last] = yaml.safe_load(value)
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"Expected YAML after the = of the override {override!r}.") from error
     return recipe_from_dict(values, source=str(path))
 
 

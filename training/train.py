@@ -7,6 +7,7 @@ step, so that a resumed run is the run that was not interrupted.
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Annotated
 
 import torch
 import typer
+import yaml
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.data import Mixup
@@ -25,10 +28,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 
-from hf_visual_perceiver.conditions import measurement_conditions
-from hf_visual_perceiver.folder import save_folder
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.checkpointing import RunFolder
+from hf_visual_perceiver.training.conditions import measurement_conditions
 from hf_visual_perceiver.training.data import (
     AugmentedImages,
     BatchOrder,
@@ -39,6 +41,7 @@ from hf_visual_perceiver.training.data import (
     seed_everything,
     training_transform,
 )
+from hf_visual_perceiver.training.folder import save_folder
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
 from hf_visual_perceiver.training.schedules import create_schedule
 
@@ -60,16 +63,9 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
 
     Raises:
         ValueError: If the recipe, the dataset and the folder do not fit together; nothing is then written.
-        FloatingPointError: If the loss is not finite; checkpoints from before stay.
+        FloatingPointError: If the loss or a weight is not finite; the last good checkpoints stay.
     """
     run = RunFolder(output_dir)
-    run.check(recipe, resume)
-    data = load_images(recipe.dataset, recipe.split, recipe.cache_gib)
-    if not recipe.validation < len(data):
-        raise ValueError(f"Expected `validation` to be below the {len(data)} images, got {recipe.validation}.")
-    first_validation = len(data) - recipe.validation
-    training, validation = data.subset(slice(None, first_validation)), data.subset(slice(first_validation, None))
-
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
         log_with=_tracker(recipe.tracker),
@@ -77,7 +73,26 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
         # The batches are dealt by BatchOrder, which accelerate would deal a second time.
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
     )
-    # Before anything is written: these raise a ValueError if the recipe does not fit.
+    # The main process judges for all: a late one would find what the first has begun to write.
+    verdict: list[ValueError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            run.check(recipe, resume)
+        except ValueError as error:
+            verdict = [error]
+    broadcast_object_list(verdict)
+    if verdict[0] is not None:
+        raise verdict[0]
+    if resume and run.model.exists() and recipe.steps in run.saved_steps():
+        if accelerator.is_main_process:
+            console.print(f"The run is finished; its model is in {run.model}.")
+        return run.model
+
+    data = load_images(recipe.dataset, recipe.split, recipe.cache_gib)
+    if not recipe.validation < len(data):
+        raise ValueError(f"Expected `validation` to be below the {len(data)} images, got {recipe.validation}.")
+    first_validation = len(data) - recipe.validation
+    training, validation = data.subset(slice(None, first_validation)), data.subset(slice(first_validation, None))
     order = BatchOrder(
         num_images=len(training),
         batch_size=recipe.batch_size,
@@ -92,17 +107,8 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
     transform = training_transform(
         recipe.augmentation, model.config.image_height_width, model.config.timm_pretrained_cfg
     )
-
-    if accelerator.is_main_process:
-        run.start(recipe)
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers("logs", config=None)
-
+    criterion = create_criterion(recipe, len(data.label_names))
     optimizer = create_optimizer(model, recipe)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    ema = ModelEmaV3(accelerator.unwrap_model(model), decay=recipe.ema_decay) if recipe.ema_decay else None
-    if ema is not None:
-        accelerator.register_for_checkpointing(ema)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",
@@ -113,6 +119,16 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
         step_on_epochs=False,
         updates_per_epoch=1,
     )
+
+    # Everything above raises if the recipe does not fit; from here on the folder is written to.
+    if accelerator.is_main_process:
+        run.start(recipe)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("hf_visual_perceiver", config={"recipe": recipe_name, "seed": recipe.seed})
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = ModelEmaV3(accelerator.unwrap_model(model), decay=recipe.ema_decay) if recipe.ema_decay else None
+    if ema is not None:
+        accelerator.register_for_checkpointing(ema)
     first_step = run.restore(accelerator) if resume else 0
     if accelerator.is_main_process and resume:
         run.truncate_log(first_step)
@@ -126,7 +142,6 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
         persistent_workers=recipe.workers > 0,
         pin_memory=accelerator.device.type == "cuda",
     )
-    criterion = create_criterion(recipe, len(data.label_names))
 
     def evaluate(step: int) -> None:
         if len(validation) == 0:
@@ -156,6 +171,7 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
         for step, (images, labels) in enumerate(loader, start=first_step):
             scheduler.step_update(step)
             K = schedule(step)
+            where = functools.partial(_whereabouts, run, step, K)
             # The processes share the mixing of a batch (NumPy) but not their dropped paths (torch).
             seed_everything(recipe.seed, step)
             torch.manual_seed(torch.initial_seed() % 2**32 + accelerator.process_index)
@@ -174,15 +190,12 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
             seen += recipe.batch_size
             if done % recipe.log_every == 0 or done == recipe.steps:
                 mean_loss = accelerator.reduce(loss.detach().float(), "mean").item()
-                if not mean_loss < float("inf"):
-                    raise FloatingPointError(
-                        f"Expected a finite loss, got {mean_loss} at step {step} with K = {K}; "
-                        f"complete checkpoints: {run.saved_steps() or 'none'}."
-                    )
+                if not math.isfinite(mean_loss):
+                    raise FloatingPointError(f"Expected a finite loss, got {mean_loss} {where()}.")
                 rate = seen / (time.perf_counter() - began)
                 began, seen = time.perf_counter(), 0
                 entry = {"loss": mean_loss, "K": K, "learning_rate": optimizer.param_groups[0]["lr"]}
-                accelerator.log({**entry, "images_per_second": rate}, step=step)
+                accelerator.log({**entry, "images_per_second": rate}, step=done)
                 if accelerator.is_main_process:
                     run.log({"step": done, **entry, "images_per_second": round(rate, 1)})
                 status = f"loss {mean_loss:.3f}  K {K:<3d} {rate:,.0f} images/s"
@@ -192,6 +205,9 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
                     shown = time.perf_counter()
             progress.update(task, completed=done)
             if done % recipe.save_every == 0 or done == recipe.steps:
+                # A checkpoint that cannot be continued must not take the place of one that can.
+                if not all_finite(accelerator, model):
+                    raise FloatingPointError(f"Expected finite weights, got others {where()}.")
                 run.save(accelerator, done, recipe.keep_checkpoints)
             if recipe.evaluate_every and done % recipe.evaluate_every == 0 and done != recipe.steps:
                 evaluate(done)
@@ -200,13 +216,15 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
         evaluate(recipe.steps)
 
     if accelerator.is_main_process:
+        published = {**recipe.to_dict(), "dataset": recipe.dataset_name or recipe.dataset}
         facts = {
             "recipe_name": recipe_name,
-            "recipe": recipe.to_dict(),
+            # With the dataset's public name: where it lies on this machine helps nobody.
+            "recipe": published,
             "training_images": len(training),
             "epochs": recipe.steps * recipe.batch_size / len(training),
             "processes": accelerator.num_processes,
-            "hours": run.hours(recipe.batch_size),
+            "training_hours": run.hours(recipe.batch_size),
             "validation_accuracy": {
                 entry["K"]: entry["validation_accuracy"]
                 for entry in run.entries()
@@ -214,11 +232,25 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
             },
             "conditions": measurement_conditions(accelerator.device),
         }
-        files = {"training.json": json.dumps(facts, indent=2) + "\n", "recipe.yaml": run.recipe_file.read_text()}
+        files = {
+            "training.json": json.dumps(facts, indent=2) + "\n",
+            "recipe.yaml": yaml.safe_dump(published, sort_keys=False),
+        }
         save_folder(ema.module if ema is not None else accelerator.unwrap_model(model), run.model, files)
         console.print(f"The trained model is in {run.model}.")
     accelerator.end_training()
     return run.model
+
+
+def _whereabouts(run: RunFolder, step: int, K: int) -> str:
+    return f"at step {step} with K = {K}; complete checkpoints: {run.saved_steps() or 'none'}"
+
+
+@torch.no_grad()
+def all_finite(accelerator: Accelerator, model: torch.nn.Module) -> bool:
+    """Whether every weight of every process is finite."""
+    finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+    return accelerator.reduce(finite.float(), "sum").item() == accelerator.num_processes
 
 
 def logits_at(model: torch.nn.Module, K: int, images: torch.Tensor) -> torch.Tensor:
@@ -234,7 +266,10 @@ def create_model(recipe: Recipe, label_names: list[str]) -> VisualPerceiverForIm
     )
     model = VisualPerceiverForImageClassification(config)
     if recipe.attention is not None:
-        model.set_attn_implementation(recipe.attention)
+        try:
+            model.set_attn_implementation(recipe.attention)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"Cannot use `attention` {recipe.attention!r}: {error}") from error
     return model
 
 
@@ -242,7 +277,12 @@ def create_optimizer(model: VisualPerceiverForImageClassification, recipe: Recip
     """timm's optimiser of that name; biases, norms, positions and queries are not decayed, as timm does for its models."""
     spared = {name for name, _ in model.named_parameters() if name.endswith(("queries", "position_embeddings"))}
     groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=spared)
-    return create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=0.0)
+    try:
+        return create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=0.0)
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ValueError(
+            f"Expected `optimizer` to be a name of timm's optimisers, got {recipe.optimizer!r}."
+        ) from error
 
 
 def create_criterion(
@@ -281,7 +321,7 @@ def validation_accuracy(
     correct = torch.zeros((), device=accelerator.device)
     for first in range(accelerator.process_index * batch_size, len(data), accelerator.num_processes * batch_size):
         indices = range(first, min(first + batch_size, len(data)))
-        pixels = pixels_of_size(data, indices, size)
+        pixels = pixels_of_size(data, indices, size, cfg["interpolation"])
         images = normalise(pixels, cfg["mean"], cfg["std"]).to(accelerator.device)
         with accelerator.autocast():
             logits = model(images, num_active_queries=K).logits

@@ -17,9 +17,9 @@ from transformers import (
     pipeline,
 )
 
-from hf_visual_perceiver.folder import save_folder
 from hf_visual_perceiver.loading import load_model
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
+from hf_visual_perceiver.training.folder import save_folder
 
 
 POINTS = [{}, {"num_active_queries": 7}, {"dqs_threshold": 0.8}, {"num_active_queries": 40, "dqs_threshold": 0.6}]
@@ -186,7 +186,7 @@ class TestBadFolders:
     def test_weights_of_another_network(self, folder, tmp_path):
         config = json.loads((folder / "config.json").read_text())
         config["hidden_size"] = 48
-        with pytest.raises(ValueError, match="Cannot read the weights of"):
+        with pytest.raises(ValueError, match=r"Expected .* of shape .*48.* as its config.json says, got .*96"):
             load_model(self.copy(folder, tmp_path, config=json.dumps(config).encode()))
 
     def test_missing_weights(self, folder, tmp_path):
@@ -196,6 +196,24 @@ class TestBadFolders:
         save_file(weights, f"{copy}/model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=r"1 are missing, such as head.bias"):
             load_model(copy)
+
+    def test_weights_that_have_no_place(self, folder, tmp_path):
+        config = json.loads((folder / "config.json").read_text())
+        config["num_hidden_layers"] = 4
+        with pytest.raises(ValueError, match=r"are not part of the model, such as visual_perceiver.layers.4"):
+            load_model(self.copy(folder, tmp_path, config=json.dumps(config).encode()))
+
+    @pytest.mark.parametrize(("key", "value"), [("hidden_size", "wide"), ("hidden_act", "gelo"), ("dqs_threshold", -3)])
+    def test_broken_configs(self, folder, tmp_path, key, value):
+        config = {**json.loads((folder / "config.json").read_text()), key: value}
+        with pytest.raises(ValueError, match=key):
+            load_model(self.copy(folder, tmp_path, config=json.dumps(config).encode()))
+
+    def test_a_folder_of_something_else_is_not_replaced(self, trained, tmp_path):
+        (tmp_path / "thesis.tex").write_text("precious")
+        with pytest.raises(ValueError, match="holds something else"):
+            save_folder(trained, tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
     def test_another_model_type(self, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "vit"}')

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from support import small_config
@@ -58,11 +59,12 @@ class TestNumActiveQueries:
         model.config.num_active_queries, model.config.dqs_threshold = 4, 0.5
         assert torch.equal(model(images).logits, expected.logits)
 
-    def test_numpy_integers_are_integers(self, model, images):
-        numpy = pytest.importorskip("numpy")
-        assert model(images, num_active_queries=numpy.int64(3)).active_queries.sum() == 24
+    def test_numbers_of_other_libraries_are_numbers(self, model, images):
+        assert model(images, num_active_queries=np.int64(3)).active_queries.sum() == 24
+        assert model(images, num_active_queries=torch.tensor(3)).active_queries.sum() == 24
+        assert model(images, dqs_threshold=np.float32(1)).active_queries.all()
 
-    @pytest.mark.parametrize("K", [0, 13, -1, 2.5, 3.0, True, "3", float("nan")])
+    @pytest.mark.parametrize("K", [0, 13, -1, 2.5, 3.0, True, "3", float("nan"), torch.tensor(2.5)])
     def test_bad_values(self, model, images, K):
         with pytest.raises(ValueError, match=r"`num_active_queries` to be an integer in \[1, 12\], got"):
             model(images, num_active_queries=K)
@@ -205,6 +207,31 @@ class TestTransformersIdiom:
         assert torch.equal(again.eval()(images).logits, model(images).logits)
         base = VisualPerceiverModel.from_pretrained(tmp_path).eval()
         assert torch.equal(base(images).pooler_output, model.visual_perceiver(images).pooler_output)
+
+    def test_flash_attention_is_asked_only_for_what_it_can_do(self, images):
+        from transformers import AttentionInterface
+
+        asked = []
+
+        def fake_flash(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+            asked.append(query.shape[-1])
+            assert attention_mask is None
+            assert query.shape[-1] <= 256
+            output = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling)
+            return output.transpose(1, 2), None
+
+        AttentionInterface.register("fake_flash", fake_flash)
+        # One cross-attention head of width 384, as in the small architecture.
+        fields = {"hidden_size": 384, "intermediate_size": 384, "num_attention_heads": 6}
+        model = VisualPerceiverForImageClassification(small_config(**fields, initializer_range=0.1)).eval()
+        for backend in ("packed", "masked"):
+            model.visual_perceiver.ragged_backend = backend
+            for arguments in ({}, {"dqs_threshold": 0.5}):
+                model.set_attn_implementation("sdpa")
+                expected = model(images, **arguments).logits
+                model.set_attn_implementation("fake_flash")
+                torch.testing.assert_close(model(images, **arguments).logits, expected, **close)
+        assert set(asked) == {64}
 
     def test_half_precision(self, model, images):
         model.to(torch.bfloat16)

@@ -39,9 +39,10 @@ def test_the_rules_differ_in_a_chain():
 def test_kept_is_a_superset_and_the_first_stays(reference):
     tokens = torch.randn(6, 20, 4)
     for threshold in (-1, -0.2, 0.5, 0.9):
-        keep = select_queries(tokens, threshold, reference)
+        keep, fewest = select_queries(tokens, threshold, reference), select_queries(tokens, threshold, "all")
         assert keep[:, 0].all()
-        assert (keep >= select_queries(tokens, threshold, "all")).all()
+        assert (keep >= fewest).all()
+    assert (select_queries(tokens, 0.5, reference).sum() > select_queries(tokens, 0.5).sum()) == (reference == "kept")
 
 
 def test_a_threshold_of_one_keeps_all_even_copies():

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from hf_visual_perceiver import ARCHITECTURES, VisualPerceiverConfig
-from hf_visual_perceiver.folder import save_folder
+from hf_visual_perceiver.training.folder import save_folder
 
 
 NANO = "visual_perceiver_nano_patch4_32"

@@ -1,12 +1,15 @@
 """The command line, end to end on the sample, in processes of their own."""
 
+import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from support import run
 
-from hf_visual_perceiver.cli import main
+from hf_visual_perceiver.cli import evaluation_table, main
+from hf_visual_perceiver.evaluation import Evaluation
 from hf_visual_perceiver.loading import default_dataset, default_model
 from hf_visual_perceiver.sample_images import write_sample_images
 from hf_visual_perceiver.training.data import load_images
@@ -39,11 +42,12 @@ def test_evaluate(tmp_path):
 
 
 def test_evaluate_at_chosen_points(tmp_path):
-    chosen = ["--num-active-queries", 3, "--num-active-queries", 5, "--dqs-threshold", 0.5]
+    chosen = ["--num-active-queries", 3, "--num-active-queries", 5, "--num-active-queries", 3, "--dqs-threshold", 0.5]
     result = cli("evaluate", *chosen, "--json", tmp_path / "r.json", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert [(r["num_active_queries"], r["dqs_threshold"]) for r in rows] == [(3, None), (5, None), (None, 0.5)]
+    assert [(r["num_active_queries"], r["dqs_threshold"]) for r in rows] == [(3, 0.5), (5, 0.5)]
+    assert all(1 <= r["queries_min"] <= r["queries_max"] <= r["num_active_queries"] for r in rows)
 
 
 def test_predict(pictures, tmp_path):
@@ -92,6 +96,7 @@ def test_info(tmp_path):
     assert facts["architecture"] == "visual_perceiver_nano_patch4_32"
     assert "airplane, automobile" in result.stdout
     assert facts["evaluation"]["conditions"]["images"] == 10_000
+    assert "hours of training steps" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -133,6 +138,15 @@ def test_a_budget_that_is_no_integer(pictures, value):
     result = cli("predict", pictures, "--num-active-queries", value)
     assert result.returncode == 2
     assert "valid int" in result.stderr
+
+
+def test_the_table_fits_a_terminal():
+    values = json.loads((Path(default_model()) / "evaluation.json").read_text())
+    narrow = Console(width=80, record=True, file=io.StringIO())
+    narrow.print(evaluation_table(Evaluation.from_dict(values)))
+    text = narrow.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_default_model_ships():

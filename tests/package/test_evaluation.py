@@ -10,10 +10,10 @@ import torch
 from hf_visual_perceiver import count_macs
 from hf_visual_perceiver.card import write_card
 from hf_visual_perceiver.evaluation import Evaluation, OperatingPoint, default_points, evaluate
-from hf_visual_perceiver.folder import save_folder
 from hf_visual_perceiver.metrics import Accuracy
 from hf_visual_perceiver.plots import plot_tradeoff
 from hf_visual_perceiver.training.data import ImageDataset, load_images, normalise
+from hf_visual_perceiver.training.folder import save_folder
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """What is installed: one package, one command, and everything the package needs to find."""
 
 import ast
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,17 +14,8 @@ from support import REPOSITORY
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    files = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split("\n")
-    for name in filter(None, files):
-        if (REPOSITORY / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((REPOSITORY / name).read_bytes())
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "outputs", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(REPOSITORY, source, ignore=ignored)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
     subprocess.run(command, check=True, capture_output=True, timeout=180)
     return next(folder.glob("*.whl"))

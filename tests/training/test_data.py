@@ -69,6 +69,10 @@ class TestLoading:
         [
             ({"img": "image"}, "a label column in .*, got columns img"),
             ({"label": "label"}, "an image column in .*, got columns label"),
+            ({"img": "image", "label": "text"}, "integers in column 'label' of .*, got 'cat'"),
+            ({"img": "image", "label": "real"}, "integers in column 'label' of .*, got 0.75"),
+            ({"img": "image", "label": "missing"}, "integers in column 'label' of .*, got None"),
+            ({"img": "nothing", "label": "label"}, "Cannot read image 0 of"),
             ({"img": "image", "label": "negative"}, r"labels in \[0, 2\) in .*, got -1 to 1"),
         ],
     )
@@ -77,10 +81,14 @@ class TestLoading:
             "image": [Image.new("RGB", (4, 4))] * 3,
             "label": [0, 1, 1],
             "negative": [0, -1, 1],
+            "text": ["cat", "dog", "cat"],
+            "real": [0.75, 1.0, 1.5],
+            "missing": [0, None, 1],
+            "nothing": [None] * 3,
         }
-        features = {
-            name: datasets.Image() if kind == "image" else datasets.Value("int64") for name, kind in columns.items()
-        }
+        kinds = {"text": datasets.Value("string"), "real": datasets.Value("float32")}
+        kinds |= {"image": datasets.Image(), "nothing": datasets.Image()}
+        features = {name: kinds.get(kind, datasets.Value("int64")) for name, kind in columns.items()}
         table = datasets.Dataset.from_dict(
             {name: values[kind] for name, kind in columns.items()}, features=datasets.Features(features)
         )

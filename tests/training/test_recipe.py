@@ -49,6 +49,13 @@ def test_overrides():
         ("ema_decay=1.5", r"`ema_decay` to be in \(0, 1\), got 1.5"),
         ("augmentation.label_smoothing=2", r"`augmentation.label_smoothing` to be in \[0, 1\], got 2"),
         ("evaluate_queries=[65]", r"integer in \[1, 64\], got 65"),
+        ("config.hiden_size=24", r"`config` to be fields of VisualPerceiverConfig, got \['hiden_size'\]"),
+        ("config.hidden_size=wide", "`config` does not fit: .*hidden_size"),
+        ("config.num_channels=1", "`config.num_channels` to be 3"),
+        ("augmentation.mixup=-1", "`augmentation.mixup` to be at least 0, got -1"),
+        ("clip_gradient_norm=-1", "`clip_gradient_norm` to be above 0"),
+        ("min_learning_rate=1", r"`min_learning_rate` to be in \[0, learning_rate\]"),
+        ("steps=[1", "YAML after the = of the override"),
         ("steps", "override such as steps=100, got 'steps'"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_run_from_start_to_end(tmp_path):
     assert facts["processes"] == 1
     assert facts["training_images"] == 1000
     assert set(facts["validation_accuracy"]) == {"1", "8"}
-    assert facts["hours"] > 0
+    assert facts["training_hours"] > 0
     assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
     # The averaged weights are the ones published.
     raw = load_file(tmp_path / "run" / "checkpoints" / "step_6" / "model.safetensors")
@@ -184,9 +184,11 @@ class TestResuming:
         assert_same_run(tmp_path / "whole", folder)
 
     def test_a_finished_run_stays_as_it_is(self, tmp_path):
-        train(small_recipe(), tmp_path / "run")
+        folder = train(small_recipe(), tmp_path / "run")
+        (folder / "README.md").write_text("measured since")
         before = weights(tmp_path / "run")
-        train(small_recipe(), tmp_path / "run", resume=True)
+        assert train(small_recipe(), tmp_path / "run", resume=True) == folder
+        assert (folder / "README.md").exists()
         assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items())
 
 
@@ -247,6 +249,9 @@ class TestMistakes:
             ({"batch_size": 1024}, "at least 1024 images, one batch, got 1000"),
             ({"batch_size": 15}, "a multiple of 2"),
             ({"queries": {"schedule": "fixed", "K": 9}}, r"integer in \[1, 8\], got 9"),
+            ({"optimizer": "adamm"}, "a name of timm's optimisers, got 'adamm'"),
+            ({"augmentation": {"auto_augment": "foo"}}, "in timm's notation, .*got 'foo'"),
+            ({"attention": "flash_attention_9"}, "Cannot use `attention` 'flash_attention_9'"),
         ],
     )
     def test_nothing_is_written_when_the_recipe_does_not_fit(self, tmp_path, changes, message):
@@ -254,9 +259,19 @@ class TestMistakes:
             train(small_recipe(**changes), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
-    def test_a_loss_that_is_not_finite_stops_the_run(self, tmp_path):
-        with pytest.raises(FloatingPointError, match=r"finite loss, got nan at step \d with K = \d"):
-            train(small_recipe(learning_rate=1e30, clip_gradient_norm=None), tmp_path / "run")
+    @pytest.mark.parametrize(("log_every", "what"), [(1, "finite loss, got nan"), (100, "finite weights")])
+    def test_a_loss_that_is_not_finite_stops_the_run(self, tmp_path, monkeypatch, log_every, what):
+        original, calls = train_module.logits_at, []
+
+        def explode(*args):
+            calls.append(args)
+            return original(*args) * (float("nan") if len(calls) == 3 else 1)
+
+        monkeypatch.setattr(train_module, "logits_at", explode)
+        with pytest.raises(FloatingPointError, match=rf"{what}.* at step \d with K = \d; complete checkpoints: \[2\]"):
+            train(small_recipe(log_every=log_every), tmp_path / "run")
+        # What is not finite took no checkpoint's place.
+        assert RunFolder(tmp_path / "run").saved_steps() == [2]
         assert not (tmp_path / "run" / "model").exists()
 
     def test_the_command_says_it_in_one_line(self, tmp_path, recipe_file):

@@ -1,0 +1,51 @@
+"""Files and folders that are whole or absent: written aside, then renamed."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def written_aside(path: str | Path) -> Iterator[Path]:
+    """A temporary file to write; it takes the place of `path` when the block ends, and is gone if the block fails."""
+    path = Path(path)
+    # The suffix stays, because libraries choose the format by it.
+    aside = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file."""
+    with written_aside(path) as aside:
+        aside.write_text(text)
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """Write plain values as JSON."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+@contextmanager
+def folder_written_aside(path: str | Path) -> Iterator[Path]:
+    """A temporary folder to fill; it takes the place of `path` when the block ends, and is gone if the block fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        new, old = work / "new", work / "old"
+        new.mkdir()
+        yield new
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
