@@ -1,0 +1,624 @@
+"""The Visual Perceiver (Dancette & Cord 2022): image models that read patches with as many queries as they need.
+
+An image becomes N patch tokens; Q learned queries read them once by cross-attention; the first K of them, or those that
+Dynamic Query Selection keeps, go through the self-attention blocks; one output query reads the result.
+
+Shapes: B images, N input tokens, Q learned queries, K active queries, D width, H heads, d = D / H, T tokens of a packed
+batch. The parts below and `PerceiverParts`, which strings them together, are shared by the `PreTrainedModel`s in this file
+and by timm's model in `timm_visual_perceiver.py`, so that one file of weights serves both.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_visual_perceiver import VisualPerceiverConfig
+from .query_selection import select_queries
+from .ragged import PackedLayout
+
+
+@dataclass
+class VisualPerceiverModelOutput(ModelOutput):
+    """What `VisualPerceiverModel` returns.
+
+    Attributes:
+        last_hidden_state: (B, K, D) tokens after the self-attention blocks; rows of removed queries are zero.
+        pooler_output: (B, D) the output query's token after the decoder and its norm.
+        active_queries: (B, Q) bool, the queries that each image used; `active_queries.sum(1)` is its K.
+        hidden_states: The (B, K, D) input of every block and the output of the last, if asked for.
+        attentions: The (B, H, K, K) attention of every block, if asked for.
+        cross_attentions: One (B, H, K, N) tensor: what each query reads, if asked for.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    active_queries: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class VisualPerceiverImageClassifierOutput(ModelOutput):
+    """What `VisualPerceiverForImageClassification` returns.
+
+    Attributes:
+        loss: The classification loss, if `labels` were given.
+        logits: (B, labels).
+        active_queries: (B, Q) bool, the queries that each image used; `active_queries.sum(1)` is its K.
+        hidden_states: As in `VisualPerceiverModelOutput`.
+        attentions: As in `VisualPerceiverModelOutput`.
+        cross_attentions: As in `VisualPerceiverModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    active_queries: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def check_pixel_values(pixel_values: torch.Tensor, config: VisualPerceiverConfig, any_size: bool = False) -> None:
+    """Raise a `ValueError` unless `pixel_values` is a non-empty floating-point batch of the config's image size.
+
+    With `any_size`, every multiple of the patch size will do.
+    """
+    if pixel_values is None or pixel_values.ndim != 4:
+        given = None if pixel_values is None else tuple(pixel_values.shape)
+        raise ValueError(f"Expected `pixel_values` of shape (B, C, H, W), got {given}.")
+    B, C, height, width = pixel_values.shape
+    if B == 0:
+        raise ValueError("Expected at least one image, got an empty batch.")
+    if config.num_channels != C:
+        raise ValueError(f"Expected images of {config.num_channels} channels, got {C}.")
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"Expected normalised `pixel_values` of a floating-point dtype, got {pixel_values.dtype}; "
+            "an image processor or transform makes them."
+        )
+    if any_size:
+        if height % config.patch_size or width % config.patch_size or not height * width:
+            raise ValueError(
+                f"Expected an image size that is a multiple of the patch size {config.patch_size}, got {height}x{width}."
+            )
+    elif (height, width) != config.image_height_width:
+        expected = "x".join(map(str, config.image_height_width))
+        raise ValueError(
+            f"Expected images of size {expected}, got {height}x{width}; `interpolate_pos_encoding=True` takes other sizes."
+        )
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, with the weights: (n, H, L_q, d), (n, H, L, d) x 2 -> (n, L_q, H, d), (n, H, L_q, L)."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    return (F.dropout(weights, dropout, module.training) @ value).transpose(1, 2), weights
+
+
+def sdpa_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`eager_attention` by torch's fused kernels, without the weights.
+
+    Called directly rather than through transformers' wrapper, whose Python test of the length breaks torch.export and
+    torch.fx when the number of queries is dynamic.
+    """
+    output = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+    return output.transpose(1, 2), None
+
+
+def drop_path(x: torch.Tensor, rate: float, training: bool, layout: PackedLayout | None = None) -> torch.Tensor:
+    """Stochastic depth: with probability `rate`, an image skips this branch (Huang et al. 2016).
+
+    Args:
+        x: (B, K, D), or (T, D) when `layout` says which image each token belongs to.
+        rate: Probability that an image's branch is zeroed; the others are scaled up by 1 / (1 - rate).
+        training: Outside training nothing is dropped.
+        layout: Of a packed batch.
+    """
+    if rate == 0 or not training:
+        return x
+    images = x.shape[0] if layout is None else layout.shape[0]
+    survives = torch.rand(images, 1, device=x.device) >= rate
+    survives = survives[:, None] if layout is None else survives[layout.image]
+    return x * (survives.to(x.dtype) / (1 - rate))
+
+
+class VisualPerceiverPatchEmbeddings(nn.Module):
+    """Images to patch tokens: (B, C, H, W) -> (B, N, D). A convolution, so that timm can adapt its input channels."""
+
+    def __init__(self, config: VisualPerceiverConfig):
+        super().__init__()
+        size = config.patch_size
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
+
+
+class VisualPerceiverEmbeddings(nn.Module):
+    """Patch tokens with learned positions: (B, C, H, W) -> (B, N, D)."""
+
+    def __init__(self, config: VisualPerceiverConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embeddings = VisualPerceiverPatchEmbeddings(config)
+        self.position_embeddings = nn.Parameter(torch.empty(1, config.num_patches, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        check_pixel_values(pixel_values, self.config, any_size=interpolate_pos_encoding)
+        tokens = self.patch_embeddings(pixel_values.to(self.patch_embeddings.projection.weight.dtype))
+        if not interpolate_pos_encoding:
+            return self.dropout(tokens + self.position_embeddings)
+        size = self.config.patch_size
+        (height, width), (new_height, new_width) = self.config.image_height_width, pixel_values.shape[-2:]
+        grids = (height // size, width // size), (new_height // size, new_width // size)
+        return self.dropout(tokens + resample_positions(self.position_embeddings, *grids))
+
+
+def resample_positions(positions: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """Position embeddings (1, N, D) of an `old` grid of patches (rows, columns), bicubically resampled to a `new` one."""
+    if old == new:
+        return positions
+    grid = positions.float().unflatten(1, old).permute(0, 3, 1, 2)  # (1, N, D) -> (1, D, h, w)
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False, antialias=True)
+    return grid.flatten(2).transpose(1, 2).to(positions.dtype)
+
+
+class VisualPerceiverMLP(nn.Module):
+    """Two linears around the activation: (..., D) -> (..., D)."""
+
+    def __init__(self, config: VisualPerceiverConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.fc2(self.act(self.fc1(x))))
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention between given queries, keys and values, by the config's attention implementation; no parameters."""
+
+    def __init__(self, config: VisualPerceiverConfig, num_heads: int):
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.scaling = (config.hidden_size // num_heads) ** -0.5
+        self.is_causal = False  # read by transformers' flash attention
+
+    def split_heads(self, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+        """(..., parts D) -> `parts` x (..., H, d)."""
+        # Not `chunk` and a loop over the parts, which torch.fx cannot trace.
+        return x.unflatten(-1, (parts, self.num_heads, -1)).unbind(-3)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend within each of n images.
+
+        Args:
+            query: (n, H, L_q, d).
+            key: (n, H, L, d).
+            value: (n, H, L, d).
+            mask: (n, 1, 1, L) bool, true where a key may be read; None reads all.
+            need_weights: Fused kernels do not give the weights, so the eager form runs when they are needed.
+
+        Returns:
+            (n, L_q, H, d) and the weights (n, H, L_q, L), or None.
+        """
+        implementation = "eager" if need_weights else self.config._attn_implementation
+        # Flash attention takes no mask of this form, which the reference form of a ragged batch has, and no wider heads.
+        beyond_flash = mask is not None or query.shape[-1] > 256
+        if implementation in ("sdpa", None) or (beyond_flash and "flash" in implementation):
+            attention: Callable = sdpa_attention
+        else:
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        return attention(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
+
+
+class VisualPerceiverSelfAttention(MultiHeadAttention):
+    """Self-attention among the active queries: (B, K, D) -> (B, K, D), or packed (T, D) -> (T, D)."""
+
+    def __init__(self, config: VisualPerceiverConfig):
+        super().__init__(config, config.num_attention_heads)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        layout: PackedLayout | None = None,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self.split_heads(self.qkv(x), 3)  # (..., H, d)
+        if layout is None:
+            query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, H, K, d)
+            y, weights = self.attend(query, key, value, mask, need_weights)
+        else:
+            y, weights = layout.attend(lambda q, k, v: self.attend(q, k, v)[0], query, key, value), None
+        return self.dropout(self.proj(y.flatten(-2))), weights
+
+
+class VisualPerceiverCrossAttention(MultiHeadAttention):
+    """A cross-attention block with its learned queries: Q of them read the patches, or one reads the result (decoder).
+
+    The block comes in two halves, with query selection between them: `forward` gives what the queries read,
+    softmax(q k^T / sqrt(d)) v, and `finish` all the rest, for those queries that stay. The queries are the same for every
+    image, so they are normalised and projected once for the whole batch.
+    """
+
+    def __init__(self, config: VisualPerceiverConfig, num_queries: int, num_heads: int):
+        super().__init__(config, num_heads)
+        D = config.hidden_size
+        self.queries = nn.Parameter(torch.empty(num_queries, D))
+        self.norm_queries = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.norm_inputs = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.query = nn.Linear(D, D, bias=config.qkv_bias)
+        self.key_value = nn.Linear(D, 2 * D, bias=config.qkv_bias)
+        self.proj = nn.Linear(D, D)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.mlp = VisualPerceiverMLP(config)
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        K: int = 1,
+        mask: torch.Tensor | None = None,
+        layout: PackedLayout | None = None,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read `inputs`, (B, N, D) or packed (T, D), with the first K queries: (B, K, D) and the weights (B, H, K, N).
+
+        With `layout` the images of the result are in packed order.
+        """
+        # A copy, because a view of a parameter claims to require a gradient even under no_grad, which torch's FLOP
+        # counter cannot take.
+        queries = self.query(self.norm_queries(self.queries[:K].clone()))
+        query = queries.unflatten(-1, (self.num_heads, -1)).transpose(0, 1)[None]  # (K, H, d) -> (1, H, K, d)
+        key, value = self.split_heads(self.key_value(self.norm_inputs(inputs)), 2)  # (..., H, d)
+        if layout is None:
+            key, value = key.transpose(1, 2), value.transpose(1, 2)  # (B, H, N, d)
+            # A view: the projected queries are not copied for each image.
+            y, weights = self.attend(query.expand(key.shape[0], -1, -1, -1), key, value, mask, need_weights)
+        else:
+            y, weights = layout.attend(lambda q, k, v: self.attend(q, k, v)[0], query, key, value), None
+        return y.flatten(-2), weights
+
+    def finish(self, y: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
+        """Output projection, residual and MLP of what was read: (B, K, D) -> (B, K, D), or packed (T, D) -> (T, D).
+
+        `query` (T,) says which query each row of `y` belongs to; without it they are the first K.
+        """
+        queries = self.queries[: y.shape[1]] if query is None else self.queries[query]
+        x = queries + self.dropout(self.proj(y))
+        return x + self.mlp(self.norm(x))
+
+
+class VisualPerceiverLayer(GradientCheckpointingLayer):
+    """One self-attention block, pre-norm, as in DeiT: (B, K, D) -> (B, K, D), or packed (T, D) -> (T, D)."""
+
+    def __init__(self, config: VisualPerceiverConfig, drop_path_rate: float = 0.0):
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = VisualPerceiverSelfAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VisualPerceiverMLP(config)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        layout: PackedLayout | None = None,
+        need_weights: bool = False,
+    ) -> torch.Tensor:
+        x = x + drop_path(
+            self.attention(self.norm1(x), mask, layout, need_weights)[0], self.drop_path_rate, self.training, layout
+        )
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, self.training, layout)
+
+
+@dataclass(frozen=True)
+class ActiveTokens:
+    """The tokens on their way through the network, in one of three forms.
+
+    Dense: `tokens` (B, K, D), every image uses all K. Masked: `tokens` (B, K, D), `keep` (B, K) says which count.
+    Packed: `tokens` (T, D), `layout` says whose they are; the removed ones are gone.
+    """
+
+    tokens: torch.Tensor
+    keep: torch.Tensor | None = None
+    layout: PackedLayout | None = None
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Of the keys that attention may read, (B, 1, 1, K); only the masked form needs one."""
+        return None if self.keep is None or self.layout is not None else self.keep[:, None, None, :]
+
+    def dense(self) -> torch.Tensor:
+        """(B, K, D), rows of removed queries zero."""
+        if self.layout is not None:
+            return self.layout.unpack(self.tokens)
+        return self.tokens if self.keep is None else self.tokens * self.keep[..., None]
+
+
+class PerceiverParts:
+    """The network itself, mixed into transformers' and timm's model classes: build, read, select, process, decode."""
+
+    config: VisualPerceiverConfig
+
+    def build_parts(self, config: VisualPerceiverConfig) -> None:
+        """Create the submodules and parameters; their names are those of the state dict in both libraries."""
+        self.embeddings = VisualPerceiverEmbeddings(config)
+        self.cross_attention = VisualPerceiverCrossAttention(
+            config, config.num_queries, config.num_cross_attention_heads
+        )
+        last = max(config.num_hidden_layers - 1, 1)
+        self.layers = nn.ModuleList(
+            VisualPerceiverLayer(config, config.drop_path_rate * i / last) for i in range(config.num_hidden_layers)
+        )
+        # timm's pruning removes these two.
+        self.decoder: VisualPerceiverCrossAttention | None = VisualPerceiverCrossAttention(
+            config, 1, config.num_attention_heads
+        )
+        self.norm: nn.Module = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # How images of different lengths share a batch: "packed", or "masked" (the reference, and for recorded outputs).
+        self.ragged_backend = "packed"
+
+    def read(
+        self, pixel_values: torch.Tensor, K: int, interpolate_pos_encoding: bool = False, need_weights: bool = False
+    ) -> torch.Tensor:
+        """Cross-attention outputs of the first K queries: (B, C, H, W) -> (B, K, D). The outputs do not depend on K."""
+        inputs = self.embeddings(pixel_values, interpolate_pos_encoding)
+        return self.cross_attention(inputs, K, need_weights=need_weights)[0]
+
+    def select(self, y: torch.Tensor, threshold: float | None, masked: bool = False) -> ActiveTokens:
+        """Drop queries by their cross-attention outputs `y`, (B, K, D), and finish the block for those that stay."""
+        if threshold is None:
+            return ActiveTokens(self.cross_attention.finish(y))
+        keep = select_queries(y.detach(), threshold, self.config.dqs_reference)
+        return self.keep_queries(y, keep, masked)
+
+    def keep_queries(self, y: torch.Tensor, keep: torch.Tensor, masked: bool = False) -> ActiveTokens:
+        """Finish the cross-attention block for the queries that `keep`, (B, K) bool, marks."""
+        if masked or self.ragged_backend == "masked":
+            return ActiveTokens(self.cross_attention.finish(y), keep)
+        layout = PackedLayout.from_mask(keep)
+        return ActiveTokens(self.cross_attention.finish(layout.pack(y), layout.query), keep, layout)
+
+    def decode(self, active: ActiveTokens) -> torch.Tensor:
+        """What the output query reads from the active tokens, normalised: (B, D)."""
+        assert self.decoder is not None
+        y, _ = self.decoder(active.tokens, mask=active.mask, layout=active.layout)
+        pooled = self.norm(self.decoder.finish(y))[:, 0]  # (B, 1, D) -> (B, D)
+        return pooled if active.layout is None else active.layout.unsort(pooled)
+
+    def active_queries(self, active: ActiveTokens) -> torch.Tensor:
+        """(B, Q) bool: the queries that each image used."""
+        keep = active.keep
+        if keep is None:
+            keep = torch.ones(active.tokens.shape[:2], dtype=torch.bool, device=active.tokens.device)
+        return F.pad(keep, (0, self.config.num_queries - keep.shape[1]))
+
+
+class VisualPerceiverPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and saving; what each class supports."""
+
+    config: VisualPerceiverConfig
+    config_class = VisualPerceiverConfig
+    base_model_prefix = "visual_perceiver"
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VisualPerceiverEmbeddings", "VisualPerceiverLayer"]
+    _input_embed_layer = "patch_embeddings"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": VisualPerceiverLayer,
+        "attentions": VisualPerceiverSelfAttention,
+        "cross_attentions": OutputRecorder(VisualPerceiverCrossAttention, index=1, layer_name="cross_attention"),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_weights(module, self.config.initializer_range)
+
+
+def init_weights(module: nn.Module, std: float) -> None:
+    """DeiT's initialisation: truncated normal weights, zero biases. Uses transformers' setters, which skip loaded weights."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        init.trunc_normal_(module.weight, std=std)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        init.ones_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, VisualPerceiverEmbeddings):
+        init.trunc_normal_(module.position_embeddings, std=std)
+    elif isinstance(module, VisualPerceiverCrossAttention):
+        init.trunc_normal_(module.queries, std=std)
+
+
+class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
+    """The Visual Perceiver without a head.
+
+    Example:
+        >>> model = VisualPerceiverModel(VisualPerceiverConfig()).eval()
+        >>> output = model(torch.zeros(2, 3, 32, 32), num_active_queries=16)
+        >>> output.last_hidden_state.shape, output.pooler_output.shape
+        (torch.Size([2, 16, 192]), torch.Size([2, 192]))
+    """
+
+    def __init__(self, config: VisualPerceiverConfig):
+        super().__init__(config)
+        self.build_parts(config)
+        self.post_init()
+
+    # `hidden_states[-1]` is the last block's output as it is, with the rows of removed queries not yet zeroed.
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        num_active_queries: int | None = None,
+        dqs_threshold: float | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VisualPerceiverModelOutput:
+        """Compute the tokens of the active queries and what the output query reads from them.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+            num_active_queries: K in [1, Q]: use the first K queries. None is the config's value, or Q.
+            dqs_threshold: Drop, per image, each of those queries whose cross-attention output has a cosine above this
+                with that of an earlier one (section 3.4); at least -1, and 1 keeps all. None is the config's value, or
+                no selection. With hidden states or attentions asked for, all K run and the dropped are masked.
+            interpolate_pos_encoding: Take images of any multiple of the patch size by resampling the positions.
+            **kwargs: transformers' `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Raises:
+            ValueError: If the images, K or the threshold are not as described.
+        """
+        K, threshold = self.config.operating_point(num_active_queries, dqs_threshold)
+        need_weights, need_states = (
+            bool(getattr(self.config, name, False) if kwargs.get(name) is None else kwargs[name])
+            for name in ("output_attentions", "output_hidden_states")
+        )
+        # Recorded tensors are dense, (B, K, ...), so recording takes the masked form.
+        record = {"need_weights": True} if need_weights else {}
+        y = self.read(pixel_values, K, interpolate_pos_encoding, need_weights)
+        active = self.select(y, threshold, masked=need_weights or need_states)
+        x = active.tokens
+        for layer in self.layers:
+            x = layer(x, active.mask, active.layout, **record)
+        active = ActiveTokens(x, active.keep, active.layout)
+        return VisualPerceiverModelOutput(
+            last_hidden_state=active.dense(),
+            pooler_output=self.decode(active),
+            active_queries=self.active_queries(active),
+        )
+
+
+class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
+    """The Visual Perceiver with a linear classifier on the output query's token.
+
+    Example:
+        >>> config = VisualPerceiverConfig(num_labels=10)
+        >>> model = VisualPerceiverForImageClassification(config).eval()
+        >>> model(torch.zeros(2, 3, 32, 32), num_active_queries=8).logits.shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, config: VisualPerceiverConfig):
+        super().__init__(config)
+        self.num_labels = len(config.label_names)
+        self.visual_perceiver = VisualPerceiverModel(config)
+        self.head = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        num_active_queries: int | None = None,
+        dqs_threshold: float | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VisualPerceiverImageClassifierOutput:
+        """Classify images at the compute budget that `num_active_queries` and `dqs_threshold` set.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+            labels: (B,) class indices; or what the config's `problem_type` asks for, (B, labels).
+            num_active_queries: As in `VisualPerceiverModel.forward`.
+            dqs_threshold: As in `VisualPerceiverModel.forward`.
+            interpolate_pos_encoding: As in `VisualPerceiverModel.forward`.
+            **kwargs: transformers' `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Raises:
+            ValueError: If the images, K, the threshold or, on a CPU, the labels are not as described.
+        """
+        outputs = self.visual_perceiver(
+            pixel_values,
+            num_active_queries=num_active_queries,
+            dqs_threshold=dqs_threshold,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **kwargs,
+        )
+        logits = self.head(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            if self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1:
+                check_labels(labels, self.num_labels)
+            loss = self.loss_function(labels, logits, self.config)
+        return VisualPerceiverImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            active_queries=outputs.active_queries,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+
+def check_labels(labels: torch.Tensor, num_labels: int) -> None:
+    """Raise a `ValueError` for class indices outside [0, num_labels).
+
+    Only where looking is free: on an accelerator it would make the host wait, and under compile break the graph.
+    """
+    if labels.is_floating_point() or labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if labels.numel() and not (labels.min() >= 0 and labels.max() < num_labels):
+        raise ValueError(
+            f"Expected labels in [0, {num_labels}), got values from {labels.min().item()} to {labels.max().item()}."
+        )
+
+
+__all__ = ["VisualPerceiverForImageClassification", "VisualPerceiverModel", "VisualPerceiverPreTrainedModel"]
