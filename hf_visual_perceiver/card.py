@@ -148,7 +148,8 @@ def selection_verdict(evaluation: Evaluation) -> str:
     selection = [row for row in evaluation.rows if row.dqs_threshold is not None]
     if not selection or len(masking) < 2:
         return ""
-    wins = sum(row.accuracy > np.interp(row.macs, *zip(*masking, strict=True)) for row in selection)
+    macs, accuracies = [m for m, _ in masking], [a for _, a in masking]
+    wins = sum(row.accuracy > float(np.interp(row.macs, macs, accuracies)) for row in selection)
     return (
         f"At equal MACs, Dynamic Query Selection is more accurate than the first K queries for all images at {wins} of the "
         f"{len(selection)} thresholds measured (accuracy between the measured K interpolated). "
