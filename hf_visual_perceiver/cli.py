@@ -149,7 +149,10 @@ def predict(
             results += [{"file": str(path), **output} for path, output in zip(paths, outputs, strict=True)]
 
     if results:
-        table = Table("image", "label", "probability", "also", "queries used", "MACs (M)")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("image", overflow="fold")
+        for header in ("label", "p", "also", "queries", "MACs (M)"):
+            table.add_column(header, justify="left" if header in ("label", "also") else "right")
         for result in results:
             (label, p), *others = result["labels"].items()
             also = ", ".join(f"{name} {q:.1%}" for name, q in others)

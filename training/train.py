@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,12 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
         updates_per_epoch=1,
     )
 
+    cores = (os.cpu_count() or 1) // accelerator.num_processes
+    if accelerator.device.type == "cpu" and torch.get_num_threads() < cores and accelerator.is_main_process:
+        console.print(
+            f"Each process uses {torch.get_num_threads()} of its {cores} cores; "
+            f"`accelerate launch --num_cpu_threads_per_process {cores}` uses all."
+        )
     # Everything above raises if the recipe does not fit; from here on the folder is written to.
     if accelerator.is_main_process:
         run.start(recipe)

@@ -219,9 +219,12 @@ def test_accelerate_launch_on_a_checkouts_script(tmp_path, recipe_file):
         "--output-dir",
         tmp_path / "run",
         "steps=2",
+        "mixed_precision=bf16",
+        "workers=1",
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert load_model(str(tmp_path / "run" / "model")).dtype == torch.float32
 
 
 class TestMistakes:
