@@ -14,6 +14,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -88,7 +89,7 @@ def main(
             for name, arguments in settings.items():
                 times[name].append(milliseconds(network, pixels, **arguments))
         full = np.asarray(times[f"K = {Q}"])
-        table = Table(title=f"batch {len(indices)}", title_justify="left")
+        table = Table(title=f"batch {len(indices)}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for header in (
             "setting",
             "mean queries",
