@@ -277,6 +277,8 @@ def create_model(recipe: Recipe, label_names: list[str]) -> VisualPerceiverForIm
             model.set_attn_implementation(recipe.attention)
         except (ImportError, ValueError) as error:
             raise ValueError(f"Cannot use `attention` {recipe.attention!r}: {error}") from error
+        if model.config._attn_implementation != recipe.attention:  # older transformers only warn
+            raise ValueError(f"Cannot use `attention` {recipe.attention!r}: transformers does not know it.")
     return model
 
 
