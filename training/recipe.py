@@ -186,6 +186,8 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
                 return float(value)
             except ValueError:
                 continue
+        if kind is str and value is False:  # YAML 1.1 reads no, as in `mixed_precision: no`, as false
+            return "no"
         if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
     raise ValueError(f"Expected {hint} in {source}, got {value!r}.".replace("<class '", "").replace("'>", ""))

@@ -34,6 +34,7 @@ def test_overrides():
     assert recipe.augmentation.mixup == 0
     assert recipe.model_config().num_queries == 16
     assert recipe.learning_rate == 5e-4
+    assert load_recipe(RECIPES[0], ["mixed_precision=no"]).mixed_precision == "no"
 
 
 @pytest.mark.parametrize(
