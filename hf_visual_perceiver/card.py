@@ -10,7 +10,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from .evaluation import Evaluation, default_points
-from .loading import shipped
+from .loading import SAMPLE, shipped
 from .modeling import VisualPerceiverForImageClassification
 from .plots import plot_tradeoff
 from .training.files import write_json, write_text
@@ -73,7 +73,7 @@ def _metadata(name: str, evaluation: Evaluation, facts: dict[str, Any]) -> str:
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=c["dataset"],
+            dataset_type="uoft-cs/cifar10" if c["dataset"] == SAMPLE else c["dataset"],
             dataset_name=f"{c['dataset']} ({c['split']}, {c['images']} images)",
             dataset_split=c["split"],
             metric_type="accuracy",
@@ -109,7 +109,8 @@ def _summary(model: VisualPerceiverForImageClassification, facts: dict[str, Any]
 def _command(evaluation: Evaluation) -> str:
     """The command that measures these rows."""
     c = evaluation.conditions
-    parts = ["visual-perceiver", "evaluate", "--model", f"checkpoints/{c['model']}", "--dataset", c["dataset"]]
+    parts = ["visual-perceiver", "evaluate", "--model", f"checkpoints/{c['model']}"]
+    parts += [] if c["dataset"] == SAMPLE else ["--dataset", c["dataset"]]
     parts += ["--split", c["split"], "--batch-size", str(c["batch_size"]), "--dtype", c["dtype"]]
     queries = max(row.num_active_queries or 0 for row in evaluation.rows)
     if [row.point for row in evaluation.rows] != default_points(queries):
@@ -134,7 +135,7 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
         + f", {recipe['mixed_precision']} mixed precision; "
         f"{facts['training_hours']:.2f} hours of training steps.",
         f"Versions: torch {c['torch']}, transformers {c['transformers']}, timm {c['timm']}"
-        + (f"; commit {c['commit']}." if "commit" in c else "."),
+        + (f"; this folder was written at commit {c['commit']}." if "commit" in c else "."),
     ]
     if facts["validation_accuracy"]:
         accuracies = ", ".join(f"{100 * a:.2f} % (K = {k})" for k, a in facts["validation_accuracy"].items())

@@ -14,11 +14,12 @@ import typer
 from PIL import Image
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .card import training_lines, write_card
 from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
-from .loading import choose_device, default_dataset, default_model, load_model
+from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model
 from .modeling import VisualPerceiverForImageClassification, count_macs
 from .plots import check_picture, plot_tradeoff
 from .training.data import load_images
@@ -43,7 +44,6 @@ ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or Hub 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
-SAMPLE = "the embedded sample of CIFAR-10"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -157,7 +157,12 @@ def predict(
             (label, p), *others = result["labels"].items()
             also = ", ".join(f"{name} {q:.1%}" for name, q in others)
             table.add_row(
-                result["file"], label, f"{p:.1%}", also, f"{result['queries_used']}", f"{result['macs'] / 1e6:.1f}"
+                escape(result["file"]),  # brackets in a name are no markup
+                escape(label),
+                f"{p:.1%}",
+                escape(also),
+                f"{result['queries_used']}",
+                f"{result['macs'] / 1e6:.1f}",
             )
         console.print(table)
     if json_file:
@@ -171,6 +176,8 @@ def predict(
 @app.command()
 def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
     """A checkpoint at a glance: architecture, operating point, cost at every budget, measured accuracy."""
+    if json_file:
+        check_writable(json_file)
     name = model or default_model()
     network = load_model(name)
     config = network.config
@@ -193,7 +200,7 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
     macs = {budget: count_macs(config, budget) for budget in budgets}
     evaluation = _read_json(Path(name) / "evaluation.json", Evaluation.from_dict)
     for line in _read_json(Path(name) / "training.json", training_lines) or []:
-        console.print(f"- {line}", highlight=False)
+        console.print(f"- {line}", highlight=False, markup=False)
     if evaluation is not None:
         console.print(evaluation_table(evaluation))
         console.print(conditions_line(evaluation.conditions), style="dim", highlight=False)

@@ -112,7 +112,7 @@ def evaluate(
 
     # The reference of relative times runs too, if it is not among the points.
     measured = points if all_queries in points else [*points, all_queries]
-    metrics = {point: Accuracy() for point in measured}
+    metrics = {point: Accuracy(keep_in_memory=True) for point in measured}
     queries: dict[OperatingPoint, list[np.ndarray]] = {point: [] for point in measured}
     seconds: dict[OperatingPoint, list[float]] = {point: [] for point in measured}
     cfg = config.timm_pretrained_cfg

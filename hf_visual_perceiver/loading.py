@@ -11,6 +11,7 @@ from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassificati
 
 
 DEFAULT_CHECKPOINT = "visual_perceiver_nano_cifar10"
+SAMPLE = "the embedded sample of CIFAR-10"
 
 
 def shipped(name: str) -> Path:

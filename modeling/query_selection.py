@@ -13,8 +13,9 @@ def select_queries(tokens: torch.Tensor, threshold: float, reference: str = "all
     (only queries that stay count) and keeps a superset of what `"all"` keeps.
 
     Similarities are computed in float32 whatever the dtype or autocast (on GPUs by TF32 where
-    `torch.set_float32_matmul_precision` allows it, which can tip a similarity within 1e-3 of the threshold). A zero vector has similarity 0 to everything,
-    as in `torch.nn.functional.cosine_similarity`; a token with NaN or infinite entries is similar to nothing.
+    `torch.set_float32_matmul_precision` allows it, which can tip a similarity within 1e-3 of the threshold). A zero
+    vector has similarity 0 to everything, as in `torch.nn.functional.cosine_similarity`; a token with NaN or infinite
+    entries is similar to nothing.
 
     Args:
         tokens: (B, K, D) cross-attention outputs softmax(q k^T / sqrt(d)) v, before the output projection.

@@ -78,12 +78,13 @@ def test_predict_agrees_with_the_model(pictures, tmp_path, trained):
 
 def test_a_truncated_picture_is_named_and_the_rest_classified(pictures, tmp_path):
     for path in pictures.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+        (tmp_path / f"[bold]{path.name}").write_bytes(path.read_bytes())
     broken = tmp_path / "broken.png"
     broken.write_bytes(next(pictures.iterdir()).read_bytes()[:900])
     result = cli("predict", tmp_path, "--json", tmp_path / "r.json")
     assert result.returncode == 1
     assert f"Cannot read {broken}" in result.stderr
+    assert "[bold]000_cat.png" in result.stdout.replace("\n", "").replace(" ", "")
     answers = json.loads((tmp_path / "r.json").read_text())
     assert len(answers["images"]) == 5
     assert len(answers["unreadable"]) == 1
