@@ -1,8 +1,9 @@
 """Models: what travels with the weights."""
 
 from .configuration_visual_perceiver import ARCHITECTURES, VisualPerceiverConfig
-from .macs import count_macs
+from .macs import count_macs, count_trunk_macs
 from .modeling_visual_perceiver import (
+    QuerySubset,
     VisualPerceiverForImageClassification,
     VisualPerceiverImageClassifierOutput,
     VisualPerceiverModel,
@@ -14,6 +15,7 @@ from .query_selection import select_queries
 
 __all__ = [
     "ARCHITECTURES",
+    "QuerySubset",
     "VisualPerceiverConfig",
     "VisualPerceiverForImageClassification",
     "VisualPerceiverImageClassifierOutput",
@@ -21,5 +23,6 @@ __all__ = [
     "VisualPerceiverModelOutput",
     "VisualPerceiverPreTrainedModel",
     "count_macs",
+    "count_trunk_macs",
     "select_queries",
 ]

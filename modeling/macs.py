@@ -33,6 +33,13 @@ def count_macs(
     patches = N * config.num_channels * config.patch_size**2 * D
     reading = N * 2 * D**2 + C * (D**2 + 2 * N * D) + K * (D**2 + mlp)
     selection = 0 if num_candidates is None else C**2 * D
+    return patches + reading + selection + count_trunk_macs(config, K)
+
+
+def count_trunk_macs(config: VisualPerceiverConfig, num_active_queries: int) -> int:
+    """The part of `count_macs` after the cross-attention block, which alone runs anew for each further K on an image."""
+    K, D, M = num_active_queries, config.hidden_size, config.intermediate_size
+    mlp = 2 * D * M
     trunk = config.num_hidden_layers * (K * (4 * D**2 + mlp) + 2 * K**2 * D)
     decoder = K * 2 * D**2 + 2 * D**2 + 2 * K * D + mlp
-    return patches + reading + selection + trunk + decoder + D * len(config.label_names)
+    return trunk + decoder + D * len(config.label_names)

@@ -1,6 +1,7 @@
 """Packed batches: images that keep different numbers of tokens, laid end to end without padding."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,32 @@ class PackedLayout:
             first += images * length
         B, K = keep.shape
         return cls((B, K), order[position], query, order, groups)
+
+    @classmethod
+    def prefix(cls, B: int, K: int, device: torch.device | str | None = None) -> "PackedLayout":
+        """The layout of B images that all keep their first K tokens."""
+        order = torch.arange(B, device=device)
+        query = torch.arange(K, device=device).repeat(B)
+        return cls((B, K), order.repeat_interleave(K), query, order, [(0, B, K)])
+
+    @classmethod
+    def join(cls, layouts: Sequence["PackedLayout"]) -> "PackedLayout":
+        """One layout of several batches, one after the other; nothing is sorted anew."""
+        images = [0, *itertools.accumulate(layout.shape[0] for layout in layouts)]
+        tokens = [0, *itertools.accumulate(layout.num_tokens for layout in layouts)]
+        parts = list(zip(layouts, images, tokens, strict=False))
+        return cls(
+            shape=(images[-1], max(layout.shape[1] for layout in layouts)),
+            image=torch.cat([layout.image + first for layout, first, _ in parts]),
+            query=torch.cat([layout.query for layout in layouts]),
+            order=torch.cat([layout.order + first for layout, first, _ in parts]),
+            groups=[(start + first, n, length) for layout, _, first in parts for start, n, length in layout.groups],
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """T, known without asking the device."""
+        return sum(images * length for _, images, length in self.groups)
 
     def pack(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, K, D) -> (T, D)."""

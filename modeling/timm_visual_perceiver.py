@@ -220,12 +220,6 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         )
         return self.select(self.read(x, K), threshold)
 
-    def _process(self, active: ActiveTokens) -> ActiveTokens:
-        x = active.tokens
-        for layer in self.layers:
-            x = layer(x, active.mask, active.layout)
-        return ActiveTokens(x, active.keep, active.layout)
-
     def _classify(self, active: ActiveTokens, pre_logits: bool = False) -> torch.Tensor:
         x = self.decode(active) if self.global_pool else active.dense()
         x = self.head_drop(x)
@@ -235,7 +229,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         self, x: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
     ) -> torch.Tensor:
         """Tokens before the decoder: (B, C, H, W) -> (B, K, D), rows of removed queries zero."""
-        return self._process(self._begin(x, num_active_queries, dqs_threshold)).dense()
+        return self.process(self._begin(x, num_active_queries, dqs_threshold)).dense()
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Decode and classify tokens: (B, K, D) -> (B, classes), or (B, D) with `pre_logits`.
@@ -257,7 +251,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         Raises:
             ValueError: If the images, K or the threshold are not as described.
         """
-        return self._classify(self._process(self._begin(x, num_active_queries, dqs_threshold)))
+        return self._classify(self.process(self._begin(x, num_active_queries, dqs_threshold)))
 
     def forward_intermediates(
         self,
@@ -292,8 +286,9 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         take_indices, last = feature_take_indices(len(self.layers), indices)
         active = self._begin(x, num_active_queries, dqs_threshold)
         x, intermediates = active.tokens, []
+        path_scales = self.draw_paths(active)
         for i, layer in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = layer(x, active.mask, active.layout)
+            x = layer(x, active.mask, active.layout, path_scales=path_scales[i])
             if i in take_indices:
                 tokens = self._norm_tokens(x) if norm else x
                 intermediates.append(ActiveTokens(tokens, active.keep, active.layout).dense())

@@ -8,8 +8,8 @@ batch. The parts below and `PerceiverParts`, which strings them together, are sh
 and by timm's model in `timm_visual_perceiver.py`, so that one file of weights serves both.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -136,23 +136,6 @@ def sdpa_attention(
     """
     output = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
     return output.transpose(1, 2), None
-
-
-def drop_path(x: torch.Tensor, rate: float, training: bool, layout: PackedLayout | None = None) -> torch.Tensor:
-    """Stochastic depth: with probability `rate`, an image skips this branch (Huang et al. 2016).
-
-    Args:
-        x: (B, K, D), or (T, D) when `layout` says which image each token belongs to.
-        rate: Probability that an image's branch is zeroed; the others are scaled up by 1 / (1 - rate).
-        training: Outside training nothing is dropped.
-        layout: Of a packed batch.
-    """
-    if rate == 0 or not training:
-        return x
-    images = x.shape[0] if layout is None else layout.shape[0]
-    survives = torch.rand(images, 1, device=x.device) >= rate
-    survives = survives[:, None] if layout is None else survives[layout.image]
-    return x * (survives.to(x.dtype) / (1 - rate))
 
 
 class VisualPerceiverPatchEmbeddings(nn.Module):
@@ -341,9 +324,8 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
 class VisualPerceiverLayer(GradientCheckpointingLayer):
     """One self-attention block, pre-norm, as in DeiT: (B, K, D) -> (B, K, D), or packed (T, D) -> (T, D)."""
 
-    def __init__(self, config: VisualPerceiverConfig, drop_path_rate: float = 0.0):
+    def __init__(self, config: VisualPerceiverConfig):
         super().__init__()
-        self.drop_path_rate = drop_path_rate
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = VisualPerceiverSelfAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -355,11 +337,13 @@ class VisualPerceiverLayer(GradientCheckpointingLayer):
         mask: torch.Tensor | None = None,
         layout: PackedLayout | None = None,
         need_weights: bool = False,
+        path_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        x = x + drop_path(
-            self.attention(self.norm1(x), mask, layout, need_weights)[0], self.drop_path_rate, self.training, layout
-        )
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, self.training, layout)
+        """`path_scales` (2, ...), from `PerceiverParts.draw_paths`, weights the two branches of each image or token."""
+        y = self.attention(self.norm1(x), mask, layout, need_weights)[0]
+        x = x + (y if path_scales is None else y * path_scales[0])
+        y = self.mlp(self.norm2(x))
+        return x + (y if path_scales is None else y * path_scales[1])
 
 
 @dataclass(frozen=True)
@@ -385,6 +369,36 @@ class ActiveTokens:
             return self.layout.unpack(self.tokens)
         return self.tokens if self.keep is None else self.tokens * self.keep[..., None]
 
+    def packed(self) -> "ActiveTokens":
+        """The packed form of dense tokens; packed ones stay as they are."""
+        if self.layout is not None:
+            return self
+        assert self.keep is None, "the masked form is for reference and is not packed"
+        B, K, _ = self.tokens.shape
+        return ActiveTokens(self.tokens.flatten(0, 1), layout=PackedLayout.prefix(B, K, self.tokens.device))
+
+    @staticmethod
+    def join(batches: Sequence["ActiveTokens"]) -> "ActiveTokens":
+        """Several batches as one packed batch, their images one after the other."""
+        batches = [batch.packed() for batch in batches]
+        layout = PackedLayout.join([batch.layout for batch in batches if batch.layout is not None])
+        return ActiveTokens(torch.cat([batch.tokens for batch in batches]), layout=layout)
+
+
+@dataclass(frozen=True)
+class QuerySubset:
+    """The queries of one pass through the trunk, when a batch makes several.
+
+    Attributes:
+        num_active_queries: K in [1, Q], the first K queries.
+        dqs_threshold: Of those, the ones that selection keeps; None is all.
+        images: The images of the batch that make this pass.
+    """
+
+    num_active_queries: int
+    dqs_threshold: float | None = None
+    images: slice = field(default_factory=lambda: slice(None))
+
 
 class PerceiverParts:
     """The network itself, mixed into transformers' and timm's model classes: build, read, select, process, decode."""
@@ -397,10 +411,7 @@ class PerceiverParts:
         self.cross_attention = VisualPerceiverCrossAttention(
             config, config.num_queries, config.num_cross_attention_heads
         )
-        last = max(config.num_hidden_layers - 1, 1)
-        self.layers = nn.ModuleList(
-            VisualPerceiverLayer(config, config.drop_path_rate * i / last) for i in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(VisualPerceiverLayer(config) for _ in range(config.num_hidden_layers))
         # timm's pruning removes these two.
         self.decoder: VisualPerceiverCrossAttention | None = VisualPerceiverCrossAttention(
             config, 1, config.num_attention_heads
@@ -429,6 +440,78 @@ class PerceiverParts:
             return ActiveTokens(self.cross_attention.finish(y), keep)
         layout = PackedLayout.from_mask(keep)
         return ActiveTokens(self.cross_attention.finish(layout.pack(y), layout.query), keep, layout)
+
+    def draw_paths(self, active: ActiveTokens) -> Sequence[torch.Tensor | None]:
+        """Stochastic depth (Huang et al. 2016): for each block, the weights of its two branches for each image.
+
+        With a probability that grows linearly to `config.drop_path_rate` in the last block, an image skips a branch;
+        those that take it are scaled up for it. Drawn for all blocks at once, outside of them, so that the blocks are
+        one piece of code to a compiler.
+
+        Returns:
+            (2, B, 1, 1) per block, or (2, T, 1) for packed tokens; None for all where nothing is dropped.
+        """
+        if self.config.drop_path_rate == 0 or not self.training:
+            return [None] * len(self.layers)
+        x, layout = active.tokens, active.layout
+        rates = torch.linspace(0, self.config.drop_path_rate, self.config.num_hidden_layers, device=x.device)
+        rates = rates[: len(self.layers), None, None]
+        images = x.shape[0] if layout is None else layout.shape[0]
+        survives = torch.rand(len(self.layers), 2, images, device=x.device) >= rates
+        scales = (survives / (1 - rates)).to(x.dtype)
+        return (scales[..., None, None] if layout is None else scales[..., layout.image, None]).unbind()
+
+    def process(self, active: ActiveTokens, **record: bool) -> ActiveTokens:
+        """The self-attention blocks."""
+        x = active.tokens
+        for layer, path_scales in zip(self.layers, self.draw_paths(active), strict=True):
+            x = layer(x, active.mask, active.layout, path_scales=path_scales, **record)
+        return ActiveTokens(x, active.keep, active.layout)
+
+    def forward_subsets(
+        self, pixel_values: torch.Tensor, subsets: Sequence[QuerySubset], together: bool = True
+    ) -> list[torch.Tensor]:
+        """What the output query reads from each of several subsets of the queries.
+
+        The queries' outputs do not depend on each other: patches, keys, values and cross-attention are computed once,
+        and where subsets share images, so are the block's projection and MLP. Only the trunk runs for each subset.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+            subsets: Which queries, of which images.
+            together: Run the trunk once on the packed batch of all subsets, instead of once for each.
+
+        Returns:
+            For each subset (n, D), n being its images.
+
+        Raises:
+            ValueError: If the images or a subset are not as described.
+        """
+        for subset in subsets:
+            self.config.operating_point(subset.num_active_queries, subset.dqs_threshold)
+        y = self.read(pixel_values, max(subset.num_active_queries for subset in subsets))
+        B = y.shape[0]
+        counts = [len(range(*subset.images.indices(B))) for subset in subsets]
+        x = (
+            self.cross_attention.finish(y) if sum(counts) > B else None
+        )  # more than B: some images are in several subsets
+        batches = []
+        for subset in subsets:
+            part = y[subset.images, : subset.num_active_queries]
+            if x is None:
+                batches.append(self.select(part, subset.dqs_threshold))
+                continue
+            finished = x[subset.images, : subset.num_active_queries]
+            if subset.dqs_threshold is None:
+                batches.append(ActiveTokens(finished))
+            else:
+                keep = select_queries(part.detach(), subset.dqs_threshold, self.config.dqs_reference)
+                layout = PackedLayout.from_mask(keep)
+                batches.append(ActiveTokens(layout.pack(finished), keep, layout))
+        if not together or len(batches) == 1:
+            return [self.decode(self.process(batch)) for batch in batches]
+        pooled = self.decode(self.process(ActiveTokens.join(batches)))
+        return list(pooled.split(counts))
 
     def decode(self, active: ActiveTokens) -> torch.Tensor:
         """What the output query reads from the active tokens, normalised: (B, D)."""
@@ -533,11 +616,7 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
         # Recorded tensors are dense, (B, K, ...), so recording takes the masked form.
         record = {"need_weights": True} if need_weights else {}
         y = self.read(pixel_values, K, interpolate_pos_encoding, need_weights)
-        active = self.select(y, threshold, masked=need_weights or need_states)
-        x = active.tokens
-        for layer in self.layers:
-            x = layer(x, active.mask, active.layout, **record)
-        active = ActiveTokens(x, active.keep, active.layout)
+        active = self.process(self.select(y, threshold, masked=need_weights or need_states), **record)
         return VisualPerceiverModelOutput(
             last_hidden_state=active.dense(),
             pooler_output=self.decode(active),
@@ -607,6 +686,19 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
             cross_attentions=outputs.cross_attentions,
         )
 
+    def forward_subsets(
+        self, pixel_values: torch.Tensor, subsets: Sequence[QuerySubset], together: bool = True
+    ) -> list[torch.Tensor]:
+        """The logits (n, labels) of each subset's n images; see `PerceiverParts.forward_subsets`.
+
+        Example:
+            >>> model = VisualPerceiverForImageClassification(VisualPerceiverConfig(num_labels=10)).eval()
+            >>> full, half = model.forward_subsets(torch.zeros(2, 3, 32, 32), [QuerySubset(64), QuerySubset(32)])
+            >>> half.shape
+            torch.Size([2, 10])
+        """
+        return [self.head(pooled) for pooled in self.visual_perceiver.forward_subsets(pixel_values, subsets, together)]
+
 
 def check_labels(labels: torch.Tensor, num_labels: int) -> None:
     """Raise a `ValueError` for class indices outside [0, num_labels).
@@ -621,4 +713,9 @@ def check_labels(labels: torch.Tensor, num_labels: int) -> None:
         )
 
 
-__all__ = ["VisualPerceiverForImageClassification", "VisualPerceiverModel", "VisualPerceiverPreTrainedModel"]
+__all__ = [
+    "QuerySubset",
+    "VisualPerceiverForImageClassification",
+    "VisualPerceiverModel",
+    "VisualPerceiverPreTrainedModel",
+]

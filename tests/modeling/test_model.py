@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 from support import small_config
+from torch._dynamo.testing import CompileCounter
 
 from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification, VisualPerceiverModel
+from hf_visual_perceiver.modeling import QuerySubset
+from hf_visual_perceiver.modeling.modeling_visual_perceiver import ActiveTokens
 
 
 THRESHOLDS = (-1, -0.3, 0.0, 0.3, 0.6, 0.9, 1)
@@ -240,13 +243,19 @@ class TestTransformersIdiom:
             assert output.logits.dtype == torch.bfloat16
             assert output.logits.isfinite().all()
 
-    def test_stochastic_depth_drops_whole_images(self):
-        model = VisualPerceiverModel(small_config(num_hidden_layers=1, drop_path_rate=0.5)).train()
-        block = model.layers[0]
-        block.drop_path_rate = 0.5  # the first block's rate is 0
-        x = torch.randn(200, 12, 24)
-        unchanged = (block(x) == x).flatten(1).all(1).float().mean()
-        assert 0.15 < unchanged < 0.35  # both branches dropped: a quarter
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_stochastic_depth_drops_whole_images(self, packed):
+        model = VisualPerceiverModel(small_config(num_hidden_layers=3, drop_path_rate=0.5)).train()
+        active = ActiveTokens(torch.randn(400, 12, 24))
+        active = active.packed() if packed else active
+        first, second, last = model.draw_paths(active)
+        assert (first == 1).all()  # the rate grows from 0
+        assert second.unique().tolist() == pytest.approx([0, 4 / 3])
+        x = model.layers[2](active.tokens, layout=active.layout, path_scales=last)
+        unchanged = (x == active.tokens).reshape(400, -1).all(1)
+        assert 0.15 < unchanged.float().mean() < 0.35  # both branches dropped: a quarter
+        assert torch.equal(unchanged, (last == 0).all(0).reshape(400, -1).all(1))
+        assert model.eval().draw_paths(active) == [None] * 3
 
     def test_problem_types(self, images):
         regression = VisualPerceiverForImageClassification(small_config(num_labels=1))
@@ -296,3 +305,82 @@ class TestBadInput:
     def test_unknown_architecture(self):
         with pytest.raises(ValueError, match=r"visual_perceiver_tiny_patch4_32.*got 'visual_perceiver_huge'"):
             VisualPerceiverConfig.from_architecture("visual_perceiver_huge")
+
+
+class TestSubsets:
+    """Several subsets of the queries in one pass."""
+
+    SUBSETS = [
+        QuerySubset(12),
+        QuerySubset(1),
+        QuerySubset(7),
+        QuerySubset(7),
+        QuerySubset(12, 0.3),
+        QuerySubset(9, 0.5),
+    ]
+    GROUPS = [QuerySubset(12, images=slice(0, None, 3)), QuerySubset(5, images=slice(1, None, 3)),
+              QuerySubset(9, 0.4, images=slice(2, None, 3))]  # fmt: skip
+
+    @pytest.mark.parametrize("together", [True, False])
+    @pytest.mark.parametrize("subsets", [SUBSETS, GROUPS], ids=["shared", "disjoint"])
+    def test_equal_separate_forwards(self, model, images, subsets, together):
+        for subset, logits in zip(subsets, model.forward_subsets(images, subsets, together), strict=True):
+            K, t = subset.num_active_queries, subset.dqs_threshold
+            expected = model(images[subset.images], num_active_queries=K, dqs_threshold=t).logits
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("together", [True, False])
+    @pytest.mark.parametrize("subsets", [SUBSETS, GROUPS], ids=["shared", "disjoint"])
+    def test_gradients_equal_those_of_separate_forwards(self, config, images, subsets, together):
+        model = VisualPerceiverForImageClassification(config).train()
+
+        def gradients(all_logits):
+            model.zero_grad()
+            sum((i + 1) * logits.square().sum() for i, logits in enumerate(all_logits)).backward()
+            return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+        joint = gradients(model.forward_subsets(images, subsets, together))
+        separate = gradients(
+            model(images[s.images], num_active_queries=s.num_active_queries, dqs_threshold=s.dqs_threshold).logits
+            for s in subsets
+        )
+        for name, expected in separate.items():
+            scale = expected.abs().max().clamp(min=1)
+            assert (joint[name] - expected).abs().max() <= 1e-5 * scale, name
+        assert min(g.abs().max() for g in joint.values()) > 0
+
+    def test_read_the_image_once(self, model, images, monkeypatch):
+        calls = []
+        for name in ("embeddings", "cross_attention"):
+            part = getattr(model.visual_perceiver, name)
+            part.register_forward_hook(lambda *_, name=name: calls.append(name))
+        model.visual_perceiver.layers[0].register_forward_hook(lambda *_: calls.append("trunk"))
+        model.forward_subsets(images, self.SUBSETS)
+        assert calls == ["embeddings", "cross_attention", "trunk"]
+
+    def test_drop_paths_are_drawn_for_each_image_of_each_subset(self, images):
+        torch.manual_seed(0)
+        model = VisualPerceiverForImageClassification(small_config(drop_path_rate=0.5)).train()
+        first, second = model.forward_subsets(images, [QuerySubset(12), QuerySubset(12)])
+        assert not torch.allclose(first, second)
+
+    @pytest.mark.parametrize("together", [True, False])
+    def test_compiled_blocks_are_not_compiled_anew_for_each_k(self, images, together):
+        model = VisualPerceiverForImageClassification(small_config(num_hidden_layers=4, drop_path_rate=0.1)).train()
+        compiled, counter = copy.deepcopy(model), CompileCounter()
+        for layer in compiled.visual_perceiver.layers:
+            layer.compile(dynamic=True, backend=counter)
+        for i, K in enumerate([(12, 3, 5), (12, 4, 7), (12, 1, 6), (12, 11, 1), (12, 8, 8), (12, 9, 2), (12, 2, 10)]):
+            subsets = [QuerySubset(k) for k in K]
+            torch.manual_seed(i)
+            expected = torch.stack(model.forward_subsets(images, subsets, together))
+            torch.manual_seed(i)
+            logits = torch.stack(compiled.forward_subsets(images, subsets, together))
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+            logits.sum().backward()
+        # Neither for each K nor for each block: once for any length, and where a K is 1, which the compiler treats apart.
+        assert counter.frame_count <= 5
+
+    def test_mistakes_are_named(self, model, images):
+        with pytest.raises(ValueError, match=r"in \[1, 12\], got 13"):
+            model.forward_subsets(images, [QuerySubset(12), QuerySubset(13)])
