@@ -404,6 +404,7 @@ class PerceiverParts:
     """The network itself, mixed into transformers' and timm's model classes: build, read, select, process, decode."""
 
     config: VisualPerceiverConfig
+    training: bool  # nn.Module's
 
     def build_parts(self, config: VisualPerceiverConfig) -> None:
         """Create the submodules and parameters; their names are those of the state dict in both libraries."""
