@@ -1,0 +1,440 @@
+"""timm's training augmentation of single images, for a whole batch at once and on the device where the images are.
+
+Chance is the host's: NumPy draws everything about a step from the seed and the step, for the global batch, so that an
+image is augmented alike on CPU and GPU and with any number of processes. The host therefore knows which images get which
+operation, tells the device in one transfer, and never waits for it.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as kernels
+
+from .recipe import Augmentation
+
+
+# timm's 15 operations and none, in groups that are computed together: a table of 256 values that the host knows, two that
+# depend on an image's histogram, a blend with a degenerate image, a geometric transform. (RandAugment of kornia and
+# torchvision draws one operation for all images of a call.)
+LOOKUPS = ("Invert", "Posterize", "Solarize", "SolarizeAdd", "Brightness")
+WARPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+OPERATIONS = (*LOOKUPS, "AutoContrast", "Equalize", "Contrast", "Color", "Sharpness", *WARPS, "Identity")
+GROUPS = (LOOKUPS, ("AutoContrast",), ("Equalize",), ("Contrast",), ("Color",), ("Sharpness",), WARPS, ("Identity",))
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """What timm's `rand-...` notation says."""
+
+    num_ops: int = 2  # n: operations of an image, one after the other
+    magnitude: float = 10  # m: of 10
+    magnitude_std: float = 0  # mstd: of a normal distribution around the magnitude; inf is uniform on [0, magnitude]
+    magnitude_max: float = 10  # mmax: magnitudes are clipped to [0, mmax]
+    increasing: bool = False  # inc: every operation gets stronger with the magnitude
+    probability: float = 0.5  # p: of each operation
+
+    def arguments(self, magnitude: np.ndarray, sign: np.ndarray) -> dict[str, np.ndarray]:
+        """The argument of each operation at a magnitude: timm's LEVEL_TO_ARG.
+
+        Args:
+            magnitude: At least 0, of any shape.
+            sign: 1 or -1, of the same shape, for operations that have two directions.
+        """
+        strength = magnitude / 10
+        bits = (strength * 4).astype(int)
+        threshold = (strength * 256).astype(int).clip(max=256)
+        factor = 1.8 * strength + 0.1
+        if self.increasing:
+            bits, threshold, factor = 4 - bits, 256 - threshold, (1 + 0.9 * sign * strength).clip(min=0.1)
+        arguments = {
+            # timm's strongest is 0 bits: black once, an error since Pillow 13. One bit stays.
+            "Posterize": bits.clip(1, 8),
+            "Solarize": threshold,
+            "SolarizeAdd": (strength * 110).astype(int).clip(max=128),
+            **dict.fromkeys(("Brightness", "Contrast", "Color", "Sharpness"), factor),
+            "Rotate": 30 * sign * strength,  # degrees
+            **dict.fromkeys(("ShearX", "ShearY"), 0.3 * sign * strength),
+            **dict.fromkeys(("TranslateX", "TranslateY"), 0.45 * sign * strength),  # of the image's size
+        }
+        return {name: arguments.get(name, np.zeros_like(strength)) for name in OPERATIONS}
+
+    def draw(self, random: np.random.Generator, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Operations, as places in OPERATIONS, and their arguments, both (B, num_ops)."""
+        shape = (batch_size, self.num_ops)
+        operations = random.integers(len(OPERATIONS) - 1, size=shape)
+        operations[random.random(shape) >= self.probability] = OPERATIONS.index("Identity")
+        if math.isinf(self.magnitude_std):
+            magnitude = random.uniform(0, self.magnitude, shape)
+        else:
+            magnitude = random.normal(self.magnitude, self.magnitude_std, shape)
+        sign = np.where(random.random(shape) < 0.5, -1, 1)
+        arguments = self.arguments(magnitude.clip(0, self.magnitude_max), sign)
+        return operations, np.choose(operations, list(arguments.values()))
+
+
+def parse_rand_augment(notation: str) -> RandAugment:
+    """Read timm's notation of RandAugment.
+
+    Args:
+        notation: `rand`, then any of n (operations of an image), m (magnitude), mstd (above 100: uniform), mmax, inc (0 or
+            1) and p (probability), each followed by its number.
+
+    Raises:
+        ValueError: If the notation is another one.
+
+    Example:
+        >>> parse_rand_augment("rand-m9-mstd0.5-inc1").magnitude_std
+        0.5
+    """
+    keys: dict[str, Any] = {
+        "n": ("num_ops", int),
+        "m": ("magnitude", int),
+        "mstd": ("magnitude_std", float),
+        "mmax": ("magnitude_max", int),
+        "inc": ("increasing", int),
+        "p": ("probability", float),
+    }
+    values: dict[str, Any] = {}
+    policy, *sections = notation.split("-")
+    try:
+        for section in sections:
+            match = re.fullmatch(rf"({'|'.join(keys)})(\d.*)", section)
+            if match is None:
+                raise ValueError
+            name, kind = keys[match[1]]
+            values[name] = kind(match[2])
+        if policy != "rand" or values.get("probability", 0) > 1:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"Expected `augmentation.auto_augment` in timm's notation of RandAugment, rand and any of {', '.join(keys)} "
+            f"with their numbers, such as rand-m9-mstd0.5-inc1, got {notation!r}."
+        ) from None
+    if values.get("magnitude_std", 0) > 100:
+        values["magnitude_std"] = math.inf
+    # timm reads mmax0 as no bound of one's own.
+    values["magnitude_max"] = values.get("magnitude_max") or RandAugment.magnitude_max
+    values["increasing"] = bool(values.get("increasing", RandAugment.increasing))
+    return RandAugment(**values)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance has decided about each of B images. A box is (top, bottom, left, right); one without area changes nothing."""
+
+    crop: np.ndarray  # (B, 2) by how many pixels the crop lies below and to the right of the image
+    flip: np.ndarray  # (B,) bool
+    operations: np.ndarray  # (B, num_ops) places in OPERATIONS
+    arguments: np.ndarray  # (B, num_ops)
+    erased: np.ndarray  # (B, 4) box
+    mixed: np.ndarray  # (B, 4) box in which the partner shows: the whole image with mixup
+    partner_weight: np.ndarray  # (B,) of the partner in the box: 1 with cutmix
+
+    def __getitem__(self, positions: np.ndarray) -> "Draws":
+        """The draws of some of the images."""
+        return Draws(*(getattr(self, field.name)[positions] for field in dataclasses.fields(self)))
+
+
+class BatchAugmentation:
+    """uint8 images to augmented, normalised, mixed pixel values.
+
+    The order is timm's: random crop, horizontal flip, RandAugment, normalisation, random erasing, mixup or cutmix.
+
+    Args:
+        augmentation: What to do and how often. Resized crops and repeats are not done here.
+        num_labels: Of the dataset.
+        mean: Of each channel, for pixels in [0, 1].
+        std: Likewise.
+        seed: Of the run; the same on every process.
+        random_crop: Whether to crop, if the augmentation has a padding.
+
+    Raises:
+        ValueError: If `augmentation.auto_augment` is not RandAugment in timm's notation.
+    """
+
+    def __init__(
+        self,
+        augmentation: Augmentation,
+        num_labels: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int,
+        random_crop: bool = True,
+    ):
+        self.augmentation, self.num_labels, self.mean, self.std, self.seed = augmentation, num_labels, mean, std, seed
+        self.padding = (augmentation.random_crop_padding or 0) if random_crop else 0
+        notation = augmentation.auto_augment
+        self.rand_augment = RandAugment(num_ops=0) if notation is None else parse_rand_augment(notation)
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, step: int, positions: np.ndarray, batch_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Augment a process's share of a step's batch.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            labels: (B,) int64, on the same device.
+            step: Of the run.
+            positions: (B,) places of the images in the global batch. For mixing, local images i and B - 1 - i must be at
+                places p and `batch_size` - 1 - p, as `BatchOrder` deals them.
+            batch_size: Images of the global batch.
+
+        Returns:
+            `pixel_values` (B, 3, H, W) and targets (B, num_labels) whose rows sum to 1, both float32.
+
+        Raises:
+            ValueError: If the images are not uint8, or not as many as positions.
+        """
+        if images.dtype != torch.uint8 or len(images) != len(positions):
+            raise ValueError(f"Expected {len(positions)} images in uint8, got {len(images)} in {images.dtype}.")
+        return self.apply(images, labels, self.draw(step, batch_size, *images.shape[-2:])[positions])
+
+    def draw(self, step: int, batch_size: int, height: int, width: int) -> Draws:
+        """What happens to each image of the global batch in a step."""
+        # The 1 sets these numbers apart from those of the schedule of K.
+        random = np.random.default_rng((self.seed, step, 1))
+        crop = random.integers(-self.padding, self.padding, (batch_size, 2), endpoint=True)
+        flip = random.random(batch_size) < self.augmentation.horizontal_flip
+        operations, arguments = self.rand_augment.draw(random, batch_size)
+        erased = draw_erasing(random, self.augmentation.random_erasing, batch_size, height, width)
+        mixed, partner_weight = draw_mixing(random, self.augmentation, batch_size, height, width)
+        return Draws(crop, flip, operations, arguments, erased, mixed, partner_weight)
+
+    def apply(self, images: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Do what was drawn; see `__call__`."""
+        B, _, H, W = images.shape
+        # What happens to some images happens to a slice of the batch: it is sorted for each stage, and sorted back at last.
+        unsorted = np.arange(B)
+        orders = [unsorted, np.argsort(~draws.flip), *np.argsort(draws.operations, axis=0).T, unsorted]
+        first, *moves = [np.argsort(before)[after] for before, after in itertools.pairwise(orders)]
+        layers = [
+            plan_layer(draws.operations[order, i], draws.arguments[order, i], H, W)
+            for i, order in enumerate(orders[2:-1])
+        ]
+        corners = draws.crop[first] + self.padding
+        corners = (first * 3 * (H + 2 * self.padding) + corners[:, 0]) * (W + 2 * self.padding) + corners[:, 1]
+        mixed_rows = inside(draws.mixed[:, :2], H) * draws.partner_weight[:, None]
+        mixed_columns = inside(draws.mixed[:, 2:], W)
+        sent = send(
+            {
+                "corners": corners,
+                "moves": np.stack(moves),
+                **{f"{name}{i}": array for i, (_, arrays) in enumerate(layers) for name, array in arrays.items()},
+                "fill": np.array([min(255, round(255 * m)) for m in self.mean], dtype=np.float32),
+                "mean": np.array(self.mean, dtype=np.float32),
+                "std": np.array(self.std, dtype=np.float32),
+                "kept_rows": 1 - inside(draws.erased[:, :2], H),
+                "kept_columns": 1 - inside(draws.erased[:, 2:], W),
+                "mixed_rows": mixed_rows,
+                "mixed_columns": mixed_columns,
+                "partner_share": mixed_rows.mean(1, keepdims=True) * mixed_columns.mean(1, keepdims=True),
+            },
+            images.device,
+        )
+
+        pixels = crop(images, sent["corners"], self.padding)
+        flips = int(draws.flip.sum())
+        pixels = torch.cat([pixels[:flips].flip(-1), pixels[flips:]])
+        for i, (sizes, arrays) in enumerate(layers):
+            plan = {name: sent[f"{name}{i}"] for name in arrays}
+            pixels = augment_layer(pixels.index_select(0, sent["moves"][i]), sizes, **plan, fill=sent["fill"])
+        x = pixels.index_select(0, sent["moves"][-1]).float()
+        x.div_(255).sub_(sent["mean"].view(3, 1, 1)).div_(sent["std"].view(3, 1, 1))
+        if draws.erased.any():
+            x.mul_(torch.maximum(sent["kept_rows"][:, None, :, None], sent["kept_columns"][:, None, None, :]))
+        off = self.augmentation.label_smoothing / self.num_labels
+        targets = x.new_full((B, self.num_labels), off)
+        targets.scatter_(1, labels[:, None], 1 - self.augmentation.label_smoothing + off)
+        if draws.partner_weight.any():
+            x.lerp_(x.flip(0), sent["mixed_rows"][:, None, :, None] * sent["mixed_columns"][:, None, None, :])
+            targets.lerp_(targets.flip(0), sent["partner_share"])
+        return x, targets
+
+
+def draw_erasing(
+    random: np.random.Generator, probability: float, batch_size: int, height: int, width: int
+) -> np.ndarray:
+    """Boxes (B, 4) of timm's random erasing: 2 % to a third of the image, of aspect ratio 0.3 to 1 / 0.3."""
+    # timm tries ten times to find a box that fits.
+    area = height * width * random.uniform(0.02, 1 / 3, (batch_size, 10))
+    aspect_ratio = np.exp(random.uniform(math.log(0.3), math.log(1 / 0.3), (batch_size, 10)))
+    heights, widths = np.rint(np.sqrt(area * aspect_ratio)), np.rint(np.sqrt(area / aspect_ratio))
+    fits = (heights < height) & (widths < width)
+    chosen = np.arange(batch_size), fits.argmax(1)
+    erased = fits.any(1) & (random.random(batch_size) < probability)
+    h, w = (np.where(erased, sizes[chosen], 0).astype(int) for sizes in (heights, widths))
+    top, left = random.integers(0, height - h, endpoint=True), random.integers(0, width - w, endpoint=True)
+    return np.stack([top, top + h, left, left + w], axis=1) * erased[:, None]
+
+
+def draw_mixing(
+    random: np.random.Generator, augmentation: Augmentation, batch_size: int, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (B, 4) in which the partner shows and its weights (B,) there: timm's mixup and cutmix, each image its own."""
+    mixup, cutmix = augmentation.mixup, augmentation.cutmix
+    switch = augmentation.mixup_switch if mixup and cutmix else float(cutmix > 0)
+    boxed = random.random(batch_size) < switch
+    share = np.zeros(batch_size)  # 1 - lambda of the papers, of which the distribution is symmetric
+    for alpha, chosen in ((mixup, ~boxed), (cutmix, boxed)):
+        if alpha:
+            share = np.where(chosen, random.beta(alpha, alpha, batch_size), share)
+    share *= random.random(batch_size) < augmentation.mixup_probability
+    sides = []
+    for size in (height, width):
+        length = (size * np.sqrt(share)).astype(int)
+        centre = random.integers(0, size, batch_size)
+        first, end = (centre - length // 2).clip(0, size), (centre + (length + 1) // 2).clip(0, size)
+        sides += [np.where(boxed, first, 0), np.where(boxed, end, size)]
+    return np.stack(sides, axis=1), np.where(boxed, 1.0, share)
+
+
+def inside(sides: np.ndarray, size: int) -> np.ndarray:
+    """1 where a row (or column) lies between `sides` (B, 2), else 0: (B, size)."""
+    places = np.arange(size)
+    return ((sides[:, :1] <= places) & (places < sides[:, 1:])).astype(np.float32)
+
+
+def send(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """Arrays on the device, by one transfer that the host does not wait for; float64 becomes float32."""
+    arrays = {name: a.astype(np.float32) if a.dtype == np.float64 else a for name, a in arrays.items()}
+    # Large elements come first, so that each lies at a multiple of its size.
+    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))
+    packed = torch.from_numpy(
+        np.concatenate([np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in arrays.values()])
+    )
+    cuda = device.type == "cuda"
+    packed = (packed.pin_memory() if cuda else packed).to(device, non_blocking=cuda)
+    dtypes = {np.dtype(np.int64): torch.int64, np.dtype(np.float32): torch.float32, np.dtype(np.uint8): torch.uint8}
+    parts = packed.split([a.nbytes for a in arrays.values()])
+    return {
+        name: part.view(dtypes[a.dtype]).view(a.shape) for part, (name, a) in zip(parts, arrays.items(), strict=True)
+    }
+
+
+def crop(images: Tensor, corners: Tensor, padding: int) -> Tensor:
+    """Windows of the images' size in the images padded with zeros.
+
+    Args:
+        images: (B, 3, H, W).
+        corners: (n,) places of the windows' first elements in the flattened (B, 3, H + 2 padding, W + 2 padding).
+    """
+    _, _, H, W = images.shape
+    padded = F.pad(images, (padding,) * 4).contiguous()
+    _, channel, row, _ = padded.stride()
+    length = 2 * channel + (H - 1) * row + W
+    # All windows there are, which overlap: a view, of which a selection copies the few that are wanted.
+    windows = padded.as_strided((padded.numel() - length + 1, 3, H, W), (1, channel, row, 1))
+    return windows.index_select(0, corners)
+
+
+def plan_layer(
+    operations: np.ndarray, arguments: np.ndarray, height: int, width: int
+) -> tuple[list[int], dict[str, np.ndarray]]:
+    """What `augment_layer` is to be told.
+
+    Args:
+        operations: (B,) places in OPERATIONS, sorted.
+        arguments: (B,) of the operations.
+
+    Returns:
+        The number of images of each of GROUPS, and the arrays.
+    """
+    groups = np.cumsum([0, *(len(group) for group in GROUPS)])
+    edges = np.searchsorted(operations, groups)
+    lookups, blends, warps = slice(0, edges[1]), slice(edges[3], edges[6]), slice(edges[6], edges[7])
+    arrays = {
+        "tables": _tables(operations[lookups], arguments[lookups]),
+        "factors": arguments[blends],
+        **_grid(operations[warps] - groups[6], arguments[warps], height, width),
+    }
+    return np.diff(edges).tolist(), arrays
+
+
+def _tables(operations: np.ndarray, arguments: np.ndarray) -> np.ndarray:
+    """(n, 256): what becomes of a value."""
+    value = np.arange(256)
+    counts = np.bincount(operations, minlength=len(LOOKUPS))
+    _, bits, threshold, added, factor = np.split(arguments[:, None], np.cumsum(counts)[:-1])
+    tables = [
+        np.broadcast_to(255 - value, (counts[0], 256)),
+        value - value % 2.0 ** (8 - bits),
+        np.where(value < threshold, value, 255 - value),
+        np.where(value < 128, np.minimum(value + added, 255), value),
+        # In PIL's single precision, as its result is truncated.
+        np.minimum(value.astype(np.float32) * factor.astype(np.float32), 255),
+    ]
+    return np.concatenate(tables).astype(np.uint8)
+
+
+def _grid(operations: np.ndarray, arguments: np.ndarray, height: int, width: int) -> dict[str, np.ndarray]:
+    """Where PIL's affine transforms read, for `grid_sample`, as the sum of (n, 2, H, 1) and (n, 2, 1, W)."""
+    angle, shear_x, shear_y, move_x, move_y = ((operations == i) * arguments for i in range(len(WARPS)))
+    cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    # Pixels from the centre, around which only the rotation turns.
+    y, x = np.arange(height) + 0.5 - height / 2, np.arange(width) + 0.5 - width / 2
+    x_from_y = np.outer(shear_x - sin, y) + (shear_x * height / 2 + move_x * width)[:, None]
+    y_from_y = np.outer(cos, y) + (shear_y * width / 2 + move_y * height)[:, None]
+    x_from_x, y_from_x = np.outer(cos, x), np.outer(shear_y + sin, x)
+    scale = np.array([[2 / width], [2 / height]])
+    return {
+        "rows": (np.stack([x_from_y, y_from_y], axis=1) * scale)[:, :, :, None],
+        "columns": (np.stack([x_from_x, y_from_x], axis=1) * scale)[:, :, None, :],
+    }
+
+
+def augment_layer(
+    images: Tensor, sizes: list[int], tables: Tensor, factors: Tensor, rows: Tensor, columns: Tensor, fill: Tensor
+) -> Tensor:
+    """One operation of RandAugment on each image.
+
+    Args:
+        images: (B, 3, H, W) uint8, sorted by GROUPS.
+        sizes: Images of each group.
+        tables: (n, 256) uint8 of the images that a table changes.
+        factors: (n,) of the images that are blended.
+        rows: (n, 2, H, 1) of the images that are transformed.
+        columns: (n, 2, 1, W); their sum is where a pixel is read, (x, y) with the image from -1 to 1.
+        fill: (3,) colour of what lies outside.
+    """
+    lookups, autocontrast, equalize, contrast, color, sharpness, warps, same = images.split(sizes)
+    changed = [
+        tables.gather(1, lookups.flatten(1).long()).view_as(lookups),
+        kernels.autocontrast(autocontrast),
+        kernels.equalize(equalize),
+        _blend(contrast.float(), color.float(), sharpness.float(), factors),
+        _warp(warps.float(), rows + columns, fill),
+    ]
+    return torch.cat([*changed, same])
+
+
+def _blend(contrast: Tensor, color: Tensor, sharpness: Tensor, factors: Tensor) -> Tensor:
+    """PIL's ImageEnhance: each image goes away from, or towards, what it is without contrast, colour or sharpness."""
+    images = torch.cat([contrast, color, sharpness])
+    red, green, blue = torch.cat([contrast, color]).split(1, dim=1)
+    # PIL's integers, all of which single precision holds.
+    grey = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).div_(65536).floor_()
+    mean = grey[: len(contrast)].mean((2, 3), keepdim=True).add_(0.5).floor_()
+    smooth = sharpness.clone()
+    columns = sharpness[..., :-2, :] + sharpness[..., 1:-1, :] + sharpness[..., 2:, :]
+    squares = columns[..., :-2] + columns[..., 1:-1] + columns[..., 2:]
+    smooth[..., 1:-1, 1:-1].mul_(4).add_(squares).div_(13).add_(0.5).floor_()
+    degenerate = torch.cat([mean.expand_as(contrast), grey[len(contrast) :].expand_as(color), smooth])
+    blended = images.sub_(degenerate).mul_(factors[:, None, None, None]).add_(degenerate)
+    return blended.clamp_(0, 255).to(torch.uint8)
+
+
+def _warp(images: Tensor, grid: Tensor, fill: Tensor) -> Tensor:
+    """Read the images at a grid (n, 2, H, W), bilinearly; PIL blends nothing with what lies outside."""
+    within = (torch.maximum(*grid.abs().split(1, dim=1)) < 1).float()
+    read = F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    # PIL truncates; a whole number must not fall below itself for a rounding error.
+    return torch.lerp(fill.view(3, 1, 1), read.add_(1e-3), within).to(torch.uint8)
