@@ -124,12 +124,22 @@ def _command(evaluation: Evaluation) -> str:
 def training_lines(facts: dict[str, Any]) -> list[str]:
     """What training.json says, in sentences."""
     recipe, c = facts["recipe"], facts["conditions"]
+    # A stream does not say how many images it has.
+    images, epochs = facts["training_images"], facts["epochs"]
+    held_out = recipe.get("validation_split")
+    teacher = recipe.get("teacher")
     lines = [
-        f"Data: {facts['training_images']:,} training images of {recipe['dataset']}; "
-        f"the last {recipe['validation']:,} of the training split were kept for choosing.",
+        f"Data: {'' if images is None else f'{images:,} '}training images of {recipe['dataset']}; "
+        + (
+            f"split {held_out} was kept for choosing."
+            if held_out
+            else f"the last {recipe['validation']:,} of the training split were kept for choosing."
+        ),
         f"Recipe: {facts['recipe_name']} (recipe.yaml in the checkpoint's folder), {recipe['steps']:,} steps of "
-        f"{recipe['batch_size']} images ({facts['epochs']:.1f} epochs), "
-        f"K by the schedule {recipe['queries']['schedule']}, seed {recipe['seed']}.",
+        f"{recipe['batch_size']} images{'' if epochs is None else f' ({epochs:.1f} epochs)'}, "
+        f"K by the schedule {recipe['queries']['schedule']}"
+        + (f", {teacher['distillation']} distillation from {Path(teacher['model']).name}" if teacher else "")
+        + f", seed {recipe['seed']}.",
         f"Hardware: {c['hardware']}, {facts['processes']} process(es)"
         + (f" of {c['threads']} thread(s)" if "threads" in c else "")
         + f", {recipe['mixed_precision']} mixed precision; "

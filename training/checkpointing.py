@@ -1,20 +1,41 @@
 """A run's folder: saved so that nothing is ever half-written, resumed so that nothing is lost."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from accelerate import Accelerator
+from safetensors import SafetensorError
 
-from .files import write_text
+from .files import folder_written_aside, write_json, write_text
 from .recipe import Recipe, recipe_from_dict
+from .state import read_state, write_state
+
+
+# Keys of a recipe that do not change what is learned: where the data lies, how it is computed, what is shown and kept.
+FREE_KEYS = frozenset(
+    {
+        "dataset",
+        "dataset_name",
+        "cache_gib",
+        "workers",
+        "unreadable",
+        "attention",
+        "micro_batch_size",
+        "trunk",
+        "compile",
+        "tracker",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+    }
+)
 
 
 class RunFolder:
-    """The folder of one run: recipe.yaml, log.jsonl, checkpoints/step_N, and model/ once it is finished."""
+    """The folder of one run: recipe.yaml, log.jsonl, checkpoints/step_N, curves.png, and model/ once it is finished."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -22,11 +43,13 @@ class RunFolder:
         self.log_file = self.path / "log.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.failure_file = self.path / "failure.json"
 
-    def check(self, recipe: Recipe, resume: bool) -> None:
+    def check(self, recipe: Recipe, resume: bool, allow_recipe_change: bool = False) -> None:
         """Raise a `ValueError` if the folder cannot take this run; writes nothing.
 
-        A folder that holds another run, or anything else, is left alone; a run resumes only with its own recipe.
+        A folder that holds another run, or anything else, is left alone; a run resumes only with its own recipe, unless
+        a change is allowed.
         """
         if not self.recipe_file.exists():
             if resume:
@@ -38,21 +61,12 @@ class RunFolder:
             raise ValueError(f"{self.path} already holds a run: continue it with --resume, or choose another folder.")
         old = recipe_from_dict(yaml.safe_load(self.recipe_file.read_text()), str(self.recipe_file)).to_dict()
         new = recipe.to_dict()
-        # Where the data lies and what is shown does not change what is learned.
-        free = {
-            "dataset",
-            "dataset_name",
-            "workers",
-            "cache_gib",
-            "tracker",
-            "log_every",
-            "save_every",
-            "keep_checkpoints",
-        }
-        differing = [key for key in new if key not in free and new[key] != old[key]]
-        if differing:
+        differing = [key for key in new if key not in FREE_KEYS and new[key] != old[key]]
+        if differing and not allow_recipe_change:
             changes = ", ".join(f"{key} ({old[key]!r} -> {new[key]!r})" for key in differing)
-            raise ValueError(f"Expected the recipe that {self.path} was started with; these keys differ: {changes}.")
+            raise ValueError(
+                f"Expected the recipe that {self.path} was started with; these keys differ: {changes}. --allow-recipe-change continues with the new ones."
+            )
 
     def start(self, recipe: Recipe) -> None:
         """Create the folder, and clear what a killed process may have left half-done."""
@@ -60,6 +74,7 @@ class RunFolder:
         # First, because a folder without it is not taken for a run.
         write_text(self.recipe_file, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
         self.checkpoints.mkdir(exist_ok=True)
+        self.failure_file.unlink(missing_ok=True)
         for leftover in (*self.checkpoints.glob(".*"), *self.path.glob(".model.*")):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -67,30 +82,34 @@ class RunFolder:
         """Steps of the complete checkpoints, ascending."""
         return sorted(int(p.name.removeprefix("step_")) for p in self.checkpoints.glob("step_*"))
 
-    def save(self, accelerator: Accelerator, step: int, keep: int) -> None:
-        """Save the state of every process after `step` steps; older checkpoints than the last `keep` go."""
+    def save(self, state: dict[str, torch.Tensor], facts: dict[str, Any], step: int, keep: int) -> None:
+        """Save the state after `step` steps; older checkpoints than the last `keep` go.
+
+        Raises:
+            OSError: If it cannot be written, such as on a full disk; earlier checkpoints stay.
+        """
         final = self.checkpoints / f"step_{step}"
         if final.exists():
             return
-        aside = self.checkpoints / f".step_{step}.tmp"
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(aside))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            os.replace(aside, final)
-            for old in self.saved_steps()[:-keep]:
-                shutil.rmtree(self.checkpoints / f"step_{old}", ignore_errors=True)
-        accelerator.wait_for_everyone()
+        try:
+            with folder_written_aside(final) as aside:
+                write_state(aside, state, facts)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"Cannot save step {step} in {self.path}: {error}. Complete checkpoints: {self.saved_steps() or 'none'}"
+            ) from error
+        for old in self.saved_steps()[:-keep]:
+            for folder in (self.checkpoints / f"step_{old}", self.apart(old)):
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def restore(self, accelerator: Accelerator) -> int:
-        """Load the newest complete checkpoint; returns its step, 0 if there is none."""
+    def apart(self, step: int) -> Path:
+        """Where a state lies that is not this project's to write; complete if the checkpoint of that step exists."""
+        return self.path / "apart" / f"step_{step}"
+
+    def restore(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The newest complete checkpoint: its step, state and facts; None if there is none."""
         steps = self.saved_steps()
-        if not steps:
-            return 0
-        accelerator.load_state(str(self.checkpoints / f"step_{steps[-1]}"))
-        return steps[-1]
+        return (steps[-1], *read_state(self.checkpoints / f"step_{steps[-1]}")) if steps else None
 
     def truncate_log(self, step: int) -> None:
         """Forget logged steps after `step`: they are about to be done again."""
@@ -103,14 +122,13 @@ class RunFolder:
         """What was logged, oldest first."""
         return [json.loads(line) for line in self.log_file.read_text().splitlines()] if self.log_file.exists() else []
 
-    def hours(self, batch_size: int) -> float:
-        """Time spent on training steps, over all resumptions, by the log's throughput."""
-        hours, before = 0.0, 0
-        for entry in self.entries():
-            if "images_per_second" in entry:
-                hours += (entry["step"] - before) * batch_size / entry["images_per_second"] / 3600
-                before = entry["step"]
-        return hours
+    def hours(self) -> float:
+        """Time spent on training steps, over all resumptions, by the log."""
+        return sum(entry.get("seconds", 0.0) for entry in self.entries()) / 3600
+
+    def write_failure(self, report: dict[str, Any]) -> None:
+        """Keep what is known about a run that went wrong, with its last logged steps, until it is resumed."""
+        write_json(self.failure_file, {**report, "log": self.entries()[-20:]})
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to the log."""

@@ -1,9 +1,8 @@
-"""Images for training and evaluation: loading, decoding once, the order of batches, augmentation."""
+"""Images for training and evaluation: loading, decoding once, the order of batches, cropping to size."""
 
 import hashlib
-import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,10 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from timm.data import create_transform
-from timm.data.auto_augment import rand_augment_transform
-from torchvision import transforms
+from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from .folder import RESAMPLING
-from .recipe import Augmentation
 
 
 @dataclass
@@ -159,43 +155,16 @@ def pixels_of_size(
     return np.stack([np.asarray(image.resize(size[::-1], RESAMPLING[interpolation])) for image in images])
 
 
-def training_transform(
-    augmentation: Augmentation, image_size: tuple[int, int], preprocessing: dict[str, Any]
-) -> transforms.Compose:
-    """timm's augmentation of one PIL image, down to a normalised (3, H, W) tensor."""
-    if augmentation.auto_augment is not None:
-        try:
-            rand_augment_transform(augmentation.auto_augment, {})
-        except (AssertionError, ValueError, KeyError) as error:
-            if not augmentation.auto_augment.startswith(("v0", "original", "3a", "augmix")):
-                raise ValueError(
-                    "Expected `augmentation.auto_augment` in timm's notation, such as rand-m9-mstd0.5-inc1, "
-                    f"got {augmentation.auto_augment!r}."
-                ) from error
-    transform = create_transform(
-        input_size=(3, *image_size),
-        is_training=True,
-        hflip=augmentation.horizontal_flip,
-        color_jitter=augmentation.color_jitter,
-        auto_augment=augmentation.auto_augment,
-        re_prob=augmentation.random_erasing,
-        interpolation=preprocessing["interpolation"],
-        mean=preprocessing["mean"],
-        std=preprocessing["std"],
+def resize_transform(
+    image_size: tuple[int, int], interpolation: str = "bicubic", random_crop: bool = False
+) -> Callable[[Image.Image], Image.Image]:
+    """Brings an image to the network's (height, width): a resized crop, random (timm's), or all of it."""
+    if random_crop:
+        return RandomResizedCropAndInterpolation(image_size, interpolation=interpolation)
+    height, width = image_size
+    return lambda image: (
+        image if image.size == (width, height) else image.resize((width, height), RESAMPLING[interpolation])
     )
-    if augmentation.random_crop_padding is not None:
-        # DeiT does the same for small images: a resized crop would leave too little of 32 pixels.
-        transform.transforms[0] = transforms.RandomCrop(image_size, padding=augmentation.random_crop_padding)
-    for step in transform.transforms:
-        for op in [*getattr(step, "ops", []), *itertools.chain(*getattr(step, "policy", []))]:
-            if op.name.startswith("Posterize"):
-                op.aug_fn = _posterize
-    return transform
-
-
-def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
-    """timm's posterize, which at its strongest asks for 0 bits: black once, an error since Pillow 13. One bit stays."""
-    return ImageOps.posterize(image, min(max(bits, 1), 8))
 
 
 def seed_everything(*key: int) -> None:
@@ -207,13 +176,33 @@ def seed_everything(*key: int) -> None:
     torch.default_generator.manual_seed(seed % 2**63)
 
 
+def share_of_batch(batch_size: int, rank: int, world_size: int) -> np.ndarray:
+    """The places in a batch of one of several processes.
+
+    The i-th image from the front and from the back of the batch stay together, because mixup and cutmix pair exactly
+    those: what the images of a step are mixed with does not depend on the number of processes.
+
+    Raises:
+        ValueError: If the batch cannot be shared out in pairs.
+
+    Example:
+        >>> share_of_batch(8, rank=1, world_size=2).tolist()
+        [2, 3, 4, 5]
+    """
+    if batch_size % (2 * world_size):
+        raise ValueError(
+            f"Expected `batch_size` to be a multiple of {2 * world_size}, twice the number of processes, got {batch_size}."
+        )
+    half = batch_size // (2 * world_size)
+    front = np.arange(rank * half, (rank + 1) * half)
+    return np.concatenate([front, batch_size - 1 - front[::-1]])
+
+
 @dataclass
 class BatchOrder:
     """Which images make up each step, for one of several processes.
 
-    A step's batch is a function of the seed and the step. With several processes each takes a share in which the i-th
-    image from the front and from the back of the global batch stay together, because mixup and cutmix pair exactly
-    those: the images of a step, and what they are mixed with, do not depend on the number of processes.
+    A step's batch is a function of the seed and the step; `share_of_batch` says which part of it is a process's.
 
     Iterating yields lists of (position in the epoch, epoch, index of the image).
     """
@@ -228,11 +217,7 @@ class BatchOrder:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size % (2 * self.world_size):
-            raise ValueError(
-                f"Expected `batch_size` to be a multiple of {2 * self.world_size}, twice the number of processes, "
-                f"got {self.batch_size}."
-            )
+        share_of_batch(self.batch_size, self.rank, self.world_size)
         if self.num_images < self.batch_size:
             raise ValueError(f"Expected at least {self.batch_size} images, one batch, got {self.num_images}.")
 
@@ -245,9 +230,7 @@ class BatchOrder:
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         shown_epoch, order = -1, np.empty(0, dtype=np.int64)
-        half = self.batch_size // (2 * self.world_size)
-        front = np.arange(self.rank * half, (self.rank + 1) * half)
-        share = np.concatenate([front, self.batch_size - 1 - front[::-1]])
+        share = share_of_batch(self.batch_size, self.rank, self.world_size)
         for step in range(self.first_step, self.last_step):
             epoch, batch = divmod(step, self.steps_per_epoch)
             if epoch != shown_epoch:
@@ -258,16 +241,18 @@ class BatchOrder:
             yield [(int(p), epoch, int(order[p])) for p in positions]
 
 
-class AugmentedImages(torch.utils.data.Dataset):
-    """Augmented training images; the augmentation of each follows from the seed, the epoch and its place in it."""
+class ResizedImages(torch.utils.data.Dataset):
+    """Training images in the network's size; a random crop of each follows from the seed, the epoch and its place in it."""
 
-    def __init__(self, data: ImageDataset, transform: transforms.Compose, seed: int):
+    def __init__(self, data: ImageDataset, transform: Callable[[Image.Image], Image.Image], seed: int):
         self.data, self.transform, self.seed = data, transform, seed
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, int]:
+        """(3, H, W) uint8 and the label."""
         position, epoch, index = key
         seed_everything(self.seed, epoch, position)
-        return self.transform(self.data.image(index)), int(self.data.labels[index])
+        pixels = np.asarray(self.transform(self.data.image(index)))
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1), int(self.data.labels[index])

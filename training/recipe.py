@@ -15,19 +15,37 @@ from hf_visual_perceiver.modeling import VisualPerceiverConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What happens to a training image; the parts are timm's, the names are DeiT's."""
+    """What happens to a training image; the meaning is timm's, the names are DeiT's (see augmentation.py)."""
 
     random_crop_padding: int | None = None  # pixels around the image before a crop; None is a random resized crop
     horizontal_flip: float = 0.5  # probability
-    color_jitter: float = 0.0  # unused with auto_augment
-    auto_augment: str | None = None  # timm's notation, such as rand-m9-mstd0.5-inc1
+    auto_augment: str | None = None  # timm's notation of RandAugment, such as rand-m9-mstd0.5-inc1
     random_erasing: float = 0.0  # probability
     mixup: float = 0.0  # alpha of the beta distribution; 0 is off
     cutmix: float = 0.0  # likewise
-    mixup_probability: float = 1.0  # of mixing a batch at all
+    mixup_probability: float = 1.0  # of mixing an image at all
     mixup_switch: float = 0.5  # probability of cutmix when both are on
     label_smoothing: float = 0.0
     repeats: int = 1  # times that an image stands in a batch, each time augmented anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentLoss:
+    """How the smaller subsets of a sandwich learn: alpha KL(teacher || student) + (1 - alpha) CE, the mean over students."""
+
+    weight: float = 1.0  # lambda, of the students' loss beside that of the full network
+    distillation: float = 1.0  # alpha
+    teacher: str = "full"  # the answer of the full network in this step, or of its moving average: full or ema
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherLoss:
+    """A frozen network that teaches what learns from the labels (DeiT: Touvron et al. 2021, section 4)."""
+
+    model: str  # a folder or Hub id of a transformers image classifier, or the name of a timm model
+    distillation: str = "soft"  # soft: KL at a temperature; hard: cross-entropy with the teacher's decision
+    weight: float = 0.5  # of the teacher; the labels have the rest
+    temperature: float = 1.0  # of soft distillation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +64,16 @@ class Recipe:
     dataset_name: str | None = None  # what the card calls it; None is `dataset` as the file says
     split: str = "train"
     validation: int = 0  # the last images of the split, for choosing; 0 trains on everything
+    validation_split: str | None = None  # choose on the first `validation` images of this split instead
+    streaming: bool = False  # read the dataset as it is needed, each process its share of the shards
+    shuffle_window: int = 8192  # images of a stream that are shuffled at a time, for each process
+    unreadable: str = "error"  # what an unreadable image of a stream is: error, or replace it by another of the batch
     cache_gib: float = 8.0  # decoded images of one size are kept in memory up to this; 0 decodes at each use
-    workers: int = 0  # processes that augment, for each training process
+    workers: int = 0  # processes that decode and crop what is not in memory, for each training process
 
     queries: dict[str, Any] = field(default_factory=lambda: {"schedule": "uniform"})  # see schedules.py
+    students: StudentLoss = field(default_factory=StudentLoss)  # of a sandwich
+    teacher: TeacherLoss | None = None
 
     steps: int = 1
     batch_size: int = 512  # images of one step, over all processes
@@ -62,6 +86,12 @@ class Recipe:
     clip_gradient_norm: float | None = None
     ema_decay: float | None = None  # of the averaged weights, which are then the ones evaluated and published
     mixed_precision: str = "no"  # no, bf16 or fp16
+
+    micro_batch_size: int | None = None  # images that go forward and backward at a time in each process; None is all
+    trunk: str = (
+        "auto"  # several subsets go through it together (packed), or one after the other (split); auto: by device
+    )
+    compile: bool = False  # torch.compile the blocks; pays on GPUs only
 
     augmentation: Augmentation = field(default_factory=Augmentation)
 
@@ -84,14 +114,13 @@ class Recipe:
             _require(0 <= getattr(self, name) <= self.learning_rate, name, "in [0, learning_rate]", getattr(self, name))
         clip = self.clip_gradient_norm
         _require(clip is None or clip > 0, "clip_gradient_norm", "above 0", clip)
-        for name in ("mixup", "cutmix", "color_jitter"):
+        for name in ("mixup", "cutmix"):
             value = getattr(self.augmentation, name)
             _require(value >= 0, f"augmentation.{name}", "at least 0", value)
         padding = self.augmentation.random_crop_padding
         _require(padding is None or padding >= 0, "augmentation.random_crop_padding", "at least 0", padding)
         _require(self.warmup_steps < self.steps, "warmup_steps", f"below steps = {self.steps}", self.warmup_steps)
-        precisions = ("no", "bf16", "fp16")
-        _require(self.mixed_precision in precisions, "mixed_precision", f"one of {precisions}", self.mixed_precision)
+        _one_of("mixed_precision", self.mixed_precision, "no", "bf16", "fp16")
         if self.ema_decay is not None:
             _require(0 < self.ema_decay < 1, "ema_decay", "in (0, 1)", self.ema_decay)
         for name in ("horizontal_flip", "random_erasing", "mixup_probability", "mixup_switch", "label_smoothing"):
@@ -100,6 +129,24 @@ class Recipe:
         _require(self.augmentation.repeats >= 1, "augmentation.repeats", "at least 1", self.augmentation.repeats)
         if self.evaluate_every is not None:
             _require(self.evaluate_every >= 1, "evaluate_every", "at least 1", self.evaluate_every)
+        _require(self.students.weight >= 0, "students.weight", "at least 0", self.students.weight)
+        alpha = self.students.distillation
+        _require(0 <= alpha <= 1, "students.distillation", "in [0, 1]", alpha)
+        _one_of("students.teacher", self.students.teacher, "full", "ema")
+        averaged = self.students.teacher != "ema" or self.ema_decay is not None
+        _require(averaged, "ema_decay", "given, as `students.teacher` is ema", self.ema_decay)
+        if self.teacher is not None:
+            _one_of("teacher.distillation", self.teacher.distillation, "soft", "hard")
+            _require(0 <= self.teacher.weight <= 1, "teacher.weight", "in [0, 1]", self.teacher.weight)
+            _require(self.teacher.temperature > 0, "teacher.temperature", "above 0", self.teacher.temperature)
+        _one_of("trunk", self.trunk, "auto", "packed", "split")
+        _one_of("unreadable", self.unreadable, "error", "replace")
+        micro = self.micro_batch_size
+        _require(micro is None or micro >= 1, "micro_batch_size", "at least 1", micro)
+        _require(self.shuffle_window >= 1, "shuffle_window", "at least 1", self.shuffle_window)
+        if self.streaming:
+            held_out = self.validation == 0 or self.validation_split is not None
+            _require(held_out, "validation_split", "given, as a stream has no last images", self.validation_split)
         unknown = sorted(set(self.config) - set(VisualPerceiverConfig.__dataclass_fields__))
         _require(not unknown, "config", "fields of VisualPerceiverConfig", unknown)
         config = self.model_config(num_labels=2)
@@ -141,7 +188,9 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         place = values
         *parents, last = key.split(".")
         for parent in parents:
-            place = place.setdefault(parent, {})
+            if place.get(parent) is None:
+                place[parent] = {}
+            place = place[parent]
             if not isinstance(place, dict):
                 raise ValueError(f"Expected `{parent}` in the override {override!r} to be a group of keys.")
         try:
@@ -174,12 +223,14 @@ def _build(cls: type, values: dict[str, Any], source: str) -> Any:
 
 def _convert(hint: Any, value: Any, source: str) -> Any:
     """`value` as the annotated type, or a ValueError."""
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ValueError(f"Expected a group of keys in {source}, got {value!r}.")
-        return _build(typing.cast(type, hint), value, source)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
+        if dataclasses.is_dataclass(option):
+            if isinstance(value, dict):
+                return _build(typing.cast(type, option), value, source)
+            if len(options) == 1 or value is not None:
+                raise ValueError(f"Expected a group of keys in {source}, got {value!r}.")
+            continue
         kind = typing.get_origin(option) or option
         if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:  # YAML 1.1 reads 5e-4, without a point, as a string
@@ -191,6 +242,10 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
         if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
     raise ValueError(f"Expected {hint} in {source}, got {value!r}.".replace("<class '", "").replace("'>", ""))
+
+
+def _one_of(name: str, value: Any, *allowed: str) -> None:
+    _require(value in allowed, name, f"one of {', '.join(allowed)}", value)
 
 
 def _require(condition: bool, name: str, expected: str, value: Any) -> None:

@@ -1,10 +1,26 @@
-"""Query schedules: how many queries a training step uses, as a function of the seed and the step alone."""
+"""Query schedules: which subsets of the queries a training step uses, as a function of the seed and the step alone."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Protocol
 
 import numpy as np
+
+from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverConfig, count_macs, count_trunk_macs
+
+
+class Schedule(Protocol):
+    """The subsets of every step.
+
+    Attributes:
+        distils: Whether the first subset is all queries of every image and teaches the others; if not, each subset
+            learns from the labels, and an image is in one of them.
+        groups: Parts that a batch is split in.
+    """
+
+    distils: bool
+    groups: int
+
+    def __call__(self, step: int) -> list[QuerySubset]: ...
 
 
 @dataclass(frozen=True)
@@ -15,8 +31,14 @@ class Fixed:
     seed: int
     K: int
 
-    def __call__(self, step: int) -> int:
-        return self.K
+    distils = False
+    groups = 1
+
+    def __post_init__(self) -> None:
+        _check_integer("K", self.K, 1, self.num_queries)
+
+    def __call__(self, step: int) -> list[QuerySubset]:
+        return [QuerySubset(self.K)]
 
 
 @dataclass(frozen=True)
@@ -26,39 +48,192 @@ class Uniform:
     num_queries: int
     seed: int
 
-    def __call__(self, step: int) -> int:
-        return int(np.random.default_rng((self.seed, step)).integers(1, self.num_queries + 1))
+    distils = False
+    groups = 1
+
+    def __call__(self, step: int) -> list[QuerySubset]:
+        return [QuerySubset(int(_generator(self, step).integers(1, self.num_queries + 1)))]
 
 
-SCHEDULES: dict[str, Any] = {"fixed": Fixed, "uniform": Uniform}
+@dataclass(frozen=True)
+class Stratified:
+    """Query Masking in every step at several K: one group of the batch at Q, each other at a K of its own, p(K) ~ 1/K.
+
+    The image's place in the batch decides its group. A step then sees all scales of K, which lowers the variance of the
+    gradient as stratified sampling does, and the full network learns in every step. K is log-uniform, so that each
+    doubling of the budget gets the same share. After FlexiViT's and Matryoshka's per-batch draws (Beyer et al. 2023,
+    Kusupati et al. 2022), which use one draw for the whole batch.
+    """
+
+    num_queries: int
+    seed: int
+    groups: int = 4
+
+    distils = False
+
+    def __post_init__(self) -> None:
+        _check_integer("groups", self.groups, 2, 64)
+
+    def __call__(self, step: int) -> list[QuerySubset]:
+        drawn = _log_uniform(_generator(self, step), self.num_queries, self.groups - 1)
+        return [
+            QuerySubset(K, images=slice(group, None, self.groups)) for group, K in enumerate([self.num_queries, *drawn])
+        ]
 
 
-def create_schedule(queries: dict[str, Any], num_queries: int, seed: int) -> Callable[[int], int]:
-    """The schedule that a recipe's `queries` describes: a function from the step to K.
+@dataclass(frozen=True)
+class Sandwich:
+    """Each image with all Q queries and with those of `students` smaller budgets, which learn from the full network.
+
+    The sandwich rule with in-place distillation of universally slimmable networks (Yu & Huang 2019): the largest network
+    learns from the labels, the others from its answer. K of the students is log-uniform, p(K) ~ 1/K; with `smallest` one
+    of them is always K = 1, as in that paper.
+    """
+
+    num_queries: int
+    seed: int
+    students: int = 2
+    smallest: bool = False
+
+    distils = True
+    groups = 1
+
+    def __post_init__(self) -> None:
+        _check_integer("students", self.students, 1, 16)
+        if not isinstance(self.smallest, bool):
+            raise ValueError(f"Expected `queries.smallest` to be true or false, got {self.smallest!r}.")
+        if self.num_queries < 2:
+            raise ValueError(f"Expected at least 2 queries for a sandwich, got {self.num_queries}.")
+
+    def __call__(self, step: int) -> list[QuerySubset]:
+        # Not Q itself, which is the teacher.
+        drawn = _log_uniform(_generator(self, step), self.num_queries - 1, self.students - self.smallest)
+        return [QuerySubset(K) for K in (self.num_queries, *([1] if self.smallest else []), *drawn)]
+
+
+@dataclass(frozen=True)
+class DqsTail:
+    """In the last part of training, some of the smaller subsets are those that selection really keeps.
+
+    Query Masking shows the network prefixes alone, but Dynamic Query Selection leaves any subset of the queries. From
+    (1 - `fraction`) of the steps on, each student (each subset, in schedules without a teacher in the batch, that is not
+    the one at all queries) is with probability `share` what selection keeps of all queries at t ~ U(`thresholds`).
+    """
+
+    schedule: Any
+    num_queries: int
+    seed: int
+    steps: int
+    fraction: float
+    share: float
+    thresholds: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        for name in ("fraction", "share"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+                raise ValueError(f"Expected `queries.dqs_tail.{name}` to be in (0, 1], got {value!r}.")
+        limits = self.thresholds
+        numbers = isinstance(limits, (list, tuple)) and all(isinstance(t, (int, float)) for t in limits)
+        if not (numbers and len(limits) == 2 and -1 <= limits[0] <= limits[1] <= 1):
+            raise ValueError(f"Expected `queries.dqs_tail.thresholds` to be [low, high] in [-1, 1], got {limits!r}.")
+        if isinstance(self.schedule, Fixed):
+            raise ValueError("Expected `queries.dqs_tail` to go with a schedule of several K, got 'fixed'.")
+
+    @property
+    def distils(self) -> bool:
+        return self.schedule.distils
+
+    @property
+    def groups(self) -> int:
+        return self.schedule.groups
+
+    def __call__(self, step: int) -> list[QuerySubset]:
+        subsets = self.schedule(step)
+        if step < self.steps * (1 - self.fraction):
+            return subsets
+        # Neither the numbers of the schedule nor those of the augmentation.
+        random = np.random.default_rng((self.seed, step, 2))
+        # Drawn for every subset, needed or not, so that a draw does not depend on those before it.
+        selects, thresholds = random.random(len(subsets)) < self.share, random.uniform(*self.thresholds, len(subsets))
+        first_is_full = len(subsets) > 1
+        return [
+            QuerySubset(self.num_queries, float(t), subset.images) if selected and (i or not first_is_full) else subset
+            for i, (subset, selected, t) in enumerate(zip(subsets, selects, thresholds, strict=True))
+        ]
+
+
+SCHEDULES: dict[str, Any] = {"fixed": Fixed, "uniform": Uniform, "stratified": Stratified, "sandwich": Sandwich}
+
+
+def create_schedule(queries: dict[str, Any], num_queries: int, seed: int, steps: int = 1) -> Schedule:
+    """The schedule that a recipe's `queries` describes: a function from the step to its subsets of the queries.
 
     Args:
-        queries: `{"schedule": name, ...}` with the schedule's own arguments.
+        queries: `{"schedule": name, ...}` with the schedule's own arguments, and those of `DqsTail` as `dqs_tail`.
         num_queries: Q.
         seed: Of the run; the same on every process.
+        steps: Of the whole run.
 
     Raises:
-        ValueError: If the name or an argument is unknown, or K is not in [1, Q].
+        ValueError: If the name or an argument is unknown or out of range.
 
     Example:
-        >>> schedule = create_schedule({"schedule": "uniform"}, num_queries=64, seed=0)
-        >>> schedule(7) == schedule(7), 1 <= schedule(7) <= 64
-        (True, True)
+        >>> schedule = create_schedule({"schedule": "sandwich", "students": 2}, num_queries=64, seed=0)
+        >>> [subset.num_active_queries for subset in schedule(7)]
+        [64, 2, 5]
     """
     arguments = dict(queries)
-    name = arguments.pop("schedule", None)
+    name, tail = arguments.pop("schedule", None), arguments.pop("dqs_tail", None)
     if name not in SCHEDULES:
         raise ValueError(f"Expected `queries.schedule` to be one of {', '.join(SCHEDULES)}, got {name!r}.")
-    allowed = set(SCHEDULES[name].__dataclass_fields__) - {"num_queries", "seed"}
-    if set(arguments) != allowed:
+    schedule = _create(SCHEDULES[name], arguments, f"queries` of schedule `{name}", num_queries=num_queries, seed=seed)
+    if tail is None:
+        return schedule
+    if not isinstance(tail, dict):
+        raise ValueError(f"Expected `queries.dqs_tail` to be a group of keys, got {tail!r}.")
+    given = {"schedule": schedule, "num_queries": num_queries, "seed": seed, "steps": steps}
+    return _create(DqsTail, tail, "queries.dqs_tail", **given)
+
+
+def step_macs(config: VisualPerceiverConfig, schedule: Schedule, step: int) -> float:
+    """Multiply-accumulates of a step's forward, per image; training takes about three times as many.
+
+    A subset that selection is to choose counts with all its candidates, as the number that stays is not known.
+    """
+    budgets = [subset.num_active_queries for subset in schedule(step)]
+    if schedule.distils:
+        return count_macs(config, budgets[0]) + sum(count_trunk_macs(config, K) for K in budgets[1:])
+    return sum(count_macs(config, K) for K in budgets) / len(budgets)
+
+
+def describe(subsets: list[QuerySubset]) -> int | list[int | str]:
+    """The subsets of a step, for a log: K, or with several a list of K and of thresholds such as "t=0.8"."""
+    names = [s.num_active_queries if s.dqs_threshold is None else f"t={s.dqs_threshold:.3g}" for s in subsets]
+    return names[0] if len(names) == 1 and isinstance(names[0], int) else names
+
+
+def _create(cls: Any, arguments: dict[str, Any], place: str, **given: Any) -> Any:
+    allowed = {f.name: f.default is MISSING for f in fields(cls) if f.name not in given}
+    missing = [name for name, required in allowed.items() if required and name not in arguments]
+    if missing or not set(arguments) <= set(allowed):
         raise ValueError(
-            f"Expected `queries` of schedule {name!r} to have the arguments {sorted(allowed)}, got {sorted(arguments)}."
+            f"Expected `{place}` to have the arguments {sorted(allowed)}"
+            f"{f' ({sorted(missing)} must be given)' if missing else ''}, got {sorted(arguments)}."
         )
-    K = arguments.get("K", 1)
-    if isinstance(K, bool) or not isinstance(K, int) or not 1 <= K <= num_queries:
-        raise ValueError(f"Expected `queries.K` to be an integer in [1, {num_queries}], got {K!r}.")
-    return SCHEDULES[name](num_queries=num_queries, seed=seed, **arguments)
+    return cls(**given, **arguments)
+
+
+def _generator(schedule: Any, step: int) -> np.random.Generator:
+    return np.random.default_rng((schedule.seed, step))
+
+
+def _log_uniform(random: np.random.Generator, largest: int, count: int) -> list[int]:
+    """`count` draws from [1, largest] with p(K) proportional to 1 / K."""
+    weights = 1 / np.arange(1, largest + 1)
+    return [int(K) for K in random.choice(np.arange(1, largest + 1), size=count, p=weights / weights.sum())]
+
+
+def _check_integer(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"Expected `queries.{name}` to be an integer in [{low}, {high}], got {value!r}.")

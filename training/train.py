@@ -1,115 +1,121 @@
 """Train a Visual Perceiver: `accelerate launch training/train.py --config training/recipes/NAME.yaml`.
 
-One process or many, CPU or GPU: accelerate decides. Everything random in a step is seeded from the recipe's seed and the
-step, so that a resumed run is the run that was not interrupted.
+One process or many, CPU or GPU: accelerate decides. Everything random in a step is drawn from the recipe's seed and the
+step, so that a run in pieces, on whatever devices, is one run.
 """
 
-import functools
+import contextlib
 import json
 import logging
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 import yaml
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch.nn import functional as F
+from torch.distributed.tensor import DTensor
 
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
+from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageClassification
+from hf_visual_perceiver.training.augmentation import BatchAugmentation
+from hf_visual_perceiver.training.batches import LoadedBatches, ResidentBatches, fits_in_memory
 from hf_visual_perceiver.training.checkpointing import RunFolder
 from hf_visual_perceiver.training.conditions import measurement_conditions
+from hf_visual_perceiver.training.curves import plot_curves
 from hf_visual_perceiver.training.data import (
-    AugmentedImages,
     BatchOrder,
     ImageDataset,
+    ResizedImages,
     load_images,
     normalise,
     pixels_of_size,
+    resize_transform,
     seed_everything,
-    training_transform,
+    share_of_batch,
 )
 from hf_visual_perceiver.training.folder import save_folder
+from hf_visual_perceiver.training.objective import Objective
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
-from hf_visual_perceiver.training.schedules import create_schedule
+from hf_visual_perceiver.training.schedules import Schedule, create_schedule, describe, step_macs
+from hf_visual_perceiver.training.state import apply_state, gather_state, gather_weights
+from hf_visual_perceiver.training.stream import DecodedImages, StreamOrder
+from hf_visual_perceiver.training.teacher import FrozenTeacher, load_teacher
 
 
 console = Console(stderr=True)
 
 
-def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_name: str = "recipe") -> Path:
-    """Run a recipe to its end and write the Hub-ready model to `output_dir`/model.
+def train(
+    recipe: Recipe,
+    output_dir: str | Path,
+    resume: bool = False,
+    recipe_name: str = "recipe",
+    max_minutes: float | None = None,
+    allow_recipe_change: bool = False,
+) -> Path | None:
+    """Run a recipe, to its end or for some time, and at its end write the Hub-ready model to `output_dir`/model.
 
     Args:
         recipe: What to do.
         output_dir: A new or empty folder, or with `resume` that of the run to continue.
         resume: Continue from the newest complete checkpoint.
         recipe_name: What to call the recipe on the model's card.
+        max_minutes: Stop after this time with everything saved; None runs to the end. SIGTERM stops a run likewise.
+        allow_recipe_change: Resume although the recipe differs from that of the run.
 
     Returns:
-        The folder of the trained model.
+        The folder of the trained model, or None if the run stopped before its end.
 
     Raises:
         ValueError: If the recipe, the dataset and the folder do not fit together; nothing is then written.
         FloatingPointError: If the loss or a weight is not finite; the last good checkpoints stay.
+        OSError: If a checkpoint cannot be written, such as on a full disk; the last good checkpoints stay.
     """
+    stop = StopRequest(max_minutes)
     run = RunFolder(output_dir)
     accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision,
-        log_with=_tracker(recipe.tracker),
-        project_dir=str(run.path),
-        # The batches are dealt by BatchOrder, which accelerate would deal a second time.
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
+        mixed_precision=recipe.mixed_precision, log_with=_tracker(recipe.tracker), project_dir=str(run.path)
     )
-    # The main process judges for all: a late one would find what the first has begun to write.
-    verdict: list[ValueError | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            run.check(recipe, resume)
-        except ValueError as error:
-            verdict = [error]
-    broadcast_object_list(verdict)
-    if verdict[0] is not None:
-        raise verdict[0]
+    _main_process_alone(accelerator, lambda: run.check(recipe, resume, allow_recipe_change))
     if resume and run.model.exists() and recipe.steps in run.saved_steps():
         if accelerator.is_main_process:
             console.print(f"The run is finished; its model is in {run.model}.")
         return run.model
 
-    data = load_images(recipe.dataset, recipe.split, recipe.cache_gib)
-    if not recipe.validation < len(data):
-        raise ValueError(f"Expected `validation` to be below the {len(data)} images, got {recipe.validation}.")
-    first_validation = len(data) - recipe.validation
-    training, validation = data.subset(slice(None, first_validation)), data.subset(slice(first_validation, None))
-    order = BatchOrder(
-        num_images=len(training),
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        repeats=recipe.augmentation.repeats,
-        last_step=recipe.steps,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded and recipe.ema_decay is not None:
+        raise ValueError(
+            f"Expected `ema_decay` to be null with FSDP, which splits the weights, got {recipe.ema_decay}."
+        )
+    source = open_data(recipe, accelerator)
+    network = create_model(recipe, source.label_names)
+    schedule = create_schedule(recipe.queries, network.config.num_queries, recipe.seed, recipe.steps)
+    check_batch(recipe, schedule, accelerator.num_processes)
+    size, preprocessing = network.config.image_height_width, network.config.timm_pretrained_cfg
+    augment = BatchAugmentation(
+        recipe.augmentation,
+        len(source.label_names),
+        preprocessing["mean"],
+        preprocessing["std"],
+        recipe.seed,
     )
-    model = create_model(recipe, data.label_names)
-    schedule = create_schedule(recipe.queries, model.config.num_queries, recipe.seed)
-    transform = training_transform(
-        recipe.augmentation, model.config.image_height_width, model.config.timm_pretrained_cfg
-    )
-    criterion = create_criterion(recipe, len(data.label_names))
-    optimizer = create_optimizer(model, recipe)
+    teacher: FrozenTeacher | None = None
+    if recipe.teacher is not None:
+        teacher = load_teacher(recipe.teacher.model, source.label_names, size, preprocessing).to(accelerator.device)
+    optimizer = create_optimizer(network, recipe)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",
@@ -128,38 +134,58 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
             f"`accelerate launch --num_cpu_threads_per_process {cores}` uses all."
         )
     # Everything above raises if the recipe does not fit; from here on the folder is written to.
-    if accelerator.is_main_process:
-        run.start(recipe)
-    accelerator.wait_for_everyone()
+    _main_process_alone(accelerator, lambda: run.start(recipe))
     accelerator.init_trackers("hf_visual_perceiver", config={"recipe": recipe_name, "seed": recipe.seed})
-    model, optimizer = accelerator.prepare(model, optimizer)
-    ema = ModelEmaV3(accelerator.unwrap_model(model), decay=recipe.ema_decay) if recipe.ema_decay else None
-    if ema is not None:
-        accelerator.register_for_checkpointing(ema)
-    first_step = run.restore(accelerator) if resume else 0
+    if recipe.compile:
+        for layer in network.visual_perceiver.layers:
+            layer.compile(dynamic=True)
+    packed = recipe.trunk == "packed" or (recipe.trunk == "auto" and accelerator.device.type == "cuda")
+    objective = Objective(network, recipe.students, recipe.teacher, packed)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    average = ModelEmaV3(network, decay=recipe.ema_decay) if recipe.ema_decay else None
+
+    def published() -> VisualPerceiverForImageClassification:
+        """The network that is evaluated and published: the average, if there is one."""
+        if average is not None:
+            return average.module
+        return gathered(model, create_model(recipe, source.label_names)) if sharded else network
+
+    first_step = 0
+    apart = keeps_state_apart(accelerator)
+    if apart and average is not None:
+        accelerator.register_for_checkpointing(average)
+    if resume and (restored := run.restore()) is not None:
+        first_step, state, facts = restored
+        if apart:
+            accelerator.load_state(str(run.apart(first_step)))
+        else:
+            apply_state(state, facts, model, optimizer, average and average.module)
+        source.load_state_dict(facts["data"])
+        if accelerator.scaler is not None and facts["scaler"]:
+            accelerator.scaler.load_state_dict(facts["scaler"])
     if accelerator.is_main_process and resume:
         run.truncate_log(first_step)
         console.print(f"Resuming after step {first_step}.")
+    batches = source.batches(first_step, size, preprocessing["interpolation"])
+    positions = share_of_batch(recipe.batch_size, accelerator.process_index, accelerator.num_processes)
 
-    order.first_step = first_step
-    loader = torch.utils.data.DataLoader(
-        AugmentedImages(training, transform, recipe.seed),
-        batch_sampler=order,
-        num_workers=recipe.workers,
-        persistent_workers=recipe.workers > 0,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    def save(step: int) -> None:
+        if apart:
+            accelerator.save_state(str(run.apart(step)))
+        state, facts = ({}, {}) if apart else gather_state(model, optimizer, average and average.module)
+        facts["data"] = gather_object([batches.state_dict(step)])
+        facts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        _main_process_alone(accelerator, lambda: run.save(state, facts, step, recipe.keep_checkpoints))
 
     def evaluate(step: int) -> None:
-        if len(validation) == 0:
-            return
-        network = ema.module if ema is not None else accelerator.unwrap_model(model)
-        for K in recipe.evaluate_queries or [network.config.num_queries]:
-            accuracy = validation_accuracy(network, validation, K, accelerator, recipe.batch_size)
-            if accelerator.is_main_process:
+        budgets = recipe.evaluate_queries or [network.config.num_queries]
+        accuracies = validation_accuracy(published(), source.validation, budgets, accelerator, recipe.batch_size)
+        accelerator.log({f"validation_accuracy/K={K}": accuracy for K, accuracy in accuracies.items()}, step=step)
+        if accelerator.is_main_process:
+            for K, accuracy in accuracies.items():
                 run.log({"step": step, "validation_accuracy": accuracy, "K": K})
-                console.print(f"step {step}: validation accuracy {100 * accuracy:.2f} % with K = {K}")
-            accelerator.log({f"validation_accuracy/K={K}": accuracy}, step=step)
+            line = ", ".join(f"{100 * accuracy:.2f} with K = {K}" for K, accuracy in accuracies.items())
+            console.print(f"step {step}: validation accuracy (%) {line}", highlight=False)
 
     progress = Progress(
         TextColumn("step"),
@@ -170,99 +196,367 @@ def train(recipe: Recipe, output_dir: str | Path, resume: bool = False, recipe_n
         console=console,
         disable=not accelerator.is_main_process,
     )
-    with progress:
+    done = first_step
+    with progress, stop:
         task = progress.add_task("training", total=recipe.steps, completed=first_step, status="")
         model.train()
-        began = shown = time.perf_counter()
-        seen = 0
-        for step, (images, labels) in enumerate(loader, start=first_step):
+        clock = _Clock()
+        for step, (images, labels) in enumerate(batches, start=first_step):
             scheduler.step_update(step)
-            K = schedule(step)
-            where = functools.partial(_whereabouts, run, step, K)
-            # The processes share the mixing of a batch (NumPy) but not their dropped paths (torch).
-            seed_everything(recipe.seed, step)
-            torch.manual_seed(torch.initial_seed() % 2**32 + accelerator.process_index)
-            images, labels = images.to(accelerator.device), labels.to(accelerator.device)
-            with accelerator.autocast():
-                loss = criterion(images, labels, functools.partial(logits_at, model, K))
-            accelerator.backward(loss)
+            subsets = schedule(step)
+            pixel_values, targets = augment(images, labels, step, positions, recipe.batch_size)
+            # Drawn by torch: dropped paths, which differ between the processes.
+            seed_everything(recipe.seed, step, accelerator.process_index)
+            torch.manual_seed(torch.initial_seed())
+            losses = forward_backward(
+                accelerator, model, pixel_values, targets, subsets, schedule, recipe, teacher, average
+            )
             if recipe.clip_gradient_norm is not None:
                 accelerator.clip_grad_norm_(model.parameters(), recipe.clip_gradient_norm)
             optimizer.step()
             optimizer.zero_grad()
             done = step + 1
-            if ema is not None:
-                ema.update(accelerator.unwrap_model(model), step=done)
+            if average is not None:
+                average.update(network, step=done)
 
-            seen += recipe.batch_size
+            clock.count(recipe.batch_size)
+            stopping = False
             if done % recipe.log_every == 0 or done == recipe.steps:
-                mean_loss = accelerator.reduce(loss.detach().float(), "mean").item()
-                if not math.isfinite(mean_loss):
-                    raise FloatingPointError(f"Expected a finite loss, got {mean_loss} {where()}.")
-                rate = seen / (time.perf_counter() - began)
-                began, seen = time.perf_counter(), 0
-                entry = {"loss": mean_loss, "K": K, "learning_rate": optimizer.param_groups[0]["lr"]}
-                accelerator.log({**entry, "images_per_second": rate}, step=done)
-                if accelerator.is_main_process:
-                    run.log({"step": done, **entry, "images_per_second": round(rate, 1)})
-                status = f"loss {mean_loss:.3f}  K {K:<3d} {rate:,.0f} images/s"
+                # The one place where the host waits for the device, and where the processes agree on stopping.
+                report = accelerator.reduce(torch.cat([losses, stop.as_tensor(losses.device)]), "mean").tolist()
+                stopping = report.pop() > 0
+                entry: dict[str, Any] = {"loss": report[0] + recipe.students.weight * report[1]}
+                if schedule.distils:
+                    entry |= {"full_loss": report[0], "student_loss": report[1]}
+                if not math.isfinite(entry["loss"]):
+                    _fail(accelerator, run, f"Expected a finite loss, got {entry['loss']}", step, subsets)
+                entry |= {"K": describe(subsets), "learning_rate": optimizer.param_groups[0]["lr"]}
+                entry |= {"images_per_second": round(clock.rate(), 1), "seconds": round(clock.seconds, 3)}
+                scalars = {key: value for key, value in entry.items() if isinstance(value, (int, float))}
+                accelerator.log(scalars, step=done)
+                status = f"loss {entry['loss']:.3f}  K {entry['K']}  {clock.rate():,.0f} images/s"
                 progress.update(task, status=status)
-                if accelerator.is_main_process and not console.is_terminal and time.perf_counter() - shown > 60:
-                    console.print(f"step {done}/{recipe.steps}  {status}")
-                    shown = time.perf_counter()
+                if accelerator.is_main_process:
+                    run.log({"step": done, **entry})
+                    if not console.is_terminal and clock.minute_passed():
+                        console.print(f"step {done}/{recipe.steps}  {status}", highlight=False)
+                clock.restart()
             progress.update(task, completed=done)
-            if done % recipe.save_every == 0 or done == recipe.steps:
+            stopping = stopping or (accelerator.num_processes == 1 and stop.requested())
+            if done % recipe.save_every == 0 or done == recipe.steps or stopping:
                 # A checkpoint that cannot be continued must not take the place of one that can.
-                if not all_finite(accelerator, model):
-                    raise FloatingPointError(f"Expected finite weights, got others {where()}.")
-                run.save(accelerator, done, recipe.keep_checkpoints)
+                if not all_finite(accelerator, network):
+                    _fail(accelerator, run, "Expected finite weights, got others", step, subsets)
+                save(done)
+            if stopping:
+                break
             if recipe.evaluate_every and done % recipe.evaluate_every == 0 and done != recipe.steps:
                 evaluate(done)
                 model.train()
-                began, seen = time.perf_counter(), 0
-        evaluate(recipe.steps)
-
+                clock.restart()
+    finished = done == recipe.steps
+    if finished:
+        evaluate(done)
+    final = published() if finished else network
     if accelerator.is_main_process:
-        published = {**recipe.to_dict(), "dataset": recipe.dataset_name or recipe.dataset}
-        facts = {
-            "recipe_name": recipe_name,
-            # With the dataset's public name: where it lies on this machine helps nobody.
-            "recipe": published,
-            "training_images": len(training),
-            "epochs": recipe.steps * recipe.batch_size / len(training),
-            "processes": accelerator.num_processes,
-            "training_hours": run.hours(recipe.batch_size),
-            "validation_accuracy": {
-                entry["K"]: entry["validation_accuracy"]
-                for entry in run.entries()
-                if entry["step"] == recipe.steps and "validation_accuracy" in entry
-            },
-            "conditions": measurement_conditions(accelerator.device),
-        }
-        files = {
-            "training.json": json.dumps(facts, indent=2) + "\n",
-            "recipe.yaml": yaml.safe_dump(published, sort_keys=False),
-        }
-        save_folder(ema.module if ema is not None else accelerator.unwrap_model(model), run.model, files)
-        console.print(f"The trained model is in {run.model}.")
+        curves = run.path / "curves.png"
+        plot_curves(run.entries(), curves)
+        if finished:
+            write_model(recipe, recipe_name, run, final, source, schedule, accelerator)
+            console.print(f"The trained model is in {run.model}, the curves in {curves}.", soft_wrap=True)
+        else:
+            console.print(
+                f"Stopped after step {done} of {recipe.steps} ({stop.reason()}); --resume goes on. Curves: {curves}",
+                soft_wrap=True,
+            )
     accelerator.end_training()
-    return run.model
+    return run.model if finished else None
 
 
-def _whereabouts(run: RunFolder, step: int, K: int) -> str:
-    return f"at step {step} with K = {K}; complete checkpoints: {run.saved_steps() or 'none'}"
+def forward_backward(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    pixel_values: torch.Tensor,
+    targets: torch.Tensor,
+    subsets: list[QuerySubset],
+    schedule: Schedule,
+    recipe: Recipe,
+    teacher: FrozenTeacher | None = None,
+    average: ModelEmaV3 | None = None,
+) -> torch.Tensor:
+    """Gradients of one step's loss, in micro-batches if the recipe says so; returns the (2,) losses of `Objective`."""
+    objective: Any = accelerator.unwrap_model(model)
+    B = len(pixel_values)
+    size = recipe.micro_batch_size or B
+    losses = torch.zeros(2, device=pixel_values.device)
+    for first in range(0, B, size):
+        part = slice(first, min(first + size, B))
+        taught = averaged = None
+        with accelerator.autocast(), torch.no_grad():
+            if teacher is not None:
+                taught = teacher(pixel_values[part])
+            if average is not None and schedule.distils and recipe.students.teacher == "ema":
+                averaged = average.module(pixel_values[part], num_active_queries=subsets[0].num_active_queries).logits
+        # Processes exchange gradients once, with the last part.
+        last = part.stop == B
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            parts = model(pixel_values[part], targets[part], subsets, schedule.distils, taught, averaged)
+            share = (part.stop - first) / B
+            accelerator.backward(objective.total_loss(parts) * share)
+        losses += parts.detach() * share
+    return losses
+
+
+@dataclass
+class TrainingData:
+    """The images that a run learns from and those it is judged by.
+
+    Attributes:
+        label_names: Of both.
+        validation: Held out; may be empty.
+        training: Decoded or decodable images; None for a stream.
+        order: Which images make up each step.
+        recipe: Of the run.
+        device: Where batches go.
+    """
+
+    label_names: list[str]
+    validation: ImageDataset
+    training: ImageDataset | None
+    order: Any
+    recipe: Recipe
+    device: torch.device
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Go on in a stream where a checkpoint of all processes stopped; other orders follow from the step.
+
+        The shares of another number of processes are others: they begin with the next epoch.
+        """
+        if any(states):
+            own = states[self.order.rank] if len(states) == self.order.world_size else states[0]
+            self.order.load_state_dict(own, allow_other_world=True)
+
+    def batches(self, first_step: int, size: tuple[int, int], interpolation: str) -> Any:
+        """An iterable of (images uint8 (b, 3, H, W), labels (b,)) on the device, one for each step from `first_step`."""
+        recipe = self.recipe
+        self.order.first_step = first_step
+        random_crop = recipe.augmentation.random_crop_padding is None
+        transform = resize_transform(size, interpolation, random_crop)
+        if self.training is None:
+            images = DecodedImages(transform, recipe.seed, recipe.unreadable)
+            return LoadedBatches(images, self.order, self.device, recipe.workers, images.collate)
+        if fits_in_memory(self.training, size) and not random_crop:
+            return ResidentBatches(self.training, self.order, self.device)
+        return LoadedBatches(
+            ResizedImages(self.training, transform, recipe.seed), self.order, self.device, recipe.workers
+        )
+
+
+def open_data(recipe: Recipe, accelerator: Accelerator) -> TrainingData:
+    """Load or open what the recipe trains and validates on."""
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    order: Any
+    if recipe.streaming:
+        order = StreamOrder(
+            recipe.dataset,
+            recipe.split,
+            recipe.batch_size,
+            recipe.seed,
+            recipe.steps,
+            shuffle_window=recipe.shuffle_window,
+            repeats=recipe.augmentation.repeats,
+            **place,
+        )
+        training, names = None, order.label_names
+    else:
+        data = load_images(recipe.dataset, recipe.split, recipe.cache_gib)
+        names, held_out = data.label_names, 0 if recipe.validation_split else recipe.validation
+        if not held_out < len(data):
+            raise ValueError(f"Expected `validation` to be below the {len(data)} images, got {held_out}.")
+        training = data.subset(slice(None, len(data) - held_out))
+        order = BatchOrder(
+            num_images=len(training),
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            repeats=recipe.augmentation.repeats,
+            last_step=recipe.steps,
+            **place,
+        )
+    if recipe.validation_split:
+        validation = load_images(recipe.dataset, recipe.validation_split, recipe.cache_gib)
+        if validation.label_names != names:
+            raise ValueError(f"Expected the labels of {recipe.split} in {recipe.validation_split}, got others.")
+        validation = validation.subset(slice(None, recipe.validation or None))
+    elif recipe.streaming:
+        validation = ImageDataset([], torch.zeros(0).long().numpy(), names)
+    else:
+        validation = data.subset(slice(len(data) - held_out, None))
+    return TrainingData(names, validation, training, order, recipe, accelerator.device)
+
+
+def check_batch(recipe: Recipe, schedule: Schedule, num_processes: int) -> None:
+    """Raise a `ValueError` unless the batch can be split in the schedule's groups by each process and micro-batch."""
+    multiple = 2 * num_processes * schedule.groups
+    if recipe.batch_size % multiple:
+        raise ValueError(
+            f"Expected `batch_size` to be a multiple of {multiple} (pairs of images x processes x groups of the schedule), "
+            f"got {recipe.batch_size}."
+        )
+    if recipe.micro_batch_size is not None and recipe.micro_batch_size % schedule.groups:
+        raise ValueError(
+            f"Expected `micro_batch_size` to be a multiple of the schedule's {schedule.groups} groups, "
+            f"got {recipe.micro_batch_size}."
+        )
+
+
+def write_model(
+    recipe: Recipe,
+    recipe_name: str,
+    run: RunFolder,
+    model: VisualPerceiverForImageClassification,
+    source: TrainingData,
+    schedule: Schedule,
+    accelerator: Accelerator,
+) -> None:
+    """Write the trained model with the facts of its training to the run's `model` folder."""
+    # With the dataset's public name: where it lies on this machine helps nobody.
+    values = {**recipe.to_dict(), "dataset": recipe.dataset_name or recipe.dataset}
+    entries = run.entries()
+    sampled = range(0, recipe.steps, max(recipe.steps // 1000, 1))
+    facts = {
+        "recipe_name": recipe_name,
+        "recipe": values,
+        "training_images": None if source.training is None else len(source.training),
+        "epochs": None if source.training is None else recipe.steps * recipe.batch_size / len(source.training),
+        "processes": accelerator.num_processes,
+        "training_hours": run.hours(),
+        "macs_per_image": sum(step_macs(model.config, schedule, step) for step in sampled) / len(sampled),
+        "validation_accuracy": {
+            entry["K"]: entry["validation_accuracy"]
+            for entry in entries
+            if entry["step"] == recipe.steps and "validation_accuracy" in entry
+        },
+        "conditions": measurement_conditions(accelerator.device),
+    }
+    files = {
+        "training.json": json.dumps(facts, indent=2) + "\n",
+        "recipe.yaml": yaml.safe_dump(values, sort_keys=False),
+    }
+    save_folder(model, run.model, files)
+
+
+class StopRequest:
+    """Whether a run should stop: its time is over, or SIGTERM came while the context is open.
+
+    Args:
+        max_minutes: From now on; None is no limit.
+    """
+
+    def __init__(self, max_minutes: float | None):
+        if max_minutes is not None and not max_minutes > 0:
+            raise ValueError(f"Expected `--max-minutes` to be above 0, got {max_minutes}.")
+        self.max_minutes = max_minutes
+        self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.terminated = False
+
+    def __enter__(self) -> "StopRequest":
+        # Python allows handlers in the main thread alone.
+        self.handles = threading.current_thread() is threading.main_thread()
+        if self.handles:
+            self.previous = signal.signal(signal.SIGTERM, self._terminate)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.handles:
+            signal.signal(signal.SIGTERM, self.previous)
+
+    def _terminate(self, *signal_and_frame: Any) -> None:
+        self.terminated = True
+
+    def requested(self) -> bool:
+        """Whether to stop now."""
+        return self.terminated or time.monotonic() >= self.deadline
+
+    def as_tensor(self, device: torch.device) -> torch.Tensor:
+        """(1,) float: 1 if this process is to stop."""
+        return torch.tensor([float(self.requested())], device=device)
+
+    def reason(self) -> str:
+        """Why it stopped."""
+        return "SIGTERM" if self.terminated or self.max_minutes is None else f"{self.max_minutes:g} minutes are over"
+
+
+class _Clock:
+    """Images per second since the last restart, and the time of that piece."""
+
+    def __init__(self) -> None:
+        self.shown = time.perf_counter()
+        self.restart()
+
+    def restart(self) -> None:
+        self.began, self.images = time.perf_counter(), 0
+
+    def count(self, images: int) -> None:
+        self.images += images
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def rate(self) -> float:
+        return self.images / self.seconds
+
+    def minute_passed(self) -> bool:
+        passed = time.perf_counter() - self.shown > 60
+        if passed:
+            self.shown = time.perf_counter()
+        return passed
+
+
+def _main_process_alone(accelerator: Accelerator, act: Any) -> None:
+    """Act in the main process while the others wait; what it raises, all raise."""
+    verdict: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            act()
+        except (ValueError, OSError) as error:
+            verdict = [error]
+    broadcast_object_list(verdict)
+    if verdict[0] is not None:
+        raise verdict[0]
+
+
+def _fail(accelerator: Accelerator, run: RunFolder, problem: str, step: int, subsets: list[QuerySubset]) -> None:
+    """Keep what is known about a run that went wrong, and stop."""
+    report = {"step": step, "K": describe(subsets), "problem": problem, "complete_checkpoints": run.saved_steps()}
+    _main_process_alone(accelerator, lambda: run.write_failure(report))
+    raise FloatingPointError(
+        f"{problem} at step {step} with K = {report['K']}; complete checkpoints: "
+        f"{report['complete_checkpoints'] or 'none'}. Details: {run.failure_file}"
+    )
+
+
+def keeps_state_apart(accelerator: Accelerator) -> bool:
+    """Whether the optimiser keeps its state itself, in files of its own: DeepSpeed's, which splits it over the processes."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 @torch.no_grad()
 def all_finite(accelerator: Accelerator, model: torch.nn.Module) -> bool:
     """Whether every weight of every process is finite."""
-    finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+    # Of a parameter that FSDP has split, each process looks at its part.
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    finite = torch.stack([part.isfinite().all() for part in parts]).all()
     return accelerator.reduce(finite.float(), "sum").item() == accelerator.num_processes
 
 
-def logits_at(model: torch.nn.Module, K: int, images: torch.Tensor) -> torch.Tensor:
-    """The network's answer with its first K queries: (B, C, H, W) -> (B, labels)."""
-    return model(images, num_active_queries=K).logits
+def gathered(
+    model: torch.nn.Module, network: VisualPerceiverForImageClassification
+) -> VisualPerceiverForImageClassification:
+    """`network` with the weights of a model that FSDP has split; every process has to call this."""
+    weights = gather_weights(model)
+    network.load_state_dict({name.removeprefix("network."): value for name, value in weights.items()})
+    return network.to(next(iter(weights.values())).device)
 
 
 def create_model(recipe: Recipe, label_names: list[str]) -> VisualPerceiverForImageClassification:
@@ -294,49 +588,31 @@ def create_optimizer(model: VisualPerceiverForImageClassification, recipe: Recip
         ) from error
 
 
-def create_criterion(
-    recipe: Recipe, num_labels: int
-) -> Callable[[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], torch.Tensor]:
-    """The loss of a batch as a function of images, labels and the network; mixes the images where the recipe says so."""
-    a = recipe.augmentation
-    if not (a.mixup or a.cutmix):
-        return lambda images, labels, network: F.cross_entropy(
-            network(images).float(), labels, label_smoothing=a.label_smoothing
-        )
-    mixup = Mixup(
-        mixup_alpha=a.mixup,
-        cutmix_alpha=a.cutmix,
-        prob=a.mixup_probability,
-        switch_prob=a.mixup_switch,
-        label_smoothing=a.label_smoothing,
-        num_classes=num_labels,
-    )
-    cross_entropy = SoftTargetCrossEntropy()
-
-    def criterion(images: torch.Tensor, labels: torch.Tensor, network: Callable) -> torch.Tensor:
-        images, targets = mixup(images, labels)
-        return cross_entropy(network(images).float(), targets)
-
-    return criterion
-
-
 @torch.no_grad()
 def validation_accuracy(
-    model: VisualPerceiverForImageClassification, data: ImageDataset, K: int, accelerator: Accelerator, batch_size: int
-) -> float:
-    """Accuracy at the first K queries, each process taking its share of the images."""
+    model: VisualPerceiverForImageClassification,
+    data: ImageDataset,
+    budgets: list[int],
+    accelerator: Accelerator,
+    batch_size: int,
+) -> dict[int, float]:
+    """Accuracy at each K of `budgets`, each process taking its share of the images; empty without images."""
+    if len(data) == 0:
+        return {}
     model.eval()
     size, cfg = model.config.image_height_width, model.config.timm_pretrained_cfg
-    correct = torch.zeros((), device=accelerator.device)
+    subsets = [QuerySubset(K) for K in budgets]
+    correct = torch.zeros(len(budgets), device=accelerator.device)
     for first in range(accelerator.process_index * batch_size, len(data), accelerator.num_processes * batch_size):
         indices = range(first, min(first + batch_size, len(data)))
         pixels = pixels_of_size(data, indices, size, cfg["interpolation"])
         images = normalise(pixels, cfg["mean"], cfg["std"]).to(accelerator.device)
         with accelerator.autocast():
-            logits = model(images, num_active_queries=K).logits
+            all_logits = torch.stack(model.forward_subsets(images, subsets, together=False))
         labels = torch.from_numpy(data.labels[indices.start : indices.stop]).to(accelerator.device)
-        correct += (logits.argmax(-1) == labels).sum()
-    return (accelerator.reduce(correct, "sum") / len(data)).item()
+        correct += (all_logits.argmax(-1) == labels).sum(-1)
+    accuracies = (accelerator.reduce(correct, "sum") / len(data)).tolist()
+    return dict(zip(budgets, accuracies, strict=True))
 
 
 def _tracker(name: str | None) -> str | None:
@@ -351,13 +627,20 @@ def command(
     config: Annotated[Path, typer.Option(help="The recipe, a YAML file.", exists=True, dir_okay=False)],
     output_dir: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop after this time with everything saved; --resume goes on.")
+    ] = None,
+    allow_recipe_change: Annotated[
+        bool, typer.Option("--allow-recipe-change", help="Resume with a recipe that differs from the run's.")
+    ] = False,
     dataset: Annotated[str | None, typer.Option(help="Hub id, folder of parquet files, or imagefolder.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Keys of the recipe, such as steps=100.")] = None,
 ) -> None:
     """Train a Visual Perceiver by a recipe."""
     try:
         recipe = load_recipe(config, [*(overrides or []), *([f"dataset={dataset}"] if dataset else [])])
-        train(recipe, output_dir or Path("runs") / config.stem, resume, config.name)
+        folder = output_dir or Path("runs") / config.stem
+        train(recipe, folder, resume, config.name, max_minutes, allow_recipe_change)
     except (ValueError, OSError, FloatingPointError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None

@@ -1,4 +1,4 @@
-"""Loading, the order of batches, augmentation."""
+"""Loading, the order of batches, cropping to size."""
 
 import datasets
 import numpy as np
@@ -6,17 +6,15 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_visual_perceiver.modeling import VisualPerceiverConfig
+from hf_visual_perceiver.training.batches import LoadedBatches, ResidentBatches, fits_in_memory
 from hf_visual_perceiver.training.data import (
-    AugmentedImages,
     BatchOrder,
     ImageDataset,
+    ResizedImages,
     load_images,
-    normalise,
     pixels_of_size,
-    training_transform,
+    resize_transform,
 )
-from hf_visual_perceiver.training.recipe import Augmentation
 
 
 @pytest.fixture
@@ -140,37 +138,43 @@ class TestBatchOrder:
             self.order(num_images=5)
 
 
-class TestAugmentation:
-    def images(self, seed=0, **fields):
-        pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+class TestResizedImages:
+    def images(self, seed=0, random_crop=True):
+        pixels = np.random.default_rng(0).integers(0, 256, (4, 40, 48, 3), dtype=np.uint8)
         data = ImageDataset(pixels, np.arange(4), ["a", "b", "c", "d"])
-        cfg = VisualPerceiverConfig().timm_pretrained_cfg
-        return AugmentedImages(data, training_transform(Augmentation(**fields), (32, 32), cfg), seed)
+        return ResizedImages(data, resize_transform((32, 32), random_crop=random_crop), seed)
 
-    def test_follows_from_seed_epoch_and_position(self):
-        deit = {"random_crop_padding": 4, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.9}
-        a, b = self.images(**deit), self.images(**deit)
+    def test_crops_follow_from_seed_epoch_and_position(self):
+        a, b = self.images(), self.images()
         assert torch.equal(a[(5, 1, 2)][0], b[(5, 1, 2)][0])
         assert not torch.equal(a[(5, 1, 2)][0], a[(5, 2, 2)][0])
-        assert not torch.equal(a[(5, 1, 2)][0], self.images(seed=1, **deit)[(5, 1, 2)][0])
+        assert not torch.equal(a[(5, 1, 2)][0], self.images(seed=1)[(5, 1, 2)][0])
 
-    @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5", "v0", "original"])
-    def test_the_strongest_posterize_is_no_error(self, policy):
-        image = Image.new("RGB", (32, 32), (200, 100, 50))
-        steps = self.images(auto_augment=policy).transform.transforms
-        ops = [
-            op for s in steps for op in [*getattr(s, "ops", []), *(o for sub in getattr(s, "policy", []) for o in sub)]
-        ]
-        ops = [op for op in ops if op.name.startswith("Posterize")]
-        assert ops
-        for op in ops:
-            for magnitude in (0, 5, 10):
-                op.prob, op.magnitude, op.magnitude_std = 1.0, magnitude, 0
-                assert op(image).size == (32, 32)
+    def test_without_crops_the_whole_image_is_resized(self):
+        dataset = self.images(random_crop=False)
+        image, label = dataset[(0, 0, 2)]
+        expected = pixels_of_size(dataset.data, range(2, 3), (32, 32))[0]
+        assert torch.equal(image, torch.from_numpy(expected).permute(2, 0, 1))
+        assert (image.dtype, label) == (torch.uint8, 2)
 
-    def test_without_augmentation_an_image_is_normalised(self):
-        dataset = self.images(random_crop_padding=0, horizontal_flip=0)
-        cfg = VisualPerceiverConfig().timm_pretrained_cfg
-        expected = normalise(dataset.data.images, cfg["mean"], cfg["std"])
-        torch.testing.assert_close(dataset[(0, 0, 2)][0], expected[2], rtol=0, atol=1e-5)
-        assert dataset[(0, 0, 2)][1] == 2
+
+class TestBatches:
+    """The device's memory and the worker processes deal the same images."""
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_loaded_batches_equal_resident_ones(self, workers):
+        pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+        data = ImageDataset(pixels, np.arange(40) % 4, ["a", "b", "c", "d"])
+        order, device = BatchOrder(40, 12, seed=3, last_step=5), torch.device("cpu")
+        assert fits_in_memory(data, (8, 8))
+        assert not fits_in_memory(data, (8, 9))
+        resident = list(ResidentBatches(data, order, device))
+        loaded = list(LoadedBatches(ResizedImages(data, resize_transform((8, 8)), 3), order, device, workers))
+        assert len(resident) == len(loaded) == 5
+        for (images, labels), (others, other_labels) in zip(resident, loaded, strict=True):
+            assert images.shape == (12, 3, 8, 8)
+            assert images.dtype == torch.uint8
+            assert torch.equal(images, others)
+            assert torch.equal(labels, other_labels)
+        keys = next(iter(order))
+        assert torch.equal(resident[0][0][4].permute(1, 2, 0), torch.from_numpy(pixels[keys[4][2]]))

@@ -5,6 +5,7 @@ import pytest
 from hf_visual_perceiver.loading import shipped
 from hf_visual_perceiver.training.recipe import load_recipe
 from hf_visual_perceiver.training.schedules import create_schedule
+from hf_visual_perceiver.training.train import check_batch
 
 
 RECIPES = sorted(shipped("training/recipes").glob("*.yaml"))
@@ -13,7 +14,9 @@ RECIPES = sorted(shipped("training/recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path):
     recipe = load_recipe(path)
-    create_schedule(recipe.queries, recipe.model_config().num_queries, recipe.seed)
+    check_batch(
+        recipe, create_schedule(recipe.queries, recipe.model_config().num_queries, recipe.seed, recipe.steps), 1
+    )
 
 
 def test_the_papers_recipe_is_verbatim():
@@ -46,7 +49,7 @@ def test_overrides():
         ("steps=2.5", "Expected int in .*steps, got 2.5"),
         ("steps=0", "`steps` to be at least 1, got 0"),
         ("architecture=resnet50", "Expected an architecture among .*got 'resnet50'"),
-        ("mixed_precision=int8", "one of .*'bf16'.*got 'int8'"),
+        ("mixed_precision=int8", "one of no, bf16, fp16, got 'int8'"),
         ("ema_decay=1.5", r"`ema_decay` to be in \(0, 1\), got 1.5"),
         ("augmentation.label_smoothing=2", r"`augmentation.label_smoothing` to be in \[0, 1\], got 2"),
         ("evaluate_queries=[65]", r"integer in \[1, 64\], got 65"),
@@ -55,6 +58,17 @@ def test_overrides():
         ("config.num_channels=1", "`config.num_channels` to be 3"),
         ("augmentation.mixup=-1", "`augmentation.mixup` to be at least 0, got -1"),
         ("clip_gradient_norm=-1", "`clip_gradient_norm` to be above 0"),
+        ("students.teacher=mean", "`students.teacher` to be one of full, ema, got 'mean'"),
+        ("students.distillation=2", r"`students.distillation` to be in \[0, 1\], got 2"),
+        ("students.alpha=1", "Unknown key `alpha`.*Allowed keys: distillation, teacher, weight"),
+        ("teacher=resnet18", "a group of keys in .*teacher, got 'resnet18'"),
+        ("teacher.distillation=soft", "Missing key `model`"),
+        ("teacher={model: a, distillation: firm}", "`teacher.distillation` to be one of soft, hard, got 'firm'"),
+        ("teacher={model: a, temperature: 0}", "`teacher.temperature` to be above 0, got 0"),
+        ("trunk=both", "`trunk` to be one of auto, packed, split, got 'both'"),
+        ("unreadable=skip", "`unreadable` to be one of error, replace, got 'skip'"),
+        ("micro_batch_size=0", "`micro_batch_size` to be at least 1, got 0"),
+        ("streaming=true", "`validation_split` to be given, as a stream has no last images"),
         ("min_learning_rate=1", r"`min_learning_rate` to be in \[0, learning_rate\]"),
         ("steps=[1", "YAML after the = of the override"),
         ("steps", "override such as steps=100, got 'steps'"),
@@ -64,6 +78,17 @@ def test_mistakes_are_named(override, message):
     path = shipped("training/recipes/cifar10_nano_cpu.yaml")
     with pytest.raises(ValueError, match=message):
         load_recipe(path, [override])
+
+
+def test_students_of_an_average_need_one():
+    with pytest.raises(ValueError, match=r"`ema_decay` to be given, as `students.teacher` is ema"):
+        load_recipe(RECIPES[0], ["students.teacher=ema", "ema_decay=null"])
+
+
+def test_a_group_can_be_absent():
+    assert load_recipe(RECIPES[0], ["teacher=null"]).teacher is None
+    teacher = load_recipe(RECIPES[0], ["teacher.model=folder", "teacher.weight=0.3"]).teacher
+    assert (teacher.model, teacher.weight, teacher.distillation) == ("folder", 0.3, "soft")
 
 
 def test_broken_files(tmp_path):
@@ -77,35 +102,3 @@ def test_broken_files(tmp_path):
     path.write_text("steps: 3")
     with pytest.raises(ValueError, match="Missing key `architecture`"):
         load_recipe(path)
-
-
-class TestSchedules:
-    def test_uniform_covers_every_budget_alike(self):
-        schedule = create_schedule({"schedule": "uniform"}, num_queries=8, seed=3)
-        counts = [0] * 9
-        for step in range(4000):
-            counts[schedule(step)] += 1
-        assert counts[0] == 0
-        assert all(400 < count < 600 for count in counts[1:])
-
-    def test_follows_from_seed_and_step(self):
-        a, b, c = (create_schedule({"schedule": "uniform"}, 64, seed) for seed in (0, 0, 1))
-        assert [a(s) for s in range(50)] == [b(s) for s in range(50)] != [c(s) for s in range(50)]
-
-    def test_fixed(self):
-        assert create_schedule({"schedule": "fixed", "K": 5}, 8, 0)(123) == 5
-
-    @pytest.mark.parametrize(
-        ("queries", "message"),
-        [
-            ({"schedule": "uniforn"}, "one of fixed, uniform, got 'uniforn'"),
-            ({}, "one of fixed, uniform, got None"),
-            ({"schedule": "uniform", "K": 3}, r"arguments \[\], got \['K'\]"),
-            ({"schedule": "fixed"}, r"arguments \['K'\], got \[\]"),
-            ({"schedule": "fixed", "K": 9}, r"integer in \[1, 8\], got 9"),
-            ({"schedule": "fixed", "K": True}, r"integer in \[1, 8\], got True"),
-        ],
-    )
-    def test_mistakes_are_named(self, queries, message):
-        with pytest.raises(ValueError, match=message):
-            create_schedule(queries, 8, 0)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -14,11 +16,13 @@ from safetensors.torch import load_file
 from support import REPOSITORY, run
 
 from hf_visual_perceiver.loading import default_dataset, load_model
+from hf_visual_perceiver.training import checkpointing, objective, state
 from hf_visual_perceiver.training import train as train_module
 from hf_visual_perceiver.training.checkpointing import RunFolder
-from hf_visual_perceiver.training.data import load_images
+from hf_visual_perceiver.training.data import load_images, normalise
 from hf_visual_perceiver.training.recipe import recipe_from_dict
 from hf_visual_perceiver.training.train import train
+from hf_visual_perceiver.training.transport import write_transport
 
 
 SMALL = {
@@ -54,6 +58,10 @@ def losses(folder):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+def losses_or_none(folder):
+    return losses(folder) if (folder / "log.jsonl").exists() else None
+
+
 def weights(folder):
     return load_file(folder / "model" / "model.safetensors")
 
@@ -84,8 +92,10 @@ def test_a_run_from_start_to_end(tmp_path):
     assert facts["training_hours"] > 0
     assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
     # The averaged weights are the ones published.
-    raw = load_file(tmp_path / "run" / "checkpoints" / "step_6" / "model.safetensors")
-    assert not torch.equal(raw["head.weight"], weights(tmp_path / "run")["head.weight"])
+    raw = load_file(tmp_path / "run" / "checkpoints" / "step_6" / "state.safetensors")
+    assert not torch.equal(raw["model.network.head.weight"], weights(tmp_path / "run")["head.weight"])
+    assert torch.equal(raw["average.head.weight"], weights(tmp_path / "run")["head.weight"])
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
 
 
 def test_learns_64_images_by_heart(tmp_path):
@@ -112,7 +122,7 @@ def test_learns_64_images_by_heart(tmp_path):
     data = load_images(str(tmp_path / "data"))
     cfg = model.config.timm_pretrained_cfg
     with torch.no_grad():
-        logits = model(train_module.normalise(data.images, cfg["mean"], cfg["std"]), num_active_queries=16).logits
+        logits = model(normalise(data.images, cfg["mean"], cfg["std"]), num_active_queries=16).logits
     assert (logits.argmax(-1).numpy() == data.labels).mean() >= 0.98
 
 
@@ -125,7 +135,7 @@ class TestResuming:
             pass
 
         # Stops in the middle of step 5, and once more in the middle of writing the checkpoint of step 6.
-        original = train_module.logits_at
+        original = train_module.forward_backward
         calls = []
 
         def interrupt(*args):
@@ -134,23 +144,23 @@ class TestResuming:
                 raise StoppedError
             return original(*args)
 
-        monkeypatch.setattr(train_module, "logits_at", interrupt)
+        monkeypatch.setattr(train_module, "forward_backward", interrupt)
         with pytest.raises(StoppedError):
             train(recipe, tmp_path / "pieces")
-        monkeypatch.setattr(train_module, "logits_at", original)
+        monkeypatch.setattr(train_module, "forward_backward", original)
         assert RunFolder(tmp_path / "pieces").saved_steps() == [2, 4]
 
-        save_state = train_module.Accelerator.save_state
+        write_state = checkpointing.write_state
 
-        def half_save(self, output_dir, *args, **kwargs):
-            save_state(self, output_dir, *args, **kwargs)
-            os.truncate(f"{output_dir}/model.safetensors", 100)
+        def half_write(folder, *args):
+            write_state(folder, *args)
+            os.truncate(folder / "state.safetensors", 100)
             raise StoppedError
 
-        monkeypatch.setattr(train_module.Accelerator, "save_state", half_save)
+        monkeypatch.setattr(checkpointing, "write_state", half_write)
         with pytest.raises(StoppedError):
             train(recipe, tmp_path / "pieces", resume=True)
-        monkeypatch.setattr(train_module.Accelerator, "save_state", save_state)
+        monkeypatch.setattr(checkpointing, "write_state", write_state)
         assert RunFolder(tmp_path / "pieces").saved_steps() == [2, 4]
 
         train(recipe, tmp_path / "pieces", resume=True)
@@ -192,9 +202,181 @@ class TestResuming:
         assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items())
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path, recipe_file):
+class TestPieces:
+    """A run that stops in an orderly way, and goes on here or elsewhere."""
+
+    SANDWICH = {"queries": {"schedule": "sandwich", "students": 2}, "students": {"teacher": "ema"}}
+
+    def test_pieces_of_any_length_equal_the_whole(self, tmp_path, monkeypatch, capsys):
+        recipe = small_recipe(augmentation=DEIT, save_every=100, **self.SANDWICH)
+        train(recipe, tmp_path / "whole")
+        asked = []
+
+        def every_second_time(self):
+            asked.append(self)
+            return len(asked) % 3 == 0
+
+        monkeypatch.setattr(train_module.StopRequest, "requested", every_second_time)
+        pieces = 1
+        while train(recipe, tmp_path / "pieces", resume=pieces > 1) is None:
+            pieces += 1
+        assert pieces > 2
+        assert_same_run(tmp_path / "whole", tmp_path / "pieces")
+
+    def test_a_state_that_is_kept_apart(self, tmp_path, monkeypatch):
+        """As with DeepSpeed, which is not here to try."""
+        train(small_recipe(), tmp_path / "whole")
+        monkeypatch.setattr(train_module, "keeps_state_apart", lambda accelerator: True)
+        assert train(small_recipe(), tmp_path / "pieces", max_minutes=1e-5) is None
+        assert (tmp_path / "pieces" / "apart" / "step_1" / "optimizer.bin").exists()
+        train(small_recipe(), tmp_path / "pieces", resume=True)
+        assert_same_run(tmp_path / "whole", tmp_path / "pieces")
+        kept = {path.name for path in (tmp_path / "pieces" / "apart").iterdir()}
+        assert kept == {"step_4", "step_6"}
+
+    def test_max_minutes(self, tmp_path, capfd):
+        assert train(small_recipe(save_every=100), tmp_path / "run", max_minutes=1e-5) is None
+        run = RunFolder(tmp_path / "run")
+        assert run.saved_steps() == [1]
+        assert "1e-05 minutes are over" in capfd.readouterr().err
+        assert (run.path / "curves.png").exists()
+        with pytest.raises(ValueError, match="`--max-minutes` to be above 0, got 0"):
+            train(small_recipe(), tmp_path / "other", max_minutes=0)
+
+    def test_sigterm(self, tmp_path, recipe_file):
+        folder = tmp_path / "run"
+        arguments = ["--output-dir", folder, "steps=100000", "evaluate_every=null", "save_every=100000"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hf_visual_perceiver.training.train", "--config", recipe_file, *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 120
+        while not losses_or_none(folder) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        _, messages = process.communicate(timeout=60)
+        assert process.returncode == 0, messages
+        assert "(SIGTERM)" in messages
+        assert RunFolder(folder).saved_steps() == [max(losses(folder))]
+
+    def test_a_full_disk(self, tmp_path, monkeypatch):
+        train(small_recipe(steps=2), tmp_path / "run")
+        before = weights(tmp_path / "run")
+
+        def full(tensors, *args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(state, "save_torch_state_dict", full)
+        with pytest.raises(OSError, match=r"Cannot save step 4 in .*No space left on device.*checkpoints: \[2\]"):
+            train(small_recipe(steps=6), tmp_path / "run", resume=True, allow_recipe_change=True)
+        run = RunFolder(tmp_path / "run")
+        assert run.saved_steps() == [2]
+        assert not list(run.checkpoints.glob(".*"))
+        assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items())
+
+    def test_another_recipe_goes_on_when_allowed(self, tmp_path):
+        train(small_recipe(steps=2), tmp_path / "run")
+        changed = small_recipe(steps=4, learning_rate=1e-4)
+        assert train(changed, tmp_path / "run", resume=True, allow_recipe_change=True) is not None
+        assert list(losses(tmp_path / "run")) == [1, 2, 3, 4]
+        assert train(changed, tmp_path / "run", resume=True) is not None  # now it is the run's own
+
+    def test_the_form_for_transport_continues_nearly_alike(self, tmp_path):
+        recipe = small_recipe(save_every=3)
+        train(recipe, tmp_path / "run", max_minutes=1e-5)
+        train(recipe, tmp_path / "run", resume=True)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_6")
+        files = write_transport(tmp_path / "run", tmp_path / "light", max_shard_size="40KB")
+        shards = [f for f in files if f.suffix == ".safetensors"]
+        assert len(shards) > 2
+        assert all(sum(value.nbytes for value in load_file(f).values()) <= 40_000 for f in shards)
+        whole = sum(f.stat().st_size for f in (tmp_path / "run" / "checkpoints" / "step_3").iterdir())
+        assert sum(f.stat().st_size for f in files) < 0.7 * whole  # tensors this small have names as long
+        assert train(recipe, tmp_path / "light", resume=True) is not None
+        one, other = losses(tmp_path / "run"), losses(tmp_path / "light")
+        assert list(one) == list(other) == [1, 2, 3, 4, 5, 6]
+        assert one[3] == other[3]
+        assert 0 < max(abs(one[step] - other[step]) for step in (4, 5, 6)) < 0.02
+
+    def test_transport_of_what_is_no_run(self, tmp_path):
+        with pytest.raises(ValueError, match="a run's folder, got"):
+            write_transport(tmp_path, tmp_path / "light")
+        train(small_recipe(steps=2), tmp_path / "run")
+        with pytest.raises(ValueError, match="to be new; it exists"):
+            write_transport(tmp_path / "run", tmp_path)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_2")
+        with pytest.raises(ValueError, match=r"a complete checkpoint in .*, found none"):
+            write_transport(tmp_path / "run", tmp_path / "light")
+        assert not (tmp_path / "light").exists()
+
+    def test_a_damaged_checkpoint_is_named(self, tmp_path):
+        train(small_recipe(steps=2), tmp_path / "run")
+        os.truncate(tmp_path / "run" / "checkpoints" / "step_2" / "state.safetensors", 1000)
+        with pytest.raises(ValueError, match=r"complete checkpoint in .*step_2, got a damaged one"):
+            train(small_recipe(steps=4), tmp_path / "run", resume=True, allow_recipe_change=True)
+
+
+class TestStreams:
+    @pytest.fixture
+    def shards(self, tmp_path):
+        """Three shards of unequal length, and validation images."""
+        images = datasets.load_dataset("parquet", data_files=f"{default_dataset()}/train.parquet", split="train")
+        folder = tmp_path / "stream"
+        folder.mkdir()
+        for i, rows in enumerate((range(30), range(30, 70), range(70, 80))):
+            images.select(rows).to_parquet(str(folder / f"train-{i}.parquet"))
+        images.select(range(100, 140)).to_parquet(str(folder / "validation.parquet"))
+        return str(folder)
+
+    def recipe(self, shards, **changes):
+        stream = {"streaming": True, "validation_split": "validation", "validation": 32, "shuffle_window": 16}
+        return small_recipe(
+            dataset=shards, **stream, **{"steps": 12, "evaluate_every": None, "save_every": 5, **changes}
+        )
+
+    def test_resume_in_the_middle_of_an_epoch(self, tmp_path, shards, monkeypatch):
+        recipe = self.recipe(shards, workers=1, augmentation={"random_crop_padding": None})
+        train(recipe, tmp_path / "whole")
+        monkeypatch.setattr(train_module.StopRequest, "requested", lambda self: True)
+        assert train(recipe, tmp_path / "pieces") is None
+        monkeypatch.undo()
+        assert RunFolder(tmp_path / "pieces").saved_steps() == [1]
+        train(recipe, tmp_path / "pieces", resume=True)
+        assert_same_run(tmp_path / "whole", tmp_path / "pieces")
+
+    def test_an_unreadable_image(self, tmp_path, shards):
+        path = f"{shards}/train-1.parquet"
+        table = datasets.load_dataset("parquet", data_files=path, split="train", keep_in_memory=True)
+        table = table.cast_column("img", datasets.Image(decode=False))
+        broken = table.map(
+            lambda row, i: {"img": {"bytes": b"broken", "path": "lost.png"}} if i == 3 else row, with_indices=True
+        )
+        broken.cast_column("img", datasets.Image()).to_parquet(path)
+        with pytest.raises(ValueError, match=r"Cannot read lost\.png"):
+            train(self.recipe(shards), tmp_path / "strict")
+        assert train(self.recipe(shards, unreadable="replace"), tmp_path / "lenient") is not None
+
+    def test_two_processes_with_uneven_shares(self, tmp_path, shards):
+        recipe = self.recipe(shards)
+        path = tmp_path / "stream.yaml"
+        path.write_text(yaml.safe_dump(recipe.to_dict()))
+        environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        arguments = ["-m", "hf_visual_perceiver.training.train", "--config", path, "--output-dir", tmp_path / "run"]
+        result = run("torchrun", "--nproc_per_node", "2", *arguments, "--max-minutes", "0.0001", env=environment)
+        assert result.returncode == 0, result.stderr
+        assert RunFolder(tmp_path / "run").saved_steps() == [1]
+        # One process goes on with what two began.
+        assert train(recipe, tmp_path / "run", resume=True) is not None
+        assert list(losses(tmp_path / "run")) == list(range(1, 13))
+
+
+@pytest.mark.parametrize("queries", ["{schedule: sandwich}", "{schedule: stratified, groups: 4}"])
+def test_two_processes_give_the_losses_of_one(tmp_path, recipe_file, queries):
     arguments = ["-m", "hf_visual_perceiver.training.train", "--config", recipe_file, "augmentation.mixup=0.8"]
-    arguments += ["augmentation.cutmix=1.0", "augmentation.random_crop_padding=4"]
+    arguments += ["augmentation.cutmix=1.0", "augmentation.random_crop_padding=4", "micro_batch_size=4"]
+    arguments += ["augmentation.auto_augment=rand-m9-mstd0.5-inc1", f"queries={queries}"]
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     single = run(sys.executable, *arguments, "--output-dir", tmp_path / "one", env=environment)
     assert single.returncode == 0, single.stderr
@@ -251,9 +433,11 @@ class TestMistakes:
             ({"validation": 2000}, "`validation` to be below the 2000 images, got 2000"),
             ({"batch_size": 1024}, "at least 1024 images, one batch, got 1000"),
             ({"batch_size": 15}, "a multiple of 2"),
+            ({"queries": {"schedule": "stratified", "groups": 3}}, "multiple of 6 .*groups of the schedule.*, got 16"),
+            ({"queries": {"schedule": "sandwich", "students": 0}}, r"integer in \[1, 16\], got 0"),
             ({"queries": {"schedule": "fixed", "K": 9}}, r"integer in \[1, 8\], got 9"),
             ({"optimizer": "adamm"}, "a name of timm's optimisers, got 'adamm'"),
-            ({"augmentation": {"auto_augment": "foo"}}, "in timm's notation, .*got 'foo'"),
+            ({"augmentation": {"auto_augment": "foo"}}, "in timm's notation of RandAugment, .*got 'foo'"),
             ({"attention": "flash_attention_9"}, "Cannot use `attention` 'flash_attention_9'"),
         ],
     )
@@ -264,17 +448,19 @@ class TestMistakes:
 
     @pytest.mark.parametrize(("log_every", "what"), [(1, "finite loss, got nan"), (100, "finite weights")])
     def test_a_loss_that_is_not_finite_stops_the_run(self, tmp_path, monkeypatch, log_every, what):
-        original, calls = train_module.logits_at, []
+        original, calls = objective.soft_cross_entropy, []
 
         def explode(*args):
             calls.append(args)
             return original(*args) * (float("nan") if len(calls) == 3 else 1)
 
-        monkeypatch.setattr(train_module, "logits_at", explode)
+        monkeypatch.setattr(objective, "soft_cross_entropy", explode)
         with pytest.raises(FloatingPointError, match=rf"{what}.* at step \d with K = \d; complete checkpoints: \[2\]"):
             train(small_recipe(log_every=log_every), tmp_path / "run")
         # What is not finite took no checkpoint's place.
-        assert RunFolder(tmp_path / "run").saved_steps() == [2]
+        run = RunFolder(tmp_path / "run")
+        assert run.saved_steps() == [2]
+        assert json.loads(run.failure_file.read_text())["complete_checkpoints"] == [2]
         assert not (tmp_path / "run" / "model").exists()
 
     def test_the_command_says_it_in_one_line(self, tmp_path, recipe_file):

@@ -1,0 +1,154 @@
+"""Query schedules: what they promise about K, and that seed and step say everything."""
+
+import numpy as np
+import pytest
+
+from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverConfig, count_macs
+from hf_visual_perceiver.training.schedules import SCHEDULES, create_schedule, describe, step_macs
+
+
+TAIL = {"fraction": 0.25, "share": 0.5, "thresholds": [0.6, 0.9]}
+EXAMPLES = {
+    "fixed": {"schedule": "fixed", "K": 5},
+    "uniform": {"schedule": "uniform"},
+    "stratified": {"schedule": "stratified", "groups": 4},
+    "sandwich": {"schedule": "sandwich", "students": 3},
+    "dqs_tail": {"schedule": "sandwich", "students": 2, "dqs_tail": TAIL},
+}
+
+
+def budgets(subsets):
+    return [subset.num_active_queries for subset in subsets]
+
+
+def test_every_schedule_is_an_example():
+    assert set(SCHEDULES) <= set(EXAMPLES)
+
+
+@pytest.mark.parametrize("queries", EXAMPLES.values(), ids=EXAMPLES)
+def test_follow_from_seed_and_step(queries):
+    a, b, c = (create_schedule(queries, 64, seed, steps=60) for seed in (0, 0, 1))
+    one = [a(step) for step in range(60)]
+    assert one == [b(step) for step in reversed(range(60))][::-1]
+    assert all(1 <= K <= 64 for subsets in one for K in budgets(subsets))
+    if queries["schedule"] != "fixed":
+        assert one != [c(step) for step in range(60)]
+
+
+def test_fixed():
+    assert create_schedule({"schedule": "fixed", "K": 5}, 8, 0)(123) == [QuerySubset(5)]
+
+
+def test_uniform_covers_every_budget_alike():
+    schedule = create_schedule({"schedule": "uniform"}, num_queries=8, seed=3)
+    counts = np.bincount([budgets(schedule(step))[0] for step in range(4000)], minlength=9)
+    assert counts[0] == 0
+    assert all(400 < count < 600 for count in counts[1:])
+
+
+def log_uniform_shares(largest):
+    weights = 1 / np.arange(1, largest + 1)
+    return weights / weights.sum()
+
+
+def test_stratified_gives_each_image_one_budget_and_one_group_all():
+    schedule = create_schedule({"schedule": "stratified", "groups": 4}, num_queries=8, seed=0)
+    assert not schedule.distils
+    drawn = []
+    for step in range(2000):
+        subsets = schedule(step)
+        taken = [i for subset in subsets for i in range(16)[subset.images]]
+        assert sorted(taken) == list(range(16))
+        assert budgets(subsets)[0] == 8
+        drawn += budgets(subsets)[1:]
+    shares = np.bincount(drawn, minlength=9)[1:] / len(drawn)
+    np.testing.assert_allclose(shares, log_uniform_shares(8), atol=0.02)
+
+
+def test_sandwich_has_the_full_network_and_log_uniform_students():
+    schedule = create_schedule({"schedule": "sandwich", "students": 2}, num_queries=8, seed=0)
+    assert schedule.distils
+    steps = [budgets(schedule(step)) for step in range(3000)]
+    assert all(len(K) == 3 and K[0] == 8 for K in steps)
+    shares = np.bincount([K for step in steps for K in step[1:]], minlength=9)[1:] / 6000
+    np.testing.assert_allclose(shares[:7], log_uniform_shares(7), atol=0.02)
+    assert shares[7] == 0  # the teacher is no student
+    smallest = create_schedule({"schedule": "sandwich", "students": 2, "smallest": True}, 8, 0)
+    assert all(budgets(smallest(step))[:2] == [8, 1] and len(smallest(step)) == 3 for step in range(100))
+
+
+class TestDqsTail:
+    def test_selects_for_a_share_of_the_students_in_the_last_steps(self):
+        schedule = create_schedule(EXAMPLES["dqs_tail"], 64, 0, steps=4000)
+        assert all(s.dqs_threshold is None for step in range(3000) for s in schedule(step))
+        tail = [schedule(step) for step in range(3000, 4000)]
+        assert all(subsets[0] == QuerySubset(64) for subsets in tail)
+        thresholds = [s.dqs_threshold for subsets in tail for s in subsets[1:]]
+        selected = [t for t in thresholds if t is not None]
+        assert 0.45 < len(selected) / len(thresholds) < 0.55
+        assert 0.6 <= min(selected) < 0.62
+        assert 0.88 < max(selected) <= 0.9
+        assert all(s.num_active_queries == 64 for subsets in tail for s in subsets if s.dqs_threshold is not None)
+
+    def test_leaves_the_other_subsets_as_they_were(self):
+        with_tail, without = (
+            create_schedule({"schedule": "stratified", "groups": 4, **more}, 64, 0, steps=100)
+            for more in ({"dqs_tail": {**TAIL, "fraction": 1.0}}, {})
+        )
+        for step in range(100):
+            for a, b in zip(with_tail(step), without(step), strict=True):
+                assert a.images == b.images
+                assert a.dqs_threshold is not None or a == b
+
+    def test_of_uniform_masking(self):
+        schedule = create_schedule({"schedule": "uniform", "dqs_tail": {**TAIL, "share": 1.0}}, 64, 0, steps=100)
+        assert [s.dqs_threshold is not None for step in range(100) for s in schedule(step)] == [False] * 75 + [
+            True
+        ] * 25
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        ({"schedule": "uniforn"}, "one of fixed, uniform, stratified, sandwich, got 'uniforn'"),
+        ({}, "one of fixed, uniform, stratified, sandwich, got None"),
+        ({"schedule": "uniform", "K": 3}, r"arguments \[\], got \['K'\]"),
+        ({"schedule": "fixed"}, r"arguments \['K'\] \(\['K'\] must be given\), got \[\]"),
+        ({"schedule": "fixed", "K": 9}, r"`queries.K` to be an integer in \[1, 8\], got 9"),
+        ({"schedule": "fixed", "K": True}, r"integer in \[1, 8\], got True"),
+        ({"schedule": "sandwich", "students": 17}, r"`queries.students` to be an integer in \[1, 16\], got 17"),
+        ({"schedule": "sandwich", "smallest": "yes"}, "`queries.smallest` to be true or false, got 'yes'"),
+        ({"schedule": "sandwich", "m": 2}, r"arguments \['smallest', 'students'\], got \['m'\]"),
+        ({"schedule": "stratified", "groups": 1}, r"`queries.groups` to be an integer in \[2, 64\], got 1"),
+        ({"schedule": "fixed", "K": 3, "dqs_tail": TAIL}, "a schedule of several K, got 'fixed'"),
+        ({"schedule": "uniform", "dqs_tail": 0.5}, "`queries.dqs_tail` to be a group of keys, got 0.5"),
+        ({"schedule": "uniform", "dqs_tail": {**TAIL, "share": 2}}, r"dqs_tail.share` to be in \(0, 1\], got 2"),
+        ({"schedule": "uniform", "dqs_tail": {**TAIL, "thresholds": [0.9, 0.6]}}, r"got \[0.9, 0.6\]"),
+        ({"schedule": "uniform", "dqs_tail": {**TAIL, "thresholds": 0.9}}, r"\[low, high\] in \[-1, 1\], got 0.9"),
+        ({"schedule": "uniform", "dqs_tail": {"share": 1}}, r"\['fraction', 'thresholds'\] must be given"),
+    ],
+)
+def test_mistakes_are_named(queries, message):
+    with pytest.raises(ValueError, match=message):
+        create_schedule(queries, 8, 0)
+
+
+def test_macs_of_a_step():
+    """Subsets that share an image share its cross-attention block; the rest is counted for each."""
+    config = VisualPerceiverConfig(num_labels=10)
+    N, D = 64, 192
+    for name in ("uniform", "stratified"):
+        schedule = create_schedule(EXAMPLES[name], 64, 0)
+        separate = np.mean([count_macs(config, K) for K in budgets(schedule(3))])
+        assert step_macs(config, schedule, 3) == pytest.approx(separate)
+    schedule = create_schedule(EXAMPLES["sandwich"], 64, 0)
+    K = budgets(schedule(3))
+    separate = sum(count_macs(config, k) for k in K)
+    read = [N * 48 * D + N * 2 * D**2 + k * (2 * D**2 + 2 * N * D + 8 * D**2) for k in K[1:]]
+    assert step_macs(config, schedule, 3) == separate - sum(read)
+
+
+def test_describe():
+    assert describe([QuerySubset(7)]) == 7
+    assert describe([QuerySubset(64), QuerySubset(7)]) == [64, 7]
+    assert describe([QuerySubset(64, 0.81234)]) == ["t=0.812"]

@@ -1,0 +1,126 @@
+"""What a training step minimises: the losses of several subsets of the queries on one batch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageClassification
+
+from .recipe import StudentLoss, TeacherLoss
+
+
+class Objective(nn.Module):
+    """A network with its loss, as one module, so that whatever wraps it for several processes sees one forward.
+
+    Without students each subset learns from the labels, and an image counts alike in whichever it is. With students the
+    first subset is the full network, which learns from the labels; the others learn from its answer:
+
+        L = L_full + lambda * mean over students of [alpha KL(stop-gradient(full) || student) + (1 - alpha) CE]
+
+    the sandwich rule with in-place distillation of Yu & Huang (2019), "Universally Slimmable Networks". A frozen teacher
+    takes a share of what learns from the labels, as in DeiT.
+
+    Args:
+        network: The classifier.
+        students: Weights of the students' loss.
+        teacher: Weights of the frozen teacher's share; None if there is none.
+        packed: Run the trunk once on all subsets rather than once for each.
+    """
+
+    def __init__(
+        self,
+        network: VisualPerceiverForImageClassification,
+        students: StudentLoss | None = None,
+        teacher: TeacherLoss | None = None,
+        packed: bool = False,
+    ):
+        super().__init__()
+        self.network = network
+        self.students = students or StudentLoss()
+        self.teacher = teacher
+        self.packed = packed
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        targets: torch.Tensor,
+        subsets: Sequence[QuerySubset],
+        distils: bool = False,
+        teacher_logits: torch.Tensor | None = None,
+        averaged_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The losses of a batch.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+            targets: (B, labels) probabilities.
+            subsets: Which queries of which images.
+            distils: The first subset is the full network and teaches the others.
+            teacher_logits: (B, labels) of the frozen teacher.
+            averaged_logits: (B, labels) of the full averaged network, which then teaches the students.
+
+        Returns:
+            (2,) float32: what learns from the labels, and the students' mean; the step minimises `total_loss` of it.
+        """
+        all_logits = [logits.float() for logits in self.network.forward_subsets(pixel_values, subsets, self.packed)]
+        learners = list(zip(subsets, all_logits, strict=True))
+        pupils: list[torch.Tensor] = []
+        if distils:
+            learners, pupils = learners[:1], all_logits[1:]
+        labelled = pixel_values.new_zeros((), dtype=torch.float32)
+        for subset, logits in learners:
+            taught = None if teacher_logits is None else teacher_logits[subset.images]
+            # An image counts alike, however many share its subset.
+            labelled = labelled + self.labelled_loss(logits, targets[subset.images], taught) * (
+                len(logits) / len(pixel_values)
+            )
+        if not pupils:
+            return torch.stack([labelled, torch.zeros_like(labelled)])
+        answer = (all_logits[0] if averaged_logits is None else averaged_logits.float()).detach()
+        losses = [student_loss(logits, answer, targets, self.students.distillation) for logits in pupils]
+        return torch.stack([labelled, torch.stack(losses).mean()])
+
+    def labelled_loss(self, logits: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:
+        """Cross-entropy with the targets, shared with the frozen teacher if there is one."""
+        loss = soft_cross_entropy(logits, targets)
+        if taught is None or self.teacher is None:
+            return loss
+        return torch.lerp(
+            loss,
+            distillation_loss(logits, taught.float(), self.teacher.distillation, self.teacher.temperature),
+            self.teacher.weight,
+        )
+
+    def total_loss(self, losses: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of what `forward` returns."""
+        return losses[0] + self.students.weight * losses[1]
+
+
+def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of (B, labels) logits with target probabilities."""
+    return F.cross_entropy(logits, targets)
+
+
+def student_loss(logits: torch.Tensor, answer: torch.Tensor, targets: torch.Tensor, alpha: float) -> torch.Tensor:
+    """alpha KL(softmax(answer) || softmax(logits)) + (1 - alpha) CE(targets, logits), the mean over images.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 2.0]])
+        >>> student_loss(logits, logits, torch.tensor([[0.0, 1.0]]), alpha=1.0).item()
+        0.0
+    """
+    divergence = F.kl_div(logits.log_softmax(-1), answer.log_softmax(-1), log_target=True, reduction="batchmean")
+    return torch.lerp(soft_cross_entropy(logits, targets), divergence, alpha)
+
+
+def distillation_loss(logits: torch.Tensor, taught: torch.Tensor, kind: str, temperature: float) -> torch.Tensor:
+    """DeiT's losses with a teacher's logits (Touvron et al. 2021, section 4).
+
+    Soft: tau^2 KL(softmax(taught / tau) || softmax(logits / tau)). Hard: cross-entropy with the teacher's decision.
+    """
+    if kind == "hard":
+        return F.cross_entropy(logits, taught.argmax(-1))
+    ours, theirs = (logits / temperature).log_softmax(-1), (taught / temperature).log_softmax(-1)
+    return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2
