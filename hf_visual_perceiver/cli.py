@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .card import training_lines, write_card
+from .comparison import compare_runs, plot_comparison
 from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
 from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model
 from .modeling import VisualPerceiverForImageClassification, count_macs
@@ -171,6 +172,36 @@ def predict(
         print_error(message)
     if unreadable:
         raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs.")],
+    plot: Annotated[Path | None, typer.Option(help="Write accuracy against K to this .png, .svg or .pdf.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in markdown.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Validation accuracy of training runs at every K, side by side: mean and deviation over seeds."""
+    if plot:
+        check_picture(plot)
+    for output in filter(None, (plot, json_file)):
+        check_writable(output)
+    comparison = compare_runs(runs)
+    if markdown:
+        console.print(comparison.to_markdown(), markup=False, highlight=False, soft_wrap=True)
+    else:
+        headers, *lines = comparison.table()
+        table = Table(title="validation accuracy (%)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for header in headers:
+            table.add_column(header, justify="left" if header == "runs" else "right", no_wrap=header != "runs")
+        for line in lines:
+            table.add_row(*map(escape, line))
+        console.print(table)
+    if json_file:
+        write_json(json_file, comparison.to_dict())
+    if plot:
+        plot_comparison(comparison, plot)
+        console.print(f"Plot: {plot}")
 
 
 @app.command()
