@@ -281,7 +281,9 @@ def _names(groups: list[list[Run]], differing: list[str]) -> list[str]:
     recipes = [group[0].recipe for group in groups]
     # Keys that only some have mostly follow from another key, such as the number of students from the schedule.
     shared = [key for key in differing if all(key in recipe for recipe in recipes)]
-    for keys in (shared, differing):
+    # The table has a column for the step; the length of runs tells them apart if nothing else does.
+    chosen = [key for key in shared if key not in ("steps", "warmup_steps")]
+    for keys in (chosen, shared, differing):
         names = [_name(recipe, keys) for recipe in recipes]
         if 0 < len(keys) <= LONGEST_NAME and len(set(names)) == len(names):
             return names

@@ -95,10 +95,11 @@ def train(
             console.print(f"The run is finished; its model is in {run.model}.")
         return run.model
 
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    if sharded and recipe.ema_decay is not None:
+    sharded, apart = accelerator.distributed_type == DistributedType.FSDP, keeps_state_apart(accelerator)
+    if (sharded or apart) and recipe.ema_decay is not None:
         raise ValueError(
-            f"Expected `ema_decay` to be null with FSDP, which splits the weights, got {recipe.ema_decay}."
+            f"Expected `ema_decay` to be null with {accelerator.distributed_type.value}, which splits the weights or holds "
+            f"them in half precision, got {recipe.ema_decay}."
         )
     source = open_data(recipe, accelerator)
     network = create_model(recipe, source.label_names)
@@ -141,6 +142,9 @@ def train(
             layer.compile(dynamic=True)
     packed = recipe.trunk == "packed" or (recipe.trunk == "auto" and accelerator.device.type == "cuda")
     objective = Objective(network, recipe.students, recipe.teacher, packed)
+    if accelerator.state.deepspeed_plugin is not None:  # which asks a data loader, of which there is none
+        batch = recipe.micro_batch_size or recipe.batch_size // accelerator.num_processes
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch
     model, optimizer = accelerator.prepare(objective, optimizer)
     average = ModelEmaV3(network, decay=recipe.ema_decay) if recipe.ema_decay else None
 
@@ -151,9 +155,6 @@ def train(
         return gathered(model, create_model(recipe, source.label_names)) if sharded else network
 
     first_step = 0
-    apart = keeps_state_apart(accelerator)
-    if apart and average is not None:
-        accelerator.register_for_checkpointing(average)
     if resume and (restored := run.restore()) is not None:
         first_step, state, facts = restored
         if apart:

@@ -6,6 +6,7 @@ import statistics
 import pytest
 import yaml
 from PIL import Image
+from support import run
 
 from hf_visual_perceiver.comparison import compare_runs, plot_comparison
 from hf_visual_perceiver.training.recipe import recipe_from_dict
@@ -216,3 +217,20 @@ def test_plot_has_a_line_with_error_bars_for_each_row(make_run, seeds, tmp_path,
     (_, low), (_, high) = bars.get_segments()[1]
     assert (high - low) / 2 == pytest.approx(100 * statistics.stdev([0.6, 0.64, 0.71]))
     assert not second.has_yerr
+
+
+def test_the_command(make_run, seeds, tmp_path):
+    other = make_run("wide", {64: 0.9, 8: 0.8}, queries=SANDWICH)
+    result = run(
+        "visual-perceiver", "compare", *seeds, other, "--plot", tmp_path / "plot.png", "--json", tmp_path / "out.json"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "65.00 ± 5.57" in result.stdout
+    assert "queries.schedule=sandwich" in result.stdout
+    assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 2
+    assert Image.open(tmp_path / "plot.png").size[0] > 500
+    result = run("visual-perceiver", "compare", *seeds, other, "--markdown")
+    assert result.stdout.strip() == compare_runs([*seeds, other]).to_markdown()
+    result = run("visual-perceiver", "compare", tmp_path / "absent")
+    assert result.returncode == 1
+    assert "error: Expected the folder of a run, got" in result.stderr

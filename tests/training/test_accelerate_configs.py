@@ -18,6 +18,9 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from support import REPOSITORY, small_config
 
 from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageClassification
+from hf_visual_perceiver.training.objective import Objective
+from hf_visual_perceiver.training.state import apply_state, gather_state
+from hf_visual_perceiver.training.train import all_finite, gathered
 
 
 FOLDER = REPOSITORY / "training" / "accelerate"
@@ -136,12 +139,7 @@ class TestFsdp2:
     def test_gradients_are_those_of_the_whole_network(self, plugin, process_group, images, as_a_part):
         plain = Loss(VisualPerceiverForImageClassification(small_config()).train())
         sharded = copy.deepcopy(plain)
-        accelerator = SimpleNamespace(
-            state=SimpleNamespace(fsdp_plugin=plugin),
-            mixed_precision="no",
-            device=torch.device("cpu"),
-            is_main_process=True,
-        )
+        accelerator = accelerator_of(plugin)
         if as_a_part:
             sharded = fsdp2_prepare_model(accelerator, sharded)
             subsets = [QuerySubset(12), QuerySubset(3)]
@@ -158,6 +156,35 @@ class TestFsdp2:
         for (name, p), q in zip(sharded.named_parameters(), plain.parameters(), strict=True):
             assert isinstance(p, torch.distributed.tensor.DTensor), name
             torch.testing.assert_close(p.grad.full_tensor(), q.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+    def test_whole_weights_are_gathered(self, plugin, process_group, images):
+        """To evaluate and publish a network whose weights are split, and to save its run and continue it."""
+        networks = [VisualPerceiverForImageClassification(small_config()) for _ in range(3)]
+        expected = networks[0].eval()(images).logits
+        objectives = [Objective(network) for network in networks[:2]]
+        optimizers = []
+        for objective in objectives:
+            fsdp2_prepare_model(accelerator_of(plugin), objective)
+            optimizers.append(torch.optim.AdamW(objective.parameters()))
+        assert torch.equal(gathered(objectives[0], networks[2]).eval()(images).logits, expected)
+        state, facts = gather_state(objectives[0], optimizers[0], None)
+        apply_state(state, facts, objectives[1], optimizers[1], None)
+        assert torch.equal(gathered(objectives[1], networks[2]).eval()(images).logits, expected)
+        alone = Accelerator(cpu=True)
+        assert all_finite(alone, networks[1])
+        with torch.no_grad():
+            networks[1].head.weight.to_local()[0, 0] = torch.nan
+        assert not all_finite(alone, networks[1])
+
+
+def accelerator_of(plugin):
+    """What accelerate's preparation asks an accelerator, which itself has no FSDP on a CPU."""
+    return SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        device=torch.device("cpu"),
+        is_main_process=True,
+    )
 
 
 class Loss(torch.nn.Module):

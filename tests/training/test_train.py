@@ -225,14 +225,17 @@ class TestPieces:
 
     def test_a_state_that_is_kept_apart(self, tmp_path, monkeypatch):
         """As with DeepSpeed, which is not here to try."""
-        train(small_recipe(), tmp_path / "whole")
+        recipe = small_recipe(ema_decay=None)
+        train(recipe, tmp_path / "whole")
         monkeypatch.setattr(train_module, "keeps_state_apart", lambda accelerator: True)
-        assert train(small_recipe(), tmp_path / "pieces", max_minutes=1e-5) is None
+        assert train(recipe, tmp_path / "pieces", max_minutes=1e-5) is None
         assert (tmp_path / "pieces" / "apart" / "step_1" / "optimizer.bin").exists()
-        train(small_recipe(), tmp_path / "pieces", resume=True)
+        train(recipe, tmp_path / "pieces", resume=True)
         assert_same_run(tmp_path / "whole", tmp_path / "pieces")
         kept = {path.name for path in (tmp_path / "pieces" / "apart").iterdir()}
         assert kept == {"step_4", "step_6"}
+        with pytest.raises(ValueError, match=r"`ema_decay` to be null with .*got 0.9"):
+            train(small_recipe(), tmp_path / "averaged")
 
     def test_max_minutes(self, tmp_path, capfd):
         assert train(small_recipe(save_every=100), tmp_path / "run", max_minutes=1e-5) is None

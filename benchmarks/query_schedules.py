@@ -1,0 +1,71 @@
+"""Accuracy at every K after training by different query schedules, at the same training MACs and seeds.
+
+    python benchmarks/query_schedules.py --dataset PATH_OR_ID
+
+trains a small network with each schedule and seed (runs that exist are continued or taken as they are), and prints
+accuracy on the validation images side by side.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from hf_visual_perceiver.comparison import compare_runs
+from hf_visual_perceiver.modeling import count_macs
+from hf_visual_perceiver.training.conditions import measurement_conditions
+from hf_visual_perceiver.training.recipe import Recipe, load_recipe
+from hf_visual_perceiver.training.schedules import create_schedule, step_macs
+from hf_visual_perceiver.training.train import train
+
+
+SCHEDULES = {
+    "uniform": {"schedule": "uniform"},
+    "stratified": {"schedule": "stratified", "groups": 4},
+    "sandwich": {"schedule": "sandwich", "students": 2},
+}
+# A network that two CPU cores train a dozen times in an hour or two.
+SMALL = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2}
+BUDGETS = [1, 2, 4, 8, 16, 32, 48, 64]
+
+
+def main(
+    dataset: Annotated[str, typer.Option(help="CIFAR-10: Hub id or folder of parquet files.")] = "uoft-cs/cifar10",
+    recipe: Annotated[Path, typer.Option(help="What all runs share.")] = Path("training/recipes/cifar10_nano_cpu.yaml"),
+    output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/query_schedules"),
+    schedule: Annotated[list[str] | None, typer.Option(help="Some of the schedules; repeat for several.")] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds per schedule, from 0.")] = 2,
+    epochs: Annotated[float, typer.Option(help="Epochs of all queries that the training MACs would pay for.")] = 6.0,
+    small: Annotated[bool, typer.Option(help="The small network instead of the recipe's.")] = True,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Keys of the recipe, for all runs.")] = None,
+) -> None:
+    """Train by each schedule at the same cost, and compare."""
+    names = schedule or list(SCHEDULES)
+    folders = []
+    # Seeds outside: an ablation that is cut short has every schedule once.
+    for seed in range(seeds):
+        for name in names:
+            common = [f"dataset={dataset}", f"evaluate_queries={BUDGETS}", "evaluate_every=null", "log_every=50"]
+            common += [f"config={yaml.safe_dump({**SMALL, 'initializer_range': 0.1}, default_flow_style=True)}"] * small
+            common += [f"queries={yaml.safe_dump(SCHEDULES[name], default_flow_style=True)}", f"seed={seed}"]
+            base = load_recipe(recipe, [*common, *(overrides or [])])
+            steps = affordable_steps(base, epochs)
+            lengths = [f"steps={steps}", f"warmup_steps={steps // 20}", f"save_every={max(steps // 10, 1)}"]
+            folder = output / f"{name}-seed{seed}"
+            train(load_recipe(recipe, [*common, *lengths, *(overrides or [])]), folder, resume=folder.exists())
+            folders.append(folder)
+    print(compare_runs(folders).to_markdown())
+    print(measurement_conditions())
+
+
+def affordable_steps(recipe: Recipe, epochs: float) -> int:
+    """Steps of this recipe that cost as many MACs as `epochs` of 45,000 images through all queries."""
+    config = recipe.model_config(num_labels=10)
+    schedule = create_schedule(recipe.queries, config.num_queries, seed=0)  # the same number for every seed of the run
+    cost = sum(step_macs(config, schedule, step) for step in range(2000)) / 2000
+    return round(epochs * 45_000 * count_macs(config) / (cost * recipe.batch_size))
+
+
+if __name__ == "__main__":
+    typer.run(main)

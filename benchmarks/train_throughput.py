@@ -1,0 +1,263 @@
+"""Training throughput: our steps, and the same size of network in a plain timm loop, side by side.
+
+    python benchmarks/train_throughput.py --dataset PATH_OR_ID
+
+Every round trains each contender for some steps in turn; medians over the rounds are printed: images/s, multiply-accumulates
+relative to the plain loop's at equal time ("work"), the share of the device's matmul peak measured in the same run, and
+where a step's time goes.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from accelerate import Accelerator
+from PIL import Image
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from timm.data import Mixup, create_loader
+from timm.loss import SoftTargetCrossEntropy
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+
+from hf_visual_perceiver.training.augmentation import BatchAugmentation
+from hf_visual_perceiver.training.batches import ResidentBatches
+from hf_visual_perceiver.training.conditions import measurement_conditions
+from hf_visual_perceiver.training.data import BatchOrder, ImageDataset, load_images
+from hf_visual_perceiver.training.objective import Objective
+from hf_visual_perceiver.training.recipe import Recipe, load_recipe
+from hf_visual_perceiver.training.schedules import create_schedule, step_macs
+from hf_visual_perceiver.training.train import create_model, create_optimizer, forward_backward
+
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
+QUERIES = {
+    "sandwich": {"schedule": "sandwich", "students": 2},
+    "uniform": {"schedule": "uniform"},
+    "K = 64": {"schedule": "fixed", "K": 64},
+}
+console = Console(width=150)
+
+
+@dataclass
+class Contender:
+    """One way to train, one step at a time; `parts` of a step are timed apart."""
+
+    name: str
+    macs: float  # of one image's forward
+    parts: dict[str, Callable[[int], None]]
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def run(self, steps: range, synchronise: Callable[[], None]) -> None:
+        """Train; adds the mean seconds of each part of a step."""
+        spent = dict.fromkeys(self.parts, 0.0)
+        for step in steps:
+            for name, part in self.parts.items():
+                began = time.perf_counter()
+                part(step)
+                synchronise()
+                spent[name] += time.perf_counter() - began
+        for name, seconds in spent.items():
+            self.seconds.setdefault(name, []).append(seconds / len(steps))
+
+    def totals(self) -> list[float]:
+        """Seconds of a step, for each round."""
+        return [sum(round_) for round_ in zip(*self.seconds.values(), strict=True)]
+
+
+def ours(name: str, recipe: Recipe, data: ImageDataset, accelerator: Accelerator) -> Contender:
+    """The steps of `train`, cut in parts."""
+    device = accelerator.device
+    network = create_model(recipe, data.label_names).to(device).train()
+    schedule = create_schedule(recipe.queries, network.config.num_queries, recipe.seed)
+    if recipe.compile:
+        for layer in network.visual_perceiver.layers:
+            layer.compile(dynamic=True)
+    packed = recipe.trunk == "packed" or (recipe.trunk == "auto" and device.type == "cuda")
+    model, optimizer = accelerator.prepare(
+        Objective(network, recipe.students, packed=packed), create_optimizer(network, recipe)
+    )
+    average = ModelEmaV3(network, decay=0.999)
+    batches = iter(
+        ResidentBatches(data, BatchOrder(len(data), recipe.batch_size, recipe.seed, last_step=10**6), device)
+    )
+    augment = BatchAugmentation(recipe.augmentation, len(data.label_names), MEAN, STD, recipe.seed)
+    positions, batch = np.arange(recipe.batch_size), {}
+
+    def augmentation(step: int) -> None:
+        images, labels = next(batches)
+        batch["x"], batch["y"] = augment(images, labels, step, positions, recipe.batch_size)
+
+    def network_part(step: int) -> None:
+        forward_backward(accelerator, model, batch["x"], batch["y"], schedule(step), schedule, recipe)
+
+    def update(step: int) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(network, step=step)
+
+    macs = sum(step_macs(network.config, schedule, step) for step in range(2000)) / 2000
+    return Contender(name, macs, {"data": augmentation, "network": network_part, "update": update})
+
+
+class _Pictures(torch.utils.data.Dataset):
+    """PIL images, as timm's datasets give them."""
+
+    def __init__(self, data: ImageDataset):
+        self.data, self.transform = data, None
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.transform(Image.fromarray(self.data.images[index])), int(self.data.labels[index])
+
+
+def plain_timm(recipe: Recipe, data: ImageDataset, accelerator: Accelerator, workers: int) -> Contender:
+    """timm's ViT of the same width, depth and number of tokens, with timm's loader, augmentation, mixing and averaging."""
+    device, config, a = accelerator.device, recipe.model_config(num_labels=len(data.label_names)), recipe.augmentation
+    model = VisionTransformer(
+        img_size=32,
+        patch_size=4,
+        num_classes=len(data.label_names),
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=config.intermediate_size / config.hidden_size,
+        class_token=False,
+        global_pool="avg",
+        drop_path_rate=config.drop_path_rate,
+    ).to(device)
+    optimizer = create_optimizer_v2(
+        model, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    average = ModelEmaV3(model, decay=0.999)
+    loader = create_loader(
+        _Pictures(data),
+        input_size=(3, 32, 32),
+        batch_size=recipe.batch_size,
+        is_training=True,
+        re_prob=a.random_erasing,
+        auto_augment=a.auto_augment,
+        hflip=a.horizontal_flip,
+        mean=MEAN,
+        std=STD,
+        num_workers=workers,
+        device=device,
+        persistent_workers=workers > 0,
+    )
+    mixup = Mixup(a.mixup, a.cutmix, label_smoothing=a.label_smoothing, num_classes=len(data.label_names))
+    mixes = bool(a.mixup or a.cutmix)
+    criterion = SoftTargetCrossEntropy() if mixes else torch.nn.CrossEntropyLoss(label_smoothing=a.label_smoothing)
+    batch: dict = {}
+
+    def forever():
+        while True:
+            yield from loader
+
+    batches = forever()
+
+    def load(step: int) -> None:
+        batch["x"], batch["y"] = next(batches)
+        if mixes:
+            batch["x"], batch["y"] = mixup(batch["x"], batch["y"])
+
+    def network_part(step: int) -> None:
+        with accelerator.autocast():
+            loss = criterion(model(batch["x"]), batch["y"])
+        loss.backward()
+
+    def update(step: int) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(model, step=step)
+
+    N, D, M = 64, config.hidden_size, config.intermediate_size
+    blocks = config.num_hidden_layers * (N * (4 * D**2 + 2 * D * M) + 2 * N**2 * D)
+    macs = N * 48 * D + blocks + D * len(data.label_names)
+    return Contender("timm's ViT, plain loop", macs, {"data": load, "network": network_part, "update": update})
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, synchronise: Callable[[], None]) -> float:
+    """The best multiply-accumulates/s of a square matrix product."""
+    best = 0.0
+    for size in (1024, 2048) if device.type == "cpu" else (4096, 8192):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        for _ in range(10):
+            began = time.perf_counter()
+            a @ b
+            synchronise()
+            best = max(best, size**3 / (time.perf_counter() - began))
+    return best
+
+
+def main(
+    dataset: Annotated[str, typer.Option(help="CIFAR-10: Hub id or folder of parquet files.")] = "uoft-cs/cifar10",
+    recipe: Annotated[Path, typer.Option()] = Path("training/recipes/cifar10_sandwich.yaml"),
+    rounds: Annotated[int, typer.Option(help="Rounds, after one to warm up.")] = 5,
+    steps: Annotated[int, typer.Option(help="Steps of each contender in a round.")] = 2,
+    workers: Annotated[int, typer.Option(help="Loader processes of the plain loop.")] = 2,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Keys of the recipe.")] = None,
+) -> None:
+    """Measure and print."""
+    given = [f"dataset={dataset}", *(overrides or [])]
+    recipes = {name: load_recipe(recipe, [f"queries={queries}", *given]) for name, queries in QUERIES.items()}
+    base = recipes["sandwich"]
+    accelerator = Accelerator(mixed_precision=base.mixed_precision)
+    cuda = accelerator.device.type == "cuda"
+    synchronise = torch.cuda.synchronize if cuda else (lambda: None)
+    data = load_images(dataset, base.split)
+    contenders = [plain_timm(base, data, accelerator, workers)]
+    contenders += [ours(name, each, data, accelerator) for name, each in recipes.items()]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(base.mixed_precision, torch.float32)
+    peaks = []
+    for number in range(rounds + 1):
+        peaks.append(matmul_peak(accelerator.device, dtype, synchronise))
+        for contender in contenders:
+            contender.run(range(number * steps, (number + 1) * steps), synchronise)
+    peak = statistics.median(peaks[1:])
+
+    plain = contenders[0]
+    table = Table(box=box.SIMPLE_HEAD, title=f"batch {base.batch_size}, {base.mixed_precision}", title_justify="left")
+    for header in (
+        "training",
+        "MACs (M)",
+        "images/s",
+        "relative",
+        "work, relative",
+        "of matmul peak",
+        "data",
+        "network",
+        "update",
+    ):
+        table.add_column(header, justify="left" if header == "training" else "right", no_wrap=True)
+    for contender in contenders:
+        totals, others = contender.totals()[1:], plain.totals()[1:]
+        relative = statistics.median(b / a for a, b in zip(totals, others, strict=True))
+        rate = base.batch_size / statistics.median(totals)
+        shares = [statistics.median(seconds[1:]) / statistics.median(totals) for seconds in contender.seconds.values()]
+        table.add_row(
+            contender.name,
+            f"{contender.macs / 1e6:.1f}",
+            f"{rate:,.0f}",
+            f"{relative:.2f}",
+            f"{relative * contender.macs / plain.macs:.2f}",
+            f"{3 * contender.macs * rate / peak:.1%}",
+            *(f"{share:.1%}" for share in shares),
+        )
+    console.print(table)
+    console.print(f"matmul peak {2 * peak / 1e12:.3f} TFLOP/s ({dtype}); a step counts three times its forward's MACs")
+    facts = measurement_conditions(accelerator.device, recipe=recipe.name, overrides=" ".join(overrides or []) or None)
+    console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
