@@ -53,7 +53,9 @@ def main(
             steps = affordable_steps(base, epochs)
             lengths = [f"steps={steps}", f"warmup_steps={steps // 20}", f"save_every={max(steps // 10, 1)}"]
             folder = output / f"{name}-seed{seed}"
-            train(load_recipe(recipe, [*common, *lengths, *(overrides or [])]), folder, resume=folder.exists())
+            chosen = load_recipe(recipe, [*common, *lengths, *(overrides or [])])
+            if train(chosen, folder, resume=folder.exists()) is None:
+                raise SystemExit(f"Stopped in {folder}; the same command goes on.")
             folders.append(folder)
     print(compare_runs(folders).to_markdown())
     print(measurement_conditions())

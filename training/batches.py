@@ -1,13 +1,16 @@
 """Where a step's images come from: the device's memory, worker processes, or a stream."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from .data import BatchOrder, ImageDataset
+from .data import BatchOrder, ImageDataset, ResizedImages, load_images, resize_transform
+from .recipe import Recipe
+from .stream import DecodedImages, StreamOrder
 
 
 class ResidentBatches:
@@ -75,3 +78,95 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 def fits_in_memory(data: ImageDataset, image_size: tuple[int, int]) -> bool:
     """Whether the images are decoded and of the network's size."""
     return isinstance(data.images, np.ndarray) and data.images.shape[1:3] == image_size
+
+
+@dataclass
+class TrainingData:
+    """The images that a run learns from and those it is judged by.
+
+    Attributes:
+        label_names: Of both.
+        validation: Held out; may be empty.
+        training: Decoded or decodable images; None for a stream.
+        order: Which images make up each step.
+        recipe: Of the run.
+        device: Where batches go.
+    """
+
+    label_names: list[str]
+    validation: ImageDataset
+    training: ImageDataset | None
+    order: Any
+    recipe: Recipe
+    device: torch.device
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Go on in a stream where a checkpoint of all processes stopped; other orders follow from the step.
+
+        The shares of another number of processes are others: they begin with the next epoch.
+        """
+        if any(states):
+            own = states[self.order.rank] if len(states) == self.order.world_size else states[0]
+            self.order.load_state_dict(own, allow_other_world=True)
+
+    def batches(self, first_step: int, size: tuple[int, int], interpolation: str) -> Any:
+        """An iterable of (images uint8 (b, 3, H, W), labels (b,)) on the device, one for each step from `first_step`."""
+        recipe = self.recipe
+        self.order.first_step = first_step
+        random_crop = recipe.augmentation.random_crop_padding is None
+        transform = resize_transform(size, interpolation, random_crop)
+        if self.training is None:
+            images = DecodedImages(transform, recipe.seed, recipe.unreadable)
+            return LoadedBatches(images, self.order, self.device, recipe.workers, images.collate)
+        if fits_in_memory(self.training, size) and not random_crop:
+            return ResidentBatches(self.training, self.order, self.device)
+        return LoadedBatches(
+            ResizedImages(self.training, transform, recipe.seed), self.order, self.device, recipe.workers
+        )
+
+
+def open_data(recipe: Recipe, device: torch.device, rank: int = 0, world_size: int = 1) -> TrainingData:
+    """Load or open what the recipe trains and validates on, for one of several processes.
+
+    Raises:
+        ValueError: If the dataset and the recipe do not fit together.
+        FileNotFoundError: If the dataset looks like a path and is not there.
+    """
+    place = {"rank": rank, "world_size": world_size}
+    order: Any
+    if recipe.streaming:
+        order = StreamOrder(
+            recipe.dataset,
+            recipe.split,
+            recipe.batch_size,
+            recipe.seed,
+            recipe.steps,
+            shuffle_window=recipe.shuffle_window,
+            repeats=recipe.augmentation.repeats,
+            **place,
+        )
+        training, names = None, order.label_names
+    else:
+        data = load_images(recipe.dataset, recipe.split, recipe.cache_gib)
+        names, held_out = data.label_names, 0 if recipe.validation_split else recipe.validation
+        if not held_out < len(data):
+            raise ValueError(f"Expected `validation` to be below the {len(data)} images, got {held_out}.")
+        training = data.subset(slice(None, len(data) - held_out))
+        order = BatchOrder(
+            num_images=len(training),
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            repeats=recipe.augmentation.repeats,
+            last_step=recipe.steps,
+            **place,
+        )
+    if recipe.validation_split:
+        validation = load_images(recipe.dataset, recipe.validation_split, recipe.cache_gib)
+        if validation.label_names != names:
+            raise ValueError(f"Expected the labels of {recipe.split} in {recipe.validation_split}, got others.")
+        validation = validation.subset(slice(None, recipe.validation or None))
+    elif recipe.streaming:
+        validation = ImageDataset([], np.empty(0, dtype=np.int64), names)
+    else:
+        validation = data.subset(slice(len(data) - held_out, None))
+    return TrainingData(names, validation, training, order, recipe, device)

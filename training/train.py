@@ -9,10 +9,6 @@ import json
 import logging
 import math
 import os
-import signal
-import threading
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,18 +27,14 @@ from torch.distributed.tensor import DTensor
 
 from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.augmentation import BatchAugmentation
-from hf_visual_perceiver.training.batches import LoadedBatches, ResidentBatches, fits_in_memory
+from hf_visual_perceiver.training.batches import TrainingData, open_data
 from hf_visual_perceiver.training.checkpointing import RunFolder
 from hf_visual_perceiver.training.conditions import measurement_conditions
 from hf_visual_perceiver.training.curves import plot_curves
 from hf_visual_perceiver.training.data import (
-    BatchOrder,
     ImageDataset,
-    ResizedImages,
-    load_images,
     normalise,
     pixels_of_size,
-    resize_transform,
     seed_everything,
     share_of_batch,
 )
@@ -51,7 +43,7 @@ from hf_visual_perceiver.training.objective import Objective
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
 from hf_visual_perceiver.training.schedules import Schedule, create_schedule, describe, step_macs
 from hf_visual_perceiver.training.state import apply_state, gather_state, gather_weights
-from hf_visual_perceiver.training.stream import DecodedImages, StreamOrder
+from hf_visual_perceiver.training.stopping import StopRequest, Stopwatch
 from hf_visual_perceiver.training.teacher import FrozenTeacher, load_teacher
 
 
@@ -101,7 +93,7 @@ def train(
             f"Expected `ema_decay` to be null with {accelerator.distributed_type.value}, which splits the weights or holds "
             f"them in half precision, got {recipe.ema_decay}."
         )
-    source = open_data(recipe, accelerator)
+    source = open_data(recipe, accelerator.device, accelerator.process_index, accelerator.num_processes)
     network = create_model(recipe, source.label_names)
     schedule = create_schedule(recipe.queries, network.config.num_queries, recipe.seed, recipe.steps)
     check_batch(recipe, schedule, accelerator.num_processes)
@@ -201,7 +193,7 @@ def train(
     with progress, stop:
         task = progress.add_task("training", total=recipe.steps, completed=first_step, status="")
         model.train()
-        clock = _Clock()
+        clock = Stopwatch()
         for step, (images, labels) in enumerate(batches, start=first_step):
             scheduler.step_update(step)
             subsets = schedule(step)
@@ -308,93 +300,6 @@ def forward_backward(
     return losses
 
 
-@dataclass
-class TrainingData:
-    """The images that a run learns from and those it is judged by.
-
-    Attributes:
-        label_names: Of both.
-        validation: Held out; may be empty.
-        training: Decoded or decodable images; None for a stream.
-        order: Which images make up each step.
-        recipe: Of the run.
-        device: Where batches go.
-    """
-
-    label_names: list[str]
-    validation: ImageDataset
-    training: ImageDataset | None
-    order: Any
-    recipe: Recipe
-    device: torch.device
-
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Go on in a stream where a checkpoint of all processes stopped; other orders follow from the step.
-
-        The shares of another number of processes are others: they begin with the next epoch.
-        """
-        if any(states):
-            own = states[self.order.rank] if len(states) == self.order.world_size else states[0]
-            self.order.load_state_dict(own, allow_other_world=True)
-
-    def batches(self, first_step: int, size: tuple[int, int], interpolation: str) -> Any:
-        """An iterable of (images uint8 (b, 3, H, W), labels (b,)) on the device, one for each step from `first_step`."""
-        recipe = self.recipe
-        self.order.first_step = first_step
-        random_crop = recipe.augmentation.random_crop_padding is None
-        transform = resize_transform(size, interpolation, random_crop)
-        if self.training is None:
-            images = DecodedImages(transform, recipe.seed, recipe.unreadable)
-            return LoadedBatches(images, self.order, self.device, recipe.workers, images.collate)
-        if fits_in_memory(self.training, size) and not random_crop:
-            return ResidentBatches(self.training, self.order, self.device)
-        return LoadedBatches(
-            ResizedImages(self.training, transform, recipe.seed), self.order, self.device, recipe.workers
-        )
-
-
-def open_data(recipe: Recipe, accelerator: Accelerator) -> TrainingData:
-    """Load or open what the recipe trains and validates on."""
-    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    order: Any
-    if recipe.streaming:
-        order = StreamOrder(
-            recipe.dataset,
-            recipe.split,
-            recipe.batch_size,
-            recipe.seed,
-            recipe.steps,
-            shuffle_window=recipe.shuffle_window,
-            repeats=recipe.augmentation.repeats,
-            **place,
-        )
-        training, names = None, order.label_names
-    else:
-        data = load_images(recipe.dataset, recipe.split, recipe.cache_gib)
-        names, held_out = data.label_names, 0 if recipe.validation_split else recipe.validation
-        if not held_out < len(data):
-            raise ValueError(f"Expected `validation` to be below the {len(data)} images, got {held_out}.")
-        training = data.subset(slice(None, len(data) - held_out))
-        order = BatchOrder(
-            num_images=len(training),
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            repeats=recipe.augmentation.repeats,
-            last_step=recipe.steps,
-            **place,
-        )
-    if recipe.validation_split:
-        validation = load_images(recipe.dataset, recipe.validation_split, recipe.cache_gib)
-        if validation.label_names != names:
-            raise ValueError(f"Expected the labels of {recipe.split} in {recipe.validation_split}, got others.")
-        validation = validation.subset(slice(None, recipe.validation or None))
-    elif recipe.streaming:
-        validation = ImageDataset([], torch.zeros(0).long().numpy(), names)
-    else:
-        validation = data.subset(slice(len(data) - held_out, None))
-    return TrainingData(names, validation, training, order, recipe, accelerator.device)
-
-
 def check_batch(recipe: Recipe, schedule: Schedule, num_processes: int) -> None:
     """Raise a `ValueError` unless the batch can be split in the schedule's groups by each process and micro-batch."""
     multiple = 2 * num_processes * schedule.groups
@@ -444,74 +349,6 @@ def write_model(
         "recipe.yaml": yaml.safe_dump(values, sort_keys=False),
     }
     save_folder(model, run.model, files)
-
-
-class StopRequest:
-    """Whether a run should stop: its time is over, or SIGTERM came while the context is open.
-
-    Args:
-        max_minutes: From now on; None is no limit.
-    """
-
-    def __init__(self, max_minutes: float | None):
-        if max_minutes is not None and not max_minutes > 0:
-            raise ValueError(f"Expected `--max-minutes` to be above 0, got {max_minutes}.")
-        self.max_minutes = max_minutes
-        self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self.terminated = False
-
-    def __enter__(self) -> "StopRequest":
-        # Python allows handlers in the main thread alone.
-        self.handles = threading.current_thread() is threading.main_thread()
-        if self.handles:
-            self.previous = signal.signal(signal.SIGTERM, self._terminate)
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if self.handles:
-            signal.signal(signal.SIGTERM, self.previous)
-
-    def _terminate(self, *signal_and_frame: Any) -> None:
-        self.terminated = True
-
-    def requested(self) -> bool:
-        """Whether to stop now."""
-        return self.terminated or time.monotonic() >= self.deadline
-
-    def as_tensor(self, device: torch.device) -> torch.Tensor:
-        """(1,) float: 1 if this process is to stop."""
-        return torch.tensor([float(self.requested())], device=device)
-
-    def reason(self) -> str:
-        """Why it stopped."""
-        return "SIGTERM" if self.terminated or self.max_minutes is None else f"{self.max_minutes:g} minutes are over"
-
-
-class _Clock:
-    """Images per second since the last restart, and the time of that piece."""
-
-    def __init__(self) -> None:
-        self.shown = time.perf_counter()
-        self.restart()
-
-    def restart(self) -> None:
-        self.began, self.images = time.perf_counter(), 0
-
-    def count(self, images: int) -> None:
-        self.images += images
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.began
-
-    def rate(self) -> float:
-        return self.images / self.seconds
-
-    def minute_passed(self) -> bool:
-        passed = time.perf_counter() - self.shown > 60
-        if passed:
-            self.shown = time.perf_counter()
-        return passed
 
 
 def _main_process_alone(accelerator: Accelerator, act: Any) -> None:

@@ -15,7 +15,8 @@ import yaml
 from safetensors.torch import load_file
 from support import REPOSITORY, run
 
-from hf_visual_perceiver.loading import default_dataset, load_model
+from hf_visual_perceiver.card import training_lines
+from hf_visual_perceiver.loading import default_dataset, default_model, load_model
 from hf_visual_perceiver.training import checkpointing, objective, state
 from hf_visual_perceiver.training import train as train_module
 from hf_visual_perceiver.training.checkpointing import RunFolder
@@ -200,6 +201,21 @@ class TestResuming:
         assert train(small_recipe(), tmp_path / "run", resume=True) == folder
         assert (folder / "README.md").exists()
         assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize("distillation", ["soft", "hard"])
+def test_a_frozen_teacher(tmp_path, distillation):
+    teacher = {"model": default_model(), "distillation": distillation, "weight": 0.9}
+    before = load_model(default_model()).state_dict()
+    train(small_recipe(steps=3, teacher=teacher), tmp_path / "taught")
+    train(small_recipe(steps=3), tmp_path / "alone")
+    taught, alone = losses(tmp_path / "taught"), losses(tmp_path / "alone")
+    assert all(taught[step] != alone[step] for step in (1, 2, 3))
+    facts = json.loads((tmp_path / "taught" / "model" / "training.json").read_text())
+    assert any(
+        f"{distillation} distillation from visual_perceiver_nano_cifar10" in line for line in training_lines(facts)
+    )
+    assert all(torch.equal(value, before[name]) for name, value in load_model(default_model()).state_dict().items())
 
 
 class TestPieces:
@@ -441,6 +457,7 @@ class TestMistakes:
             ({"queries": {"schedule": "fixed", "K": 9}}, r"integer in \[1, 8\], got 9"),
             ({"optimizer": "adamm"}, "a name of timm's optimisers, got 'adamm'"),
             ({"augmentation": {"auto_augment": "foo"}}, "in timm's notation of RandAugment, .*got 'foo'"),
+            ({"teacher": {"model": "absent/"}}, "`teacher.model` to be a folder or Hub id .*got 'absent/'"),
             ({"attention": "flash_attention_9"}, "Cannot use `attention` 'flash_attention_9'"),
         ],
     )

@@ -1,0 +1,82 @@
+"""Time: when a run is to stop, and how fast it goes."""
+
+import math
+import signal
+import threading
+import time
+from typing import Any
+
+import torch
+
+
+class StopRequest:
+    """Whether a run should stop: its time is over, or SIGTERM came while the context is open.
+
+    Args:
+        max_minutes: From now on; None is no limit.
+    """
+
+    def __init__(self, max_minutes: float | None):
+        if max_minutes is not None and not max_minutes > 0:
+            raise ValueError(f"Expected `--max-minutes` to be above 0, got {max_minutes}.")
+        self.max_minutes = max_minutes
+        self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.terminated = False
+
+    def __enter__(self) -> "StopRequest":
+        # Python allows handlers in the main thread alone.
+        self.handles = threading.current_thread() is threading.main_thread()
+        if self.handles:
+            self.previous = signal.signal(signal.SIGTERM, self._terminate)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.handles:
+            signal.signal(signal.SIGTERM, self.previous)
+
+    def _terminate(self, *signal_and_frame: Any) -> None:
+        self.terminated = True
+
+    def requested(self) -> bool:
+        """Whether to stop now."""
+        return self.terminated or time.monotonic() >= self.deadline
+
+    def as_tensor(self, device: torch.device) -> torch.Tensor:
+        """(1,) float: 1 if this process is to stop."""
+        return torch.tensor([float(self.requested())], device=device)
+
+    def reason(self) -> str:
+        """Why it stopped."""
+        return "SIGTERM" if self.terminated or self.max_minutes is None else f"{self.max_minutes:g} minutes are over"
+
+
+class Stopwatch:
+    """Images per second since the last restart, and the time of that piece."""
+
+    def __init__(self) -> None:
+        self.shown = time.perf_counter()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new piece."""
+        self.began, self.images = time.perf_counter(), 0
+
+    def count(self, images: int) -> None:
+        """Images that were trained on."""
+        self.images += images
+
+    @property
+    def seconds(self) -> float:
+        """Since the restart."""
+        return time.perf_counter() - self.began
+
+    def rate(self) -> float:
+        """Images per second."""
+        return self.images / self.seconds
+
+    def minute_passed(self) -> bool:
+        """Whether a minute passed since this was last true."""
+        passed = time.perf_counter() - self.shown > 60
+        if passed:
+            self.shown = time.perf_counter()
+        return passed
