@@ -18,11 +18,11 @@ import numpy as np
 import torch
 import typer
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, ImageOps
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from timm.data import Mixup, create_loader
+from timm.data import Mixup, auto_augment, create_loader
 from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
@@ -106,6 +106,14 @@ def ours(name: str, recipe: Recipe, data: ImageDataset, accelerator: Accelerator
 
     macs = sum(step_macs(network.config, schedule, step) for step in range(2000)) / 2000
     return Contender(name, macs, {"data": augmentation, "network": network_part, "update": update})
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs: object) -> Image.Image:
+    """timm's, which at its strongest asks Pillow for 0 bits, an error since Pillow 13; without this its loop breaks off."""
+    return ImageOps.posterize(image, min(max(bits, 1), 8))
+
+
+auto_augment.NAME_TO_OP["PosterizeIncreasing"] = _posterize
 
 
 class _Pictures(torch.utils.data.Dataset):
