@@ -46,6 +46,14 @@ def hardware_name(device: torch.device) -> str:
     return f"{os.cpu_count()} cores of {name}" + (f" ({', '.join(features)})" if features else "")
 
 
+def cpu_computes_in_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices itself; without, torch converts, which is many times slower than float32."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return True  # nothing is known
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.read_text().split())
+
+
 def source_commit() -> str | None:
     """Commit of the checkout that this package runs from, with `+` if it has uncommitted changes; None elsewhere."""
     root = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from rich.console import Console
@@ -29,7 +29,7 @@ from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageCla
 from hf_visual_perceiver.training.augmentation import BatchAugmentation
 from hf_visual_perceiver.training.batches import TrainingData, open_data
 from hf_visual_perceiver.training.checkpointing import RunFolder
-from hf_visual_perceiver.training.conditions import measurement_conditions
+from hf_visual_perceiver.training.conditions import cpu_computes_in_bf16, measurement_conditions
 from hf_visual_perceiver.training.curves import plot_curves
 from hf_visual_perceiver.training.data import (
     ImageDataset,
@@ -78,9 +78,12 @@ def train(
     """
     stop = StopRequest(max_minutes)
     run = RunFolder(output_dir)
-    accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision, log_with=_tracker(recipe.tracker), project_dir=str(run.path)
-    )
+    precision = recipe.mixed_precision
+    if precision == "bf16" and PartialState().device.type == "cpu" and not cpu_computes_in_bf16():
+        precision = "no"
+        if PartialState().is_main_process:
+            console.print("This CPU does not compute in bf16, which would be slow: float32 it is.")
+    accelerator = Accelerator(mixed_precision=precision, log_with=_tracker(recipe.tracker), project_dir=str(run.path))
     _main_process_alone(accelerator, lambda: run.check(recipe, resume, allow_recipe_change))
     if resume and run.model.exists() and recipe.steps in run.saved_steps():
         if accelerator.is_main_process:

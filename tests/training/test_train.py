@@ -12,6 +12,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from support import REPOSITORY, run
 
@@ -216,6 +217,16 @@ def test_a_frozen_teacher(tmp_path, distillation):
         f"{distillation} distillation from visual_perceiver_nano_cifar10" in line for line in training_lines(facts)
     )
     assert all(torch.equal(value, before[name]) for name, value in load_model(default_model()).state_dict().items())
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_is_for_cpus_that_have_it(tmp_path, monkeypatch, has):
+    monkeypatch.setattr(train_module, "cpu_computes_in_bf16", lambda: has)
+    for name, precision in (("float32", "no"), ("bf16", "bf16")):
+        AcceleratorState._reset_state(True)  # accelerate keeps the first precision of a process
+        train(small_recipe(steps=2, mixed_precision=precision), tmp_path / name)
+    AcceleratorState._reset_state(True)
+    assert (losses(tmp_path / "float32") == losses(tmp_path / "bf16")) == (not has)
 
 
 class TestPieces:
