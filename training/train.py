@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import torch
 import typer
 import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
@@ -78,12 +78,13 @@ def train(
     """
     stop = StopRequest(max_minutes)
     run = RunFolder(output_dir)
-    precision = recipe.mixed_precision
-    if precision == "bf16" and PartialState().device.type == "cpu" and not cpu_computes_in_bf16():
-        precision = "no"
-        if PartialState().is_main_process:
-            console.print("This CPU does not compute in bf16, which would be slow: float32 it is.")
+    # Not by accelerate's state, which would then be made before the Accelerator says how.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    slow_bf16 = recipe.mixed_precision == "bf16" and on_cpu and not cpu_computes_in_bf16()
+    precision = "no" if slow_bf16 else recipe.mixed_precision
     accelerator = Accelerator(mixed_precision=precision, log_with=_tracker(recipe.tracker), project_dir=str(run.path))
+    if slow_bf16 and accelerator.is_main_process:
+        console.print("This CPU does not compute in bf16, which would be slow: float32 it is.")
     _main_process_alone(accelerator, lambda: run.check(recipe, resume, allow_recipe_change))
     if resume and run.model.exists() and recipe.steps in run.saved_steps():
         if accelerator.is_main_process:
