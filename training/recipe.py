@@ -91,7 +91,7 @@ class Recipe:
     trunk: str = (
         "auto"  # several subsets go through it together (packed), or one after the other (split); auto: by device
     )
-    compile: bool = False  # torch.compile the blocks; pays on GPUs only
+    compile: bool = False  # torch.compile the blocks; meant for GPUs
 
     augmentation: Augmentation = field(default_factory=Augmentation)
 
