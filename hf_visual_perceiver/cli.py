@@ -20,8 +20,8 @@ from rich.table import Table
 from .card import training_lines, write_card
 from .comparison import compare_runs, plot_comparison
 from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
-from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model
-from .modeling import VisualPerceiverForImageClassification, count_macs
+from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model, load_optimized
+from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
 from .plots import check_picture, plot_tradeoff
 from .training.data import load_images
 from .training.files import write_json
@@ -44,6 +44,7 @@ messages = Console(stderr=True)
 ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or Hub id; by default the one that ships.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+FastOption = Annotated[bool, typer.Option("--fast", help="Use the form that is optimised for CPUs; same answers.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -69,6 +70,7 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(help="Images of a batch.")] = 256,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
+    fast: FastOption = False,
     plot: Annotated[Path | None, typer.Option(help="Write accuracy against MACs to this .png, .svg or .pdf.")] = None,
     json_file: JsonOption = None,
     card: Annotated[
@@ -84,7 +86,9 @@ def evaluate_command(
         check_picture(plot)
     for output in filter(None, (plot, json_file)):
         check_writable(output)
-    network = load_model(name, choose_device(device), dtype)
+    if card and fast:
+        raise ValueError("Expected --write-card without --fast: a card is of the model as it is loaded.")
+    network = (load_optimized if fast else load_model)(name, choose_device(device), dtype)
     points = default_points(network.config.num_queries)
     if num_active_queries or dqs_threshold:
         budgets: list[int | None] = [*num_active_queries] if num_active_queries else [None]
@@ -112,6 +116,7 @@ def evaluate_command(
         plot_tradeoff(result, plot)
         console.print(f"Plot: {plot}")
     if card:
+        assert isinstance(network, VisualPerceiverForImageClassification)
         console.print(f"Card: {write_card(Path(name), network, result)}")
 
 
@@ -125,6 +130,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
+    fast: FastOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Labels with probabilities, and the number of queries that each image used.
@@ -134,7 +140,7 @@ def predict(
     if json_file:
         check_writable(json_file)
     files = list_images(images)
-    network = load_model(model or default_model(), choose_device(device), dtype)
+    network = (load_optimized if fast else load_model)(model or default_model(), choose_device(device), dtype)
     network.config.operating_point(num_active_queries, dqs_threshold)
     results, unreadable = [], []
     for first in range(0, len(files), batch_size):
@@ -308,17 +314,17 @@ def read_image(path: Path) -> Image.Image:
 
 @torch.inference_mode()
 def classify(
-    model: VisualPerceiverForImageClassification,
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
     images: tuple[Image.Image, ...],
     num_active_queries: int | None,
     dqs_threshold: float | None,
     top_k: int,
 ) -> list[dict[str, Any]]:
     """The most probable labels of each image, and what it cost."""
-    parameter, names = next(model.parameters()), model.config.label_names
+    names = model.config.label_names
     pixels = create_image_processor(model.config)(images=list(images), return_tensors="pt")["pixel_values"]
     K, t = model.config.operating_point(num_active_queries, dqs_threshold)
-    output = model(pixels.to(parameter.device, parameter.dtype), num_active_queries=K, dqs_threshold=t)
+    output = model(pixels.to(model.device, model.dtype), num_active_queries=K, dqs_threshold=t)
     probabilities, labels = output.logits.float().softmax(-1).topk(min(top_k, len(names)))
     return [
         {

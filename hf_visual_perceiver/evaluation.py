@@ -10,7 +10,7 @@ import torch
 from rich.progress import track
 
 from .metrics import Accuracy
-from .modeling import VisualPerceiverForImageClassification, count_macs
+from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
 from .training.conditions import measurement_conditions
 from .training.data import ImageDataset, normalise, pixels_of_size
 
@@ -78,7 +78,7 @@ def default_points(num_queries: int) -> list[OperatingPoint]:
 
 
 def evaluate(
-    model: VisualPerceiverForImageClassification,
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
     data: ImageDataset,
     points: Sequence[OperatingPoint] | None = None,
     batch_size: int = 256,
@@ -101,7 +101,7 @@ def evaluate(
     Raises:
         ValueError: If the dataset's labels are not the model's, or a point is out of the model's range.
     """
-    config, parameter = model.config, next(model.parameters())
+    config = model.config
     all_labels = labels_of_model(model, data)
     all_queries = OperatingPoint(config.num_queries)
     points = list(dict.fromkeys(points)) if points is not None else default_points(config.num_queries)
@@ -120,7 +120,7 @@ def evaluate(
     for number, indices in enumerate(track(batches, "evaluating", disable=not progress)):
         pixels = pixels_of_size(data, indices, config.image_height_width, cfg["interpolation"])
         pixels = normalise(pixels, cfg["mean"], cfg["std"])
-        pixels = pixels.to(parameter.device, parameter.dtype)
+        pixels = pixels.to(model.device, model.dtype)
         labels = all_labels[indices.start : indices.stop]
         if number == 0:
             for point in measured:
@@ -152,9 +152,10 @@ def evaluate(
             )
         )
     measured_under = measurement_conditions(
-        parameter.device,
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        attention=config._attn_implementation,
+        model.device,
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=config._attn_implementation if isinstance(model, VisualPerceiverForImageClassification) else None,
+        form="optimized" if isinstance(model, OptimizedVisualPerceiver) else None,
         batch_size=batch_size,
         images=len(data),
         **(conditions or {}),
@@ -162,7 +163,9 @@ def evaluate(
     return Evaluation(rows, measured_under)
 
 
-def labels_of_model(model: VisualPerceiverForImageClassification, data: ImageDataset) -> np.ndarray:
+def labels_of_model(
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver, data: ImageDataset
+) -> np.ndarray:
     """The dataset's labels as indices of the model's classes, (n,): by name where both have names.
 
     Raises:
@@ -182,7 +185,7 @@ def labels_of_model(model: VisualPerceiverForImageClassification, data: ImageDat
 
 @torch.inference_mode()
 def _timed_forward(
-    model: VisualPerceiverForImageClassification, pixels: torch.Tensor, point: OperatingPoint
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver, pixels: torch.Tensor, point: OperatingPoint
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
     def synchronise() -> None:
         if pixels.device.type == "cuda":
@@ -202,7 +205,9 @@ def _timed_forward(
         model.config.dqs_threshold = default
 
 
-def _mean_macs(model: VisualPerceiverForImageClassification, counts: np.ndarray, point: OperatingPoint) -> float:
+def _mean_macs(
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver, counts: np.ndarray, point: OperatingPoint
+) -> float:
     """Mean over images; with selection, reading and comparing all candidates counts too."""
     config = model.config
     K = config.num_queries if point.num_active_queries is None else point.num_active_queries

@@ -19,6 +19,7 @@ from hf_visual_perceiver.loading import default_model
 MODULES = [
     "hf_visual_perceiver.metrics",
     "hf_visual_perceiver.modeling.configuration_visual_perceiver",
+    "hf_visual_perceiver.modeling.fast_inference",
     "hf_visual_perceiver.modeling.macs",
     "hf_visual_perceiver.modeling.modeling_visual_perceiver",
     "hf_visual_perceiver.modeling.query_selection",
