@@ -8,13 +8,14 @@ Perturbations", ICLR 2019). Numbers measured with them are *not* CIFAR-10-C numb
 - `frost` is left out because it needs the authors' photographs, `spatter` because it needs OpenCV;
 - values are rounded to uint8, the original truncates;
 - motion blur (also of `snow`) follows ImageMagick's formula, a one-sided Gaussian along a line of whole-pixel steps, without
-  ImageMagick; the affine part of `elastic_transform` samples at exact places, OpenCV at 1/32 pixel;
+  ImageMagick; the affine part of `elastic_transform` samples at exact places, OpenCV 4 at 1/32 pixel;
 - as in the original, `elastic_transform` wobbles more locally with severity, but moves the whole image less, so that the mean
   difference of pixels falls from severity 1 to 5, and `saturate` drains colour at severities 1 and 2 and adds it from 3 on;
 - on images that are not 32x32, lengths in pixels grow with the shorter side; the original has no such rule.
 
-Packages on the registry that draw these corruptions (imagecorruptions, torch-uncertainty, corrupt-tta) use the constants for images
-of 224 pixels, one image at a time, and need OpenCV and scikit-image or more; that is why they are written out here.
+Packages on the registry that draw these corruptions (imagecorruptions, torch-uncertainty, corrupt-tta) have ImageNet-C's constants,
+too strong for 32x32, draw from one generator whatever the image, and need OpenCV and scikit-image or kornia; that is why the
+corruptions are written out here.
 """
 
 import io
@@ -156,8 +157,9 @@ def motion_blur(x: np.ndarray, c: tuple[float, float], draws: Draws) -> np.ndarr
 
 
 def zoom_blur(x: np.ndarray, c: float, draws: Draws) -> np.ndarray:
-    """`c`: the largest zoom; the image is averaged with its zooms from 1 in steps of 0.01."""
-    zooms = [1 + i / 100 for i in range(round((c - 1) * 100) + 1)]
+    """`c`: where the zooms end, that are averaged with the image and begin at 1, in steps of 0.01."""
+    # Rounding puts the end itself among some of them: a part of the original's definition.
+    zooms = np.arange(1, c, 0.01)
     out = x.copy()
     for zoom in zooms:
         out += _zoom(x, zoom)
@@ -395,7 +397,7 @@ CORRUPTIONS = {
     "defocus_blur": Corruption("blur", defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
     "glass_blur": Corruption("blur", glass_blur, ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2))),
     "motion_blur": Corruption("blur", motion_blur, ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
-    "zoom_blur": Corruption("blur", zoom_blur, (1.05, 1.10, 1.15, 1.20, 1.25)),
+    "zoom_blur": Corruption("blur", zoom_blur, (1.06, 1.11, 1.16, 1.21, 1.26)),
     "snow": Corruption(
         "weather",
         snow,

@@ -12,6 +12,18 @@ EVERY = pytest.mark.parametrize("name", CORRUPTIONS)
 DETERMINISTIC = {"gaussian_blur", "defocus_blur", "zoom_blur", "brightness", "contrast", "saturate", "pixelate"}
 DETERMINISTIC |= {"jpeg_compression"}
 
+# Of the original's functions (hendrycks/robustness, make_cifar_c.py at ca36008, run with scipy, scikit-image and OpenCV) on the picture
+# of `test_equal_to_the_original`: severities 1, 3 and 5 at three places, before rounding.
+ORIGINAL = {
+    "gaussian_blur": [[221.72, 160.35, 93.36], [158.68, 140.37, 75.13], [145.63, 132.63, 75.48]],
+    "defocus_blur": [[221.72, 160.36, 93.36], [170.14, 145.87, 78.87], [150.89, 126.67, 59.67]],
+    "zoom_blur": [[201.45, 137.49, 102.64], [193.54, 135.35, 109.2], [193.59, 139.48, 110.23]],
+    "brightness": [[255.0, 175.31, 110.75], [255.0, 195.94, 136.25], [255.0, 206.25, 174.5]],
+    "contrast": [[213.68, 153.71, 103.43], [169.84, 137.9, 111.02], [138.53, 126.61, 116.45]],
+    "saturate": [[245.0, 192.3, 98.0], [245.0, 145.5, 98.0], [245.0, 81.64, 98.0]],
+    "pixelate": [[150.0, 165.0, 98.0], [245.0, 138.0, 55.0], [153.0, 178.0, 101.0]],
+}
+
 
 @pytest.fixture(scope="module")
 def images(cifar10):
@@ -106,6 +118,16 @@ def test_known_values(images):
     np.testing.assert_allclose(corrupt(images, "contrast", 5).astype(float).std(axis=(1, 2)), 0.15 * spread, atol=0.5)
     brighter = np.minimum(images.max(-1) + 0.3 * 255, 255)
     np.testing.assert_allclose(corrupt(images, "brightness", 5).max(-1), brighter, atol=0.51)
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_equal_to_the_original(name):
+    i = np.arange(32 * 32 * 3, dtype=np.int64)
+    picture = ((i * i * 7 + i * 13) % 251).astype(np.uint8).reshape(1, 32, 32, 3)
+    for severity, expected in zip((1, 3, 5), ORIGINAL[name], strict=True):
+        result = corrupt(picture, name, severity)[0]
+        found = [int(result[place]) for place in ((5, 7, 0), (16, 20, 1), (30, 2, 2))]
+        np.testing.assert_allclose(found, expected, atol=0.51)
 
 
 def test_black_and_white_stay_finite():
