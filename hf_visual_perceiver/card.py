@@ -13,6 +13,8 @@ from .evaluation import Evaluation, default_points
 from .loading import SAMPLE, shipped
 from .modeling import VisualPerceiverForImageClassification
 from .plots import plot_tradeoff
+from .robustness import Robustness, read_robustness
+from .robustness_report import robustness_sentence
 from .training.files import write_json, write_text
 
 
@@ -20,7 +22,7 @@ def write_card(folder: Path, model: VisualPerceiverForImageClassification, evalu
     """Write README.md, tradeoff.png and evaluation.json into a checkpoint's folder.
 
     Args:
-        folder: Of the checkpoint; training.json in it says how it was trained.
+        folder: Of the checkpoint; training.json in it says how it was trained, robustness.json what corruption does to it.
         model: The checkpoint.
         evaluation: What was measured.
 
@@ -29,6 +31,8 @@ def write_card(folder: Path, model: VisualPerceiverForImageClassification, evalu
     """
     training = folder / "training.json"
     facts = json.loads(training.read_text()) if training.is_file() else {}
+    robustness = folder / "robustness.json"
+    corrupted = read_robustness(robustness) if robustness.is_file() else None
     name = folder.resolve().name
     text = _template().render(
         metadata=_metadata(name, evaluation, facts),
@@ -39,7 +43,7 @@ def write_card(folder: Path, model: VisualPerceiverForImageClassification, evalu
         command=_command(evaluation),
         conditions=", ".join(f"{key.replace('_', ' ')} {value}" for key, value in evaluation.conditions.items()),
         training="\n".join(f"- {line}" for line in training_lines(facts)) if facts else "Not recorded.",
-        limits=_limits(model, evaluation),
+        limits=_limits(model, evaluation, corrupted),
     )
     plot_tradeoff(evaluation, folder / "tradeoff.png")
     write_json(folder / "evaluation.json", evaluation.to_dict())
@@ -167,10 +171,13 @@ def selection_verdict(evaluation: Evaluation) -> str:
     )
 
 
-def _limits(model: VisualPerceiverForImageClassification, evaluation: Evaluation) -> str:
+def _limits(model: VisualPerceiverForImageClassification, evaluation: Evaluation, corrupted: Robustness | None) -> str:
     height, width = model.config.image_height_width
+    robustness = "Robustness to corrupted or shifted images was not measured."
+    if corrupted:
+        robustness = robustness_sentence(corrupted)
     return (
         f"{selection_verdict(evaluation)}The network has seen {height}x{width} images of the training set's classes only, and gives every image one of those labels. "
-        "Its probabilities are not calibrated. Robustness to corrupted or shifted images was not measured. At few queries it "
+        f"Its probabilities are not calibrated. {robustness} At few queries it "
         "is much less accurate; read the table before you choose."
     )

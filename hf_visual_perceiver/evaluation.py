@@ -180,24 +180,34 @@ def labels_of_model(model: VisualPerceiverForImageClassification, data: ImageDat
     return np.array([names.index(n) for n in given])[data.labels]
 
 
-@torch.inference_mode()
 def _timed_forward(
     model: VisualPerceiverForImageClassification, pixels: torch.Tensor, point: OperatingPoint
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Seconds, logits (B, labels) and active queries (B, Q)."""
+
     def synchronise() -> None:
         if pixels.device.type == "cuda":
             torch.cuda.synchronize(pixels.device)
 
+    synchronise()
+    began = time.perf_counter()
+    logits, active = forward_at(model, pixels, point)
+    synchronise()
+    return time.perf_counter() - began, logits, active
+
+
+@torch.inference_mode()
+def forward_at(
+    model: VisualPerceiverForImageClassification, pixels: torch.Tensor, point: OperatingPoint
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, labels) and active queries (B, Q) at an operating point, whatever the checkpoint's own."""
     # None means the checkpoint's default to `forward`, but all queries, or no selection, here.
     default = model.config.dqs_threshold
     model.config.dqs_threshold = None
     try:
-        synchronise()
-        began = time.perf_counter()
         K = model.config.num_queries if point.num_active_queries is None else point.num_active_queries
         output = model(pixels, num_active_queries=K, dqs_threshold=point.dqs_threshold)
-        synchronise()
-        return time.perf_counter() - began, output.logits, output.active_queries
+        return output.logits, output.active_queries
     finally:
         model.config.dqs_threshold = default
 

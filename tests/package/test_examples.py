@@ -17,7 +17,10 @@ from hf_visual_perceiver.loading import default_model
 
 
 MODULES = [
+    "hf_visual_perceiver.corruptions",
+    "hf_visual_perceiver.difficulty",
     "hf_visual_perceiver.metrics",
+    "hf_visual_perceiver.robustness",
     "hf_visual_perceiver.modeling.configuration_visual_perceiver",
     "hf_visual_perceiver.modeling.macs",
     "hf_visual_perceiver.modeling.modeling_visual_perceiver",
