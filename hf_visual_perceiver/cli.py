@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .card import training_lines, write_card
+from .card_command import card_command
 from .comparison import compare_runs, plot_comparison
 from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
 from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model
@@ -107,6 +108,7 @@ def evaluate_command(
     )
     console.print(evaluation_table(result))
     console.print(conditions_line(result.conditions), style="dim", highlight=False)
+    console.print(errors_line(result), markup=False, highlight=False)
     if json_file:
         write_json(json_file, result.to_dict())
     if plot:
@@ -236,6 +238,7 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
     if evaluation is not None:
         console.print(evaluation_table(evaluation))
         console.print(conditions_line(evaluation.conditions), style="dim", highlight=False)
+        console.print(errors_line(evaluation), markup=False, highlight=False)
     else:
         table = Table("K", "MACs (M)", title="cost of one image")
         for budget, count in macs.items():
@@ -249,6 +252,7 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
 
 
 app.command("robustness")(robustness_command)
+app.command("card")(card_command)
 
 
 def _read_json(path: Path, convert: Callable[[dict[str, Any]], T]) -> T | None:
@@ -285,6 +289,12 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 def conditions_line(conditions: dict[str, Any]) -> str:
     """The conditions of a measurement, in one line."""
     return ", ".join(f"{key} {value}" for key, value in conditions.items())
+
+
+def errors_line(evaluation: Evaluation) -> str:
+    """What all queries get wrong, in one line."""
+    confusion = evaluation.confusion
+    return "Errors by class were not measured." if confusion is None else f"All queries: {confusion.sentence()}"
 
 
 def list_images(paths: list[Path]) -> list[Path]:
