@@ -18,13 +18,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from .card import training_lines, write_card
+from .card_command import card_command
 from .comparison import compare_runs, plot_comparison
 from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
 from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model, load_optimized
 from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
 from .plots import check_picture, plot_tradeoff
+from .robustness_command import robustness_command
 from .training.data import load_images
-from .training.files import write_json
+from .training.files import check_writable, write_json
 from .training.folder import create_image_processor
 
 
@@ -110,6 +112,7 @@ def evaluate_command(
     )
     console.print(evaluation_table(result))
     console.print(conditions_line(result.conditions), style="dim", highlight=False)
+    console.print(errors_line(result), markup=False, highlight=False)
     if json_file:
         write_json(json_file, result.to_dict())
     if plot:
@@ -241,6 +244,7 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
     if evaluation is not None:
         console.print(evaluation_table(evaluation))
         console.print(conditions_line(evaluation.conditions), style="dim", highlight=False)
+        console.print(errors_line(evaluation), markup=False, highlight=False)
     else:
         table = Table("K", "MACs (M)", title="cost of one image")
         for budget, count in macs.items():
@@ -251,6 +255,10 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
             json_file,
             {**facts, "macs": macs, "evaluation": None if evaluation is None else evaluation.to_dict()},
         )
+
+
+app.command("robustness")(robustness_command)
+app.command("card")(card_command)
 
 
 def _read_json(path: Path, convert: Callable[[dict[str, Any]], T]) -> T | None:
@@ -287,6 +295,12 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 def conditions_line(conditions: dict[str, Any]) -> str:
     """The conditions of a measurement, in one line."""
     return ", ".join(f"{key} {value}" for key, value in conditions.items())
+
+
+def errors_line(evaluation: Evaluation) -> str:
+    """What all queries get wrong, in one line."""
+    confusion = evaluation.confusion
+    return "Errors by class were not measured." if confusion is None else f"All queries: {confusion.sentence()}"
 
 
 def list_images(paths: list[Path]) -> list[Path]:
@@ -334,12 +348,6 @@ def classify(
         }
         for indices, ps, used in zip(labels, probabilities, output.active_queries.sum(1).tolist(), strict=True)
     ]
-
-
-def check_writable(path: Path) -> None:
-    """Raise a `ValueError` unless a file of this name can be made."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"Expected a file name in an existing folder, got {str(path)!r}.")
 
 
 def print_error(message: object) -> None:
