@@ -13,7 +13,7 @@ from .corruptions import CORRUPTIONS, SEVERITIES
 from .difficulty import difficulty_verdict
 from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model
 from .robustness import ALL, BUDGETS, CLEAN, THRESHOLDS, Robustness, measure_robustness, robustness_points
-from .robustness_report import robustness_section, robustness_verdict
+from .robustness_report import robustness_section, robustness_verdict, severities_in_words
 from .training.data import load_images
 from .training.files import check_writable, write_json, write_text
 
@@ -86,8 +86,7 @@ def robustness_command(
 
 def robustness_rich_table(result: Robustness) -> Table:
     """Accuracy by corruption, mean over severities, for the terminal; with selection, the mean queries in brackets."""
-    severities = ", ".join(map(str, result.severities))
-    title = f"accuracy (%), mean over severities {severities}; queries kept in brackets"
+    title = f"accuracy (%), mean over {severities_in_words(result)}; queries kept in brackets"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in ("corruption", *map(str, result.points)):
         table.add_column(header, justify="left" if header == "corruption" else "right", no_wrap=True)

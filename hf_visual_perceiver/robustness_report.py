@@ -34,8 +34,8 @@ def robustness_section(result: Robustness, folder: Path) -> str:
     plot_contact_sheet(folder / "robustness_corrupted.png")
     parts = [
         "## Robustness to common corruptions",
-        f"{len(result.corruptions)} corruptions of the CIFAR-10-C kind (Hendrycks & Dietterich 2019), severities "
-        f"{', '.join(map(str, result.severities))}, {result.conditions['images']:,} images"
+        f"{len(result.corruptions)} corruptions of the CIFAR-10-C kind (Hendrycks & Dietterich 2019), "
+        f"{severities_in_words(result)}, {result.conditions['images']:,} images"
         f"{_of_dataset(result)}. They are drawn anew with the published constants, so these are not CIFAR-10-C numbers; "
         "`hf_visual_perceiver/corruptions.py` names each difference.",
         f"{robustness_verdict(result)}",
@@ -83,9 +83,8 @@ def robustness_verdict(result: Robustness) -> str:
     )
     used = {name: {o.point: o.queries_mean for o in result.cell(name, None)} for name in result.corruptions}
     more = {p: [name for name in used if used[name][p] > before[p].queries_mean] for p in thresholds}
-    text += (
-        f". Of {len(used)} corruptions, those under which it keeps more queries than on clean images are "
-        + ", ".join(f"{len(more[p])} at {p}" for p in thresholds)
+    text += ". Corruptions under which it keeps more queries than on clean images: " + ", ".join(
+        f"{len(more[p])} of {len(used)} at {p}" for p in thresholds
     )
     budgets = sorted((o.queries_mean, o.accuracy) for o in corrupted if o.dqs_threshold is None)
     inside = [p for p in thresholds if budgets[0][0] <= after[p].queries_mean <= budgets[-1][0]]
@@ -95,7 +94,7 @@ def robustness_verdict(result: Robustness) -> str:
         wins = sum(after[p].accuracy > float(np.interp(after[p].queries_mean, *curve)) for p in inside)
         text += (
             f" At equal mean queries on the corrupted images, selection is more accurate than the first K queries at {wins} of "
-            f"the {len(inside)} thresholds within the measured K (accuracy between them interpolated)."
+            f"{len(inside)} thresholds within the measured K (accuracy between them interpolated)."
         )
     return text
 
@@ -106,8 +105,8 @@ def robustness_sentence(result: Robustness) -> str:
         next(o for o in result.cell(*place) if o.point == result.full) for place in ((CLEAN, 0), (ALL, None))
     )
     return (
-        f"Under {len(result.corruptions)} corruptions of the CIFAR-10-C kind (severities "
-        f"{', '.join(map(str, result.severities))}; {result.conditions['images']:,} images{_of_dataset(result)}) its mean "
+        f"Under {len(result.corruptions)} corruptions of the CIFAR-10-C kind ("
+        f"{severities_in_words(result)}; {result.conditions['images']:,} images{_of_dataset(result)}) its mean "
         f"accuracy at {result.full} is {100 * corrupted.accuracy:.2f} %, against {100 * clean.accuracy:.2f} % on the same images "
         "uncorrupted (robustness.json); other shifts were not measured."
     )
@@ -213,7 +212,7 @@ def plot_corruptions(result: Robustness, path: Path) -> None:
         most = 1.6 * max(float(np.abs(change).max()), 1e-9)
         _heat_map(axes[1], change, "+.1f", "RdBu_r", (-most, most), [str(result.points[i]) for i in thresholds])
         axes[1].set_title("queries kept, less those on clean images", fontsize=10)
-    figure.suptitle(f"{_name(result)}, mean over severities {', '.join(map(str, result.severities))}", fontsize=10)
+    figure.suptitle(f"{_name(result)}, mean over {severities_in_words(result)}", fontsize=10)
     save_figure(figure, path)
 
 
@@ -295,6 +294,11 @@ def robustness_command_line(result: Robustness) -> str:
     parts += ["--max-images", str(c["images"])] if c["images"] < c["images_in_split"] else []
     parts += ["--seed", str(c["seed"]), "--batch-size", str(c["batch_size"]), "--dtype", c["dtype"]]
     return shlex.join(parts)
+
+
+def severities_in_words(result: Robustness) -> str:
+    """The severities measured, such as "severities 1, 3, 5"."""
+    return ("severity " if len(result.severities) == 1 else "severities ") + ", ".join(map(str, result.severities))
 
 
 def _table_rows(result: Robustness) -> list[tuple[str, list[Outcome]]]:
