@@ -21,6 +21,7 @@ from .card import training_lines, write_card
 from .card_command import card_command
 from .comparison import compare_runs, plot_comparison
 from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
+from .export_command import compare_exports_command, export_command
 from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model, load_optimized
 from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
 from .plots import check_picture, plot_tradeoff
@@ -259,6 +260,8 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
 
 app.command("robustness")(robustness_command)
 app.command("card")(card_command)
+app.command("export")(export_command)
+app.command("compare-exports")(compare_exports_command)
 
 
 def _read_json(path: Path, convert: Callable[[dict[str, Any]], T]) -> T | None:

@@ -229,9 +229,7 @@ def _timed_forward(
 
 
 @torch.inference_mode()
-def forward_at(
-    model: VisualPerceiverForImageClassification, pixels: torch.Tensor, point: OperatingPoint
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_at(model: Any, pixels: torch.Tensor, point: OperatingPoint) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (B, labels) and active queries (B, Q) at an operating point, whatever the checkpoint's own."""
     # None means the checkpoint's default to `forward`, but all queries, or no selection, here.
     default = model.config.dqs_threshold

@@ -42,10 +42,14 @@ def select_queries(tokens: torch.Tensor, threshold: float, reference: str = "all
     if reference not in ("all", "kept"):
         raise ValueError(f"Expected `reference` to be 'all' or 'kept', got {reference!r}.")
 
-    K = tokens.shape[1]
-    too_similar = cosine_similarities(tokens) > threshold  # (B, K, K)
+    return keep_dissimilar(cosine_similarities(tokens) > threshold, reference)
+
+
+def keep_dissimilar(too_similar: torch.Tensor, reference: str) -> torch.Tensor:
+    """The rule of `select_queries` on what is too similar to what: (B, K, K) bool -> (B, K) bool."""
+    K = too_similar.shape[1]
     # A boolean triangle: zeroing the upper half of the similarities would fail for negative thresholds.
-    earlier = torch.ones(K, K, dtype=torch.bool, device=tokens.device).tril(diagonal=-1)
+    earlier = torch.ones(K, K, dtype=torch.bool, device=too_similar.device).tril(diagonal=-1)
     too_similar = too_similar & earlier
     if reference == "all":
         return ~too_similar.any(dim=-1)

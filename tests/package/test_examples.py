@@ -20,6 +20,8 @@ MODULES = [
     "hf_visual_perceiver.corruptions",
     "hf_visual_perceiver.difficulty",
     "hf_visual_perceiver.confusion",
+    "hf_visual_perceiver.export",
+    "hf_visual_perceiver.export_check",
     "hf_visual_perceiver.metrics",
     "hf_visual_perceiver.robustness",
     "hf_visual_perceiver.modeling.configuration_visual_perceiver",

@@ -1,0 +1,151 @@
+"""`visual-perceiver export` and `visual-perceiver compare-exports`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .evaluation import OperatingPoint
+from .export import FORMATS, check_output, export_onnx, export_program, export_timm, require
+from .export_comparison import ExportComparison, compare_exports
+from .loading import SAMPLE, default_dataset, default_model, load_config, load_model
+from .training.data import load_images
+from .training.files import check_writable, write_json
+
+
+def export_command(
+    folder: Annotated[str, typer.Argument(help="The checkpoint: a folder or Hub id.")],
+    format: Annotated[str, typer.Option(help=f"{', '.join(FORMATS)}.")] = "onnx",
+    output: Annotated[
+        Path | None, typer.Option(help="File (timm: folder) to write; by default named after the checkpoint, here.")
+    ] = None,
+    num_active_queries: Annotated[
+        int | None, typer.Option(help="K, fixed in the graph, which is then as small as K; by default K is an input.")
+    ] = None,
+    dynamic_queries: Annotated[
+        bool, typer.Option("--dynamic-queries", help="K as an input of the graph, also where it would be by default.")
+    ] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise the linears to 8 bits (onnx).")] = False,
+) -> None:
+    """Write a checkpoint for other runtimes, compared with PyTorch at several K and thresholds before the file is kept.
+
+    A graph takes pixel_values (B, C, H, W), dqs_threshold (float32; 1 keeps all queries) and num_active_queries (int64) and
+    gives logits (B, labels) and active_queries (B, Q). The batch is dynamic.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if format not in FORMATS:
+        raise ValueError(f"Expected --format to be one of {', '.join(FORMATS)}, got {format!r}.")
+    if num_active_queries is not None and dynamic_queries:
+        raise ValueError(
+            f"Expected --num-active-queries (K fixed in the graph) or --dynamic-queries (K as an input), got both "
+            f"(K = {num_active_queries})."
+        )
+    if format == "safetensors-timm" and (num_active_queries is not None or dynamic_queries):
+        raise ValueError(
+            "Expected --num-active-queries and --dynamic-queries with a graph, got --format safetensors-timm."
+        )
+    if int8 and format != "onnx":
+        raise ValueError(f"Expected --int8 with --format onnx, got {format!r}.")
+    if format == "onnx":
+        require("onnx", "onnxscript", "onnxruntime")
+    # What could fail at the end fails now.
+    load_config(folder).operating_point(num_active_queries)
+    variant = ("" if num_active_queries is None else f"-k{num_active_queries}") + ("-int8" if int8 else "")
+    output = output or Path(f"{Path(folder).resolve().name}{variant}{FORMATS[format]}")
+    if format != "safetensors-timm":
+        if output.suffix != FORMATS[format]:
+            raise ValueError(
+                f"Expected a file that ends in {FORMATS[format]} for --format {format}, got {output.name!r}."
+            )
+        check_output(output)
+    model = load_model(folder)
+    with Console(stderr=True).status(f"{format}: tracing, writing, comparing with PyTorch"):
+        if format == "onnx":
+            difference = export_onnx(model, output, num_active_queries, int8)
+        elif format == "torch-export":
+            difference = export_program(model, output, num_active_queries)
+        else:
+            difference = export_timm(model, output)
+    size = sum(path.stat().st_size for path in (output.rglob("*") if output.is_dir() else [output]))
+    console.print(f"{format}: {output} ({size / 1e6:.2f} MB)", soft_wrap=True, markup=False, highlight=False)
+    if int8:
+        sentence = f"Mean difference of a logit from PyTorch's: {difference:.3f} of their standard deviation, on random images."
+    else:
+        sentence = f"Largest difference of a logit from PyTorch's: {difference:.1e}."
+    console.print(sentence, highlight=False)
+
+
+def compare_exports_command(
+    files: Annotated[list[Path], typer.Argument(help="Exported files, .onnx or .pt2.")],
+    model: Annotated[
+        str | None, typer.Option(help="The checkpoint, for PyTorch; folder or Hub id, by default the one that ships.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Hub id, folder of parquet files, or imagefolder; by default the sample that ships."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    num_active_queries: Annotated[
+        list[int] | None,
+        typer.Option(help="K to measure; repeat. By default 8, 16, 32 and all, or what a file has fixed."),
+    ] = None,
+    dqs_threshold: Annotated[list[float] | None, typer.Option(help="t to measure with all queries; repeat.")] = None,
+    max_images: Annotated[int | None, typer.Option(min=1, help="At most so many images.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+) -> None:
+    """Accuracy and time of exported files beside PyTorch's, on the same batches in turn.
+
+    OMP_NUM_THREADS sets the threads of all of them.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if json_file:
+        check_writable(json_file)
+    if any(path.suffix == ".onnx" for path in files):
+        require("onnxruntime")
+    name, data_name = model or default_model(), dataset or default_dataset()
+    data = load_images(data_name, split)
+    result = compare_exports(
+        load_model(name),
+        files,
+        data if max_images is None else data.subset(slice(0, max_images)),
+        num_active_queries,
+        dqs_threshold,
+        batch_size,
+        progress=sys.stderr.isatty(),
+        conditions={
+            "model": Path(name).name if Path(name).is_dir() else name,
+            "dataset": (Path(data_name).name if dataset and Path(dataset).exists() else dataset) or SAMPLE,
+            "split": split,
+        },
+    )
+    console.print(comparison_table(result))
+    console.print(", ".join(f"{key} {value}" for key, value in result.conditions.items()), style="dim", highlight=False)
+    if json_file:
+        write_json(json_file, result.to_dict())
+
+
+def comparison_table(result: ExportComparison) -> Table:
+    """One section for each operating point."""
+    table = Table(title="exported, side by side", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in ("setting", "form", "MB", "accuracy (%)", "same answer (%)", "queries", "ms/image", "time"):
+        table.add_column(header, justify="left" if header in ("setting", "form") else "right", no_wrap=header != "form")
+    for row, after in zip(result.rows, [*result.rows[1:], None], strict=True):
+        point = OperatingPoint(row.num_active_queries, row.dqs_threshold)
+        table.add_row(
+            str(point),
+            escape(row.form),
+            f"{row.megabytes:.2f}",
+            f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}",
+            f"{100 * row.same_answer:.2f}",
+            f"{row.queries_mean:.2f}",
+            f"{row.ms_per_image:.3f}",
+            f"{row.relative_time:.2f}",
+            end_section=after is not None and after.form == result.rows[0].form,
+        )
+    return table
