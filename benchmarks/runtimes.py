@@ -46,9 +46,8 @@ EAGER = "eager"
 def pytorch_runtimes(model: VisualPerceiverForImageClassification, compile_model: bool) -> dict[str, Forward]:
     """PyTorch's own forms."""
     runtimes: dict[str, Forward] = {EAGER: lambda x, K: model(x, num_active_queries=K).logits}
-    if hasattr(model, "optimize_for_inference"):
-        fast = model.optimize_for_inference()
-        runtimes["optimised"] = lambda x, K: fast(x, num_active_queries=K).logits
+    fast = model.optimize_for_inference()
+    runtimes["optimised"] = lambda x, K: fast(x, num_active_queries=K).logits
     if compile_model:
         compiled = torch.compile(model)
         runtimes["compile"] = lambda x, K: compiled(x, num_active_queries=K).logits

@@ -168,7 +168,7 @@ def test_the_other_selection_rule(tmp_path):
 def test_torch_export(small, tmp_path):
     assert export_program(small, tmp_path / "m.pt2") < 1e-4
     assert names(tmp_path) == ["m.pt2"]
-    assert str(tmp_path).encode() not in (tmp_path / "m.pt2").read_bytes()
+    assert b".py" not in (tmp_path / "m.pt2").read_bytes()  # no traces of the source, which hold paths
     module = torch.export.load(tmp_path / "m.pt2").module()
     x = torch.randn(4, 3, 16, 16)
     with torch.inference_mode():
