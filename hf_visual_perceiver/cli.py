@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .benchmark_command import benchmark_command
 from .card import training_lines, write_card
 from .card_command import card_command
 from .comparison import compare_runs, plot_comparison
@@ -257,6 +258,7 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
         )
 
 
+app.command("benchmark")(benchmark_command)
 app.command("robustness")(robustness_command)
 app.command("card")(card_command)
 

@@ -31,6 +31,7 @@ MODULES = [
     "hf_visual_perceiver.modeling.timm_visual_perceiver",
     "hf_visual_perceiver.training.campaign",
     "hf_visual_perceiver.training.schedules",
+    "hf_visual_perceiver.timing",
 ]
 
 
