@@ -22,7 +22,9 @@ from .comparison import compare_runs, plot_comparison
 from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
 from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model
 from .modeling import VisualPerceiverForImageClassification, count_macs
+from .modeling.handler import open_image
 from .plots import check_picture, plot_tradeoff
+from .publish_command import publish_command
 from .training.data import load_images
 from .training.files import write_json
 from .training.folder import create_image_processor
@@ -45,6 +47,7 @@ ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or Hub 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+app.command("publish")(publish_command)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -300,9 +303,9 @@ def list_images(paths: list[Path]) -> list[Path]:
 def read_image(path: Path) -> Image.Image:
     """An RGB image, or a `ValueError` that names the file."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with path.open("rb") as file:
+            return open_image(file)
+    except (OSError, ValueError) as error:
         raise ValueError(f"Cannot read {path} as an image: {error}") from error
 
 

@@ -46,12 +46,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Visual
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"Expected dtype to be float32, bfloat16 or float16, got {dtype!r}.")
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, HFValidationError, HfHubHTTPError, StrictDataclassError) as error:
-        raise ValueError(f"Expected a folder or Hub id of a checkpoint, got {name!r}: {_first_line(error)}") from error
-    if not isinstance(config, VisualPerceiverConfig):
-        raise ValueError(f"Expected a model of type visual_perceiver in {name}, got {config.model_type!r}.")
+    load_config(name)
     try:
         model, report = VisualPerceiverForImageClassification.from_pretrained(
             # Mismatches are reported below with both shapes.
@@ -74,6 +69,21 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Visual
                 f"Expected the weights of its config.json in {name}; {len(keys)} are {verb}, such as {keys[0]}."
             )
     return model.to(device).eval()
+
+
+def load_config(name: str) -> VisualPerceiverConfig:
+    """The config of a folder or Hub id.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or it holds another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, HFValidationError, HfHubHTTPError, StrictDataclassError) as error:
+        raise ValueError(f"Expected a folder or Hub id of a checkpoint, got {name!r}: {_first_line(error)}") from error
+    if not isinstance(config, VisualPerceiverConfig):
+        raise ValueError(f"Expected a model of type visual_perceiver in {name}, got {config.model_type!r}.")
+    return config
 
 
 def choose_device(device: str = "auto") -> str:
