@@ -37,7 +37,9 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
         15
     """
 
-    def _sanitize_parameters(
+    # The four steps of a pipeline; each task names its own arguments where the base class has `**kwargs`.
+
+    def _sanitize_parameters(  # type: ignore[override]
         self,
         num_active_queries: int | None = None,
         dqs_threshold: float | None = None,
@@ -52,7 +54,7 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
         }
         return preprocess, {name: value for name, value in given.items() if value is not None}, postprocess
 
-    def preprocess(self, image: Any, timeout: float | None = None) -> Any:
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]
         """Pixels of a picture: a PIL image, a file's name, base64 text or an address, which transformers fetches."""
         if isinstance(image, Image.Image):
             image = open_image(image)
@@ -68,7 +70,7 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
                 ) from error
         return super().preprocess(image, timeout=timeout)
 
-    def _forward(
+    def _forward(  # type: ignore[override]
         self,
         model_inputs: Any,
         num_active_queries: int | None = None,
@@ -84,7 +86,7 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
             num_active_queries = queries_for_macs(self.model.config, target_macs, selects)
         return self.model(**model_inputs, num_active_queries=num_active_queries, dqs_threshold=dqs_threshold)
 
-    def postprocess(
+    def postprocess(  # type: ignore[override]
         self, model_outputs: Any, function_to_apply: Any = None, top_k: int | None = 5
     ) -> list[dict[str, Any]]:
         """Labels and scores as the stock pipeline gives them, with `queries_used` in each."""

@@ -29,7 +29,7 @@ def hub_step(doing: str, state: str, api: HfApi) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted while {doing}. {state}") from None
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         message = f"{explain(error, api.endpoint)}, while {doing}. {state}"
         # No chain: the errors below carry requests with their headers.
         raise HubError(without_token(message, api)) from None
@@ -57,6 +57,8 @@ def explain(error: BaseException, endpoint: str) -> str:
         return f"the connection to {endpoint} failed ({type(error).__name__})"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "no space left on this disk"
+    if isinstance(error, (KeyError, TypeError)):
+        return f"the Hub's answer is not understood ({error!r})"
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

@@ -68,6 +68,7 @@ class Fault:
     path: str  # regular expression
     status: int | None = None
     message: str = "as the test asked"
+    reply: dict = field(default_factory=dict)  # more of the answer to a status
     drop: bool = False  # read half of the body, then cut the connection
     drop_after: bool = False  # do the work, then cut the connection instead of answering
     corrupt: bool = False  # change a byte of the body on its way
@@ -158,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
             body = bytes([body[0] ^ 1]) + body[1:]
         try:
             if fault is not None and fault.status is not None:
-                raise RefusedError(fault.status, fault.message)
+                raise RefusedError(fault.status, fault.message, **fault.reply)
             for method, pattern, action in ROUTES:
                 if method == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, path)):
                     with self.hub.lock:
