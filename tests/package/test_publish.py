@@ -291,7 +291,7 @@ FAULTS = {
     "Token not accepted (401)": ([], {"token": "stale"}, "does not accept the token (401", False),
     "No right to write there (403)": ([], {"token": "reader"}, "has no right to do this (403", False),
     "Name reserved by somebody (409)": (
-        [("POST", "/repos/create", {"status": 409, "times": 1, "reply": {"url": f"https://there/{REPO}"}})],
+        [("POST", "/repos/create", {"status": 409, "times": 1, "reply": {"url": "HUB/" + REPO}})],
         {},
         "there is no such repository, or the token may not see it",
         False,
@@ -324,6 +324,7 @@ def test_faults(hub, small, publish, fault):
     faults, options, message, committed = FAULTS[fault]
     for method, path, what in faults:
         hub.fail(method, path, **what)
+        hub.faults[-1].reply = {k: v.replace("HUB", hub.url) for k, v in hub.faults[-1].reply.items()}
     code, _, err = publish(small, **options)
     assert code == 1
     assert err.startswith("error: ")
@@ -396,7 +397,8 @@ def test_somebody_commits_meanwhile(hub, small, publish, monkeypatch):
 
     def meanwhile(self, *arguments, **options):
         original(self, *arguments, **options)
-        hub.repositories[REPO].commit("main", {".gitattributes": File(b"", False)}, "theirs")
+        if len(hub.repositories[REPO].commits) == 1:  # create_commit calls this again
+            hub.repositories[REPO].commit("main", {".gitattributes": File(b"", False)}, "theirs")
 
     with monkeypatch.context() as patch:
         patch.setattr(HfApi, "preupload_lfs_files", meanwhile)
