@@ -1,5 +1,6 @@
 """Image classification at a chosen compute budget, as a task of transformers' `pipeline`."""
 
+import math
 import os
 from bisect import bisect_right
 from typing import Any
@@ -122,6 +123,6 @@ def queries_for_macs(config: VisualPerceiverConfig, fraction: float, selects: bo
     K = bisect_right(range(1, config.num_queries + 1), fraction, key=share)
     if K == 0:
         raise ValueError(
-            f"Expected `target_macs` to be at least {share(1):.4f}, which one query takes, got {fraction!r}."
+            f"Expected `target_macs` to be at least {math.ceil(1e4 * share(1)) / 1e4}, which one query takes, got {fraction!r}."
         )
     return K

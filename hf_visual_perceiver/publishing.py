@@ -23,6 +23,7 @@ from .modeling import VisualPerceiverConfig, handler
 
 # Formats that can run code when they are loaded, or that hold weights beside model.safetensors.
 UNSAFE = {".bin", ".ckpt", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+LARGE = 2**20  # bytes; smaller files go with the commit
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 MARKED = re.compile(r"v(\d+)")
 
@@ -216,7 +217,10 @@ def upload(
     if changed:
         additions = [CommitOperationAdd(name, str(plan.stage / name)) for name in plan.sizes]
         with hub_step(f"uploading to {repo_id}", "No commit was made. The same command goes on.", api):
-            api.preupload_lfs_files(repo_id, additions, revision=revision, free_memory=False)
+            # One by one, as several at once run in threads, which would finish before an interrupt is heard.
+            for addition in additions:
+                if plan.sizes[addition.path_in_repo] >= LARGE or addition.path_in_repo.endswith(".safetensors"):
+                    api.preupload_lfs_files(repo_id, [addition], revision=revision, free_memory=False)
         state = "The commit is there as a whole or not at all. The same command finds out and does the rest."
         with hub_step(f"committing to {repo_id}", state, api):
             commit = api.create_commit(

@@ -17,13 +17,18 @@ from hf_visual_perceiver.loading import default_model
 
 
 MODULES = [
+    "hf_visual_perceiver.adaptive_pipeline",
+    "hf_visual_perceiver.hub_errors",
+    "hf_visual_perceiver.hub_page",
     "hf_visual_perceiver.metrics",
     "hf_visual_perceiver.modeling.configuration_visual_perceiver",
+    "hf_visual_perceiver.modeling.handler",
     "hf_visual_perceiver.modeling.macs",
     "hf_visual_perceiver.modeling.modeling_visual_perceiver",
     "hf_visual_perceiver.modeling.query_selection",
     "hf_visual_perceiver.modeling.ragged",
     "hf_visual_perceiver.modeling.timm_visual_perceiver",
+    "hf_visual_perceiver.publishing",
     "hf_visual_perceiver.training.schedules",
 ]
 

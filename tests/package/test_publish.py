@@ -2,20 +2,27 @@
 
 import errno
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import types
 from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from hub_server import File, Hub
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from support import REPOSITORY, small_config
 
-from hf_visual_perceiver import cli, publish_command, publishing
+from hf_visual_perceiver import cli, folder_check, publish_command, publishing
+from hf_visual_perceiver.folder_check import check_folder
 from hf_visual_perceiver.hub_errors import explain
 from hf_visual_perceiver.loading import default_model, load_config, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
@@ -117,7 +124,7 @@ class TestLayout:
             not in after.text[after.text.index("## Use") : after.text.index("## On the Hub")]
         )
         assert f'timm.create_model("hf-hub:{REPO}"' in after.text
-        assert all(example["src"].startswith("https://") for example in after.data.get("widget") or [])
+        assert [example["example_title"] for example in after.data.widget] == ["cat", "ship", "ship"]
 
     def test_the_endpoints_requirement_is_the_packages(self):
         assert publishing.endpoint_requirements().startswith("transformers")
@@ -184,6 +191,63 @@ def test_ids_that_lead_elsewhere(small, tmp_path, repo_id):
     with pytest.raises(ValueError, match=r"namespace/name|Repo id"):
         prepare(small, repo_id, tmp_path / "stage", check=lambda stage: {})
     assert not (tmp_path / "stage").exists()
+
+
+class TestCheck:
+    """The bundled checkpoint passes in tests/package/test_hub.py."""
+
+    @pytest.fixture
+    def stage(self, small, tmp_path):
+        return laid_out(small, tmp_path).stage
+
+    def change(self, stage, name, change):
+        text = (stage / name).read_text()
+        (stage / name).unlink()  # a link to the user's folder
+        (stage / name).write_text(change(text))
+
+    def test_broken_code_is_found_and_sees_no_token(self, stage, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        seen = "import os; raise RuntimeError(f'found {[v for v in os.environ.values() if v.startswith(chr(104) + chr(102) + chr(95))]}')"
+        self.change(stage, "modeling_visual_perceiver.py", lambda text: f"{text}\n{seen}\n")
+        with pytest.raises(
+            ValueError, match=r"Without this package, transformers cannot load .*: RuntimeError: found \[\]"
+        ):
+            check_folder(stage)
+
+    def test_other_logits_are_found(self, stage, monkeypatch):
+        def other(folder, pixels, points, timeout):
+            return [torch.zeros(4, 5) for _ in points]
+
+        monkeypatch.setattr(folder_check, "_logits_without_package", other)
+        with pytest.raises(
+            ValueError, match=r"equal when loaded by transformers, without this package; at its defaults they"
+        ):
+            check_folder(stage)
+        monkeypatch.setattr(folder_check, "_logits_without_package", lambda *a: [torch.zeros(4, 3)] * 4)
+        with pytest.raises(ValueError, match="differ by inf"):
+            check_folder(stage)
+
+    def test_what_timm_cannot_load_is_found(self, stage, monkeypatch):
+        model = load_model(str(stage))
+
+        def same(folder, pixels, points, timeout):
+            return [model(pixels, **point).logits.detach() for point in points]
+
+        monkeypatch.setattr(folder_check, "_logits_without_package", same)
+        assert check_folder(stage)["timm"] < 1e-5
+        self.change(stage, "config.json", lambda text: text.replace("visual_perceiver_tiny_patch4_32", "resnet18"))
+        with pytest.raises(ValueError, match=r"timm cannot load|when loaded by timm"):
+            check_folder(stage)
+
+    def test_the_command_says_it_in_one_line(self, hub, small, publish, monkeypatch):
+        def check(stage):
+            raise ValueError("Without this package, transformers cannot load it: ImportError")
+
+        monkeypatch.setattr(publish_command, "prepare", partial(prepare, check=check))
+        code, _, err = publish(small)
+        assert code == 1
+        assert err == "error: Without this package, transformers cannot load it: ImportError\n"
+        assert hub.requests == []
 
 
 # The fault table.
@@ -425,6 +489,40 @@ def test_interrupted(hub, small, publish, monkeypatch, method, state):
     assert len(err.strip().splitlines()) == 1
     assert publish(small)[0] == 0
     assert set(hub.repositories[REPO].files("v1")) >= set(contents(small))
+
+
+def test_a_real_ctrl_c(hub, small, tmp_path):
+    """SIGINT to the command while the weights are on their way; then the command again."""
+    code = (
+        "import sys; from functools import partial; from hf_visual_perceiver import cli, publish_command as c;"
+        "c.prepare = partial(c.prepare, check=lambda stage: {}); sys.argv = ['visual-perceiver', *sys.argv[1:]]; cli.main()"
+    )
+    hub.fail(*UPLOAD, delay=30)
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "writer", "HF_HUB_DISABLE_XET": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "publish", small, REPO],
+        env={**environment, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not any(request.startswith("PUT") for request in hub.requests):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith(
+        "error: interrupted while uploading to somebody/perceiver. No commit was made"
+    )
+    assert "Traceback" not in err
+    assert set(hub.repositories[REPO].files()) == {".gitattributes"}
+    assert not list(tmp_path.glob("visual-perceiver-*"))
 
 
 def test_the_disk_is_full(hub, small, publish, monkeypatch, tmp_path):
