@@ -43,7 +43,7 @@ def publish_command(
     api = HfApi(library_name="hf_visual_perceiver")
     try:
         with tempfile.TemporaryDirectory(prefix="visual-perceiver-publish-") as scratch:
-            stage = Path(scratch, repo_id.split("/")[-1])
+            stage = Path(scratch, "repository")
             stage.mkdir()
             plan = prepare(folder, repo_id, stage, operating_point=operating_point, space=space, endpoint=api.endpoint)
             _show_plan(console, plan, repo_id)
@@ -53,7 +53,7 @@ def publish_command(
             published = upload(plan, repo_id, private=private, revision=revision, tag=tag, api=api)
     except KeyboardInterrupt as interrupt:
         # The message says what was under way, and what is left to do.
-        print(f"error: {str(interrupt) or 'interrupted before anything was sent.'}", file=sys.stderr)
+        print(f"error: {str(interrupt) or 'interrupted. The same command tries again.'}", file=sys.stderr)
         raise typer.Exit(130) from None
     _show_published(console, published)
 

@@ -184,15 +184,6 @@ def test_folders_that_are_not_fit(small, tmp_path, change, options, message):
     assert "a" * 34 not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "repo_id", ["perceiver", "../../etc/passwd", "../etc", "a/b/c", "a/..", "a/b--c/", "/a", "a/b\n"]
-)
-def test_ids_that_lead_elsewhere(small, tmp_path, repo_id):
-    with pytest.raises(ValueError, match=r"namespace/name|Repo id"):
-        prepare(small, repo_id, tmp_path / "stage", check=lambda stage: {})
-    assert not (tmp_path / "stage").exists()
-
-
 class TestCheck:
     """The bundled checkpoint passes in tests/package/test_hub.py."""
 
@@ -280,9 +271,9 @@ def publish(hub, monkeypatch, capsys):
     """The command, in this process, without the check of the folder; returns its exit status and what it printed."""
     monkeypatch.setattr(publish_command, "prepare", partial(prepare, check=lambda stage: {"timm": 0.0}))
 
-    def command(folder, *options, token="writer", endpoint=None):
+    def command(folder, *options, repo=REPO, token="writer", endpoint=None):
         monkeypatch.setattr(publish_command, "HfApi", lambda **kw: HfApi(endpoint=endpoint or hub.url, token=token))
-        monkeypatch.setattr("sys.argv", ["visual-perceiver", "publish", str(folder), REPO, *options])
+        monkeypatch.setattr("sys.argv", ["visual-perceiver", "publish", str(folder), repo, *options])
         with pytest.raises(SystemExit) as stop:
             cli.main()
         printed = capsys.readouterr()
@@ -343,6 +334,20 @@ def test_a_dry_run_contacts_nobody(hub, small, publish):
     assert (code, err, hub.requests) == (0, "", [])
     assert "model.safetensors" in out
     assert "nothing was sent" in out
+
+
+@pytest.mark.parametrize(
+    "repo_id", ["perceiver", "../../etc/passwd", "../etc", "a/b/c", "a/..", "a/.", "a/b--c/", "/a", "a/b\n"]
+)
+def test_ids_that_lead_elsewhere(hub, small, publish, tmp_path, monkeypatch, repo_id):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    before = contents(tmp_path)
+    code, _, err = publish(small, repo=repo_id)
+    assert code == 1
+    assert re.match(r"error: Expected an id of the form namespace/name|error: Repo id must", err), err
+    assert hub.requests == []
+    assert contents(tmp_path) == before
 
 
 UPLOAD = ("PUT", "/lfs/")
