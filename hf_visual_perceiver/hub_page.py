@@ -73,6 +73,9 @@ def hub_card(
                 f'("local-dir:{name}", pretrained=True)  # or hf-hub:', f'("hf-hub:{repo_id}", pretrained=True)'
             )
             text = text.replace(f"`{name}` is this folder, or its id on the Hub. ", "")
+    if config.operating_point() != (config.num_queries, None):
+        full = f"full = model(**inputs, num_active_queries={config.num_queries}, dqs_threshold=1).logits"
+        text = text.replace("full = model(**inputs).logits", full)
     text = re.sub(rf"^## {SECTION}\n.*?(?=^## |\Z)", "", text, flags=re.M | re.S)
     section = _section(config, url, space)
     where = re.search(r"^## Training$", text, flags=re.M)
@@ -98,10 +101,16 @@ def _section(config: VisualPerceiverConfig, url: str, space: str | None) -> str:
     shown = (
         f"The Space [{space}]({host}/spaces/{space}) shows this one, with the budget on a slider.\n" if space else ""
     )
-    parameters = f'{{"num_active_queries": {max(1, config.num_queries // 4)}, "dqs_threshold": 0.8}}'
+    Q = config.num_queries
+    whole = (
+        ""
+        if config.operating_point() == (Q, None)
+        else f"\n`num_active_queries={Q}, dqs_threshold=1` is the whole network."
+    )
+    parameters = f'{{"num_active_queries": {max(1, Q // 4)}, "dqs_threshold": 0.8}}'
     return f"""## {SECTION}
 
-Unless told otherwise, this model uses {describe_point(config)} (`num_active_queries` and `dqs_threshold` in config.json).
+Unless told otherwise, this model uses {describe_point(config)} (`num_active_queries` and `dqs_threshold` in config.json).{whole}
 
 The Hub's hosted widget does not run models that bring their own code, and has no place for a budget.
 {shown}As an Inference Endpoint the model is served by `handler.py`, which takes the budget with each request:

@@ -25,7 +25,7 @@ from .modeling import VisualPerceiverConfig, handler
 UNSAFE = {".bin", ".ckpt", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 LARGE = 2**20  # bytes; smaller files go with the commit
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
-MARKED = re.compile(r"v(\d+)")
+VERSION = re.compile(r"v(\d+)")
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,9 @@ def _is_weights_or_code(name: str) -> bool:
 
 
 def _next_tag(tags: dict[str, str], commit: str | None) -> str:
-    """The tag of the commit if it has one, else the next free one of v1, v2, ..."""
-    marked = [(int(match[1]), name) for name in tags if (match := MARKED.fullmatch(name))]
-    at_commit = [(number, name) for number, name in marked if tags[name] == commit]
-    return max(at_commit)[1] if at_commit else f"v{max(marked, default=(0, ''))[0] + 1}"
+    """The newest tag of the commit if it has one, else the next free one of v1, v2, ..."""
+    versions = {name: int(match[1]) for name in tags if (match := VERSION.fullmatch(name))}
+    at_commit = [name for name, target in tags.items() if target == commit]
+    if at_commit:
+        return max(at_commit, key=lambda name: versions.get(name, 0))
+    return f"v{max(versions.values(), default=0) + 1}"

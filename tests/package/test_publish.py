@@ -101,6 +101,7 @@ class TestLayout:
         assert card.data.widget == [{"src": f"{url}/resolve/main/examples/000_red.png", "example_title": "red"}]
         assert f'from_pretrained("{REPO}"' in card.text
         assert "the first 3 of 12 queries" in card.text
+        assert "`num_active_queries=12, dqs_threshold=1` is the whole network" in card.text
         assert "https://huggingface.co/spaces/somebody/demo" in card.text
         assert "does not run models that bring their own code" in card.text
         assert card.text.index("## On the Hub") < card.text.index("## Training")
@@ -109,6 +110,7 @@ class TestLayout:
         again = (laid_out(small, tmp_path).stage / "README.md").read_text()
         assert again.count("## On the Hub") == 1
         assert "uses all 12 queries" in again
+        assert "is the whole network" not in again
         assert "demo" not in again
 
     def test_the_bundled_card_reads_as_the_hub_reads_it(self, tmp_path):
@@ -125,6 +127,12 @@ class TestLayout:
         )
         assert f'timm.create_model("hf-hub:{REPO}"' in after.text
         assert [example["example_title"] for example in after.data.widget] == ["cat", "ship", "ship"]
+
+    def test_the_whole_network_in_the_cards_code_stays_the_whole_one(self, tmp_path):
+        text = (laid_out(Path(default_model()), tmp_path, operating_point="k=32").stage / "README.md").read_text()
+        assert "full = model(**inputs, num_active_queries=64, dqs_threshold=1).logits" in text
+        text = (laid_out(Path(default_model()), tmp_path).stage / "README.md").read_text()
+        assert "full = model(**inputs).logits" in text
 
     def test_the_endpoints_requirement_is_the_packages(self):
         assert publishing.endpoint_requirements().startswith("transformers")
@@ -451,6 +459,7 @@ def test_there_but_public(hub, small, publish):
 
 def test_the_tag_is_taken(hub, small, publish):
     publish(small, "--tag", "release")
+    assert "Nothing changed since release" in publish(small)[1]
     (small / "notes.txt").write_text("new")
     code, _, err = publish(small, "--tag", "release")
     assert code == 1
