@@ -1,50 +1,108 @@
 """Model cards, made from what was measured and from how the checkpoint was trained."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from .evaluation import Evaluation, default_points
-from .loading import SAMPLE, shipped
-from .modeling import VisualPerceiverForImageClassification
+from .confusion import Confusion
+from .evaluation import Evaluation, default_points, read_evaluation
+from .loading import SAMPLE, load_config, shipped
+from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
 from .plots import plot_tradeoff
+from .robustness import Robustness, read_robustness
+from .robustness_report import robustness_sentence
 from .training.files import write_json, write_text
+
+
+PICTURE = "tradeoff.png"
+CLASSES = 10  # of a card's table, the worst
 
 
 def write_card(folder: Path, model: VisualPerceiverForImageClassification, evaluation: Evaluation) -> Path:
     """Write README.md, tradeoff.png and evaluation.json into a checkpoint's folder.
 
     Args:
-        folder: Of the checkpoint; training.json in it says how it was trained.
+        folder: Of the checkpoint; training.json in it says how it was trained, robustness.json what corruption does to it.
         model: The checkpoint.
         evaluation: What was measured.
 
     Returns:
         The card.
     """
-    training = folder / "training.json"
-    facts = json.loads(training.read_text()) if training.is_file() else {}
-    name = folder.resolve().name
-    text = _template().render(
-        metadata=_metadata(name, evaluation, facts),
-        name=name,
-        summary=_summary(model, facts),
-        num_queries=model.config.num_queries,
-        table=markdown_table(evaluation),
-        command=_command(evaluation),
-        conditions=", ".join(f"{key.replace('_', ' ')} {value}" for key, value in evaluation.conditions.items()),
-        training="\n".join(f"- {line}" for line in training_lines(facts)) if facts else "Not recorded.",
-        limits=_limits(model, evaluation),
-    )
-    plot_tradeoff(evaluation, folder / "tradeoff.png")
+    text = render_card(folder, model.config, evaluation)
+    plot_tradeoff(evaluation, folder / PICTURE)
     write_json(folder / "evaluation.json", evaluation.to_dict())
     write_text(folder / "README.md", text)
     return folder / "README.md"
+
+
+def rewrite_card(folder: Path, output: Path | None = None) -> Path:
+    """Write a checkpoint's card from its JSON files alone: config, evaluation, and, if there, training and robustness.
+
+    Args:
+        folder: Of the checkpoint.
+        output: The card; None is README.md in the folder, and its plot is then drawn anew too.
+
+    Returns:
+        The card.
+
+    Raises:
+        ValueError: If the folder holds no checkpoint, or its evaluation is missing or damaged.
+    """
+    measured = folder / "evaluation.json"
+    if not measured.is_file():
+        raise ValueError(
+            f"Expected {measured}, which `visual-perceiver evaluate --model {folder} --write-card` writes; it is not there."
+        )
+    evaluation, config = read_evaluation(measured), load_config(str(folder))
+    if output is None:
+        plot_tradeoff(evaluation, folder / PICTURE)
+    picture = Path(os.path.relpath(folder / PICTURE, output.parent)).as_posix() if output else PICTURE
+    output = output or folder / "README.md"
+    write_text(output, render_card(folder, config, evaluation, picture))
+    return output
+
+
+def render_card(folder: Path, config: VisualPerceiverConfig, evaluation: Evaluation, picture: str = PICTURE) -> str:
+    """The text of a checkpoint's card.
+
+    Args:
+        folder: Of the checkpoint; training.json and robustness.json are read if they are there.
+        config: Of the checkpoint.
+        evaluation: What was measured.
+        picture: Where the plot lies, from the card.
+
+    Raises:
+        ValueError: If a file is damaged.
+    """
+    training, robustness = folder / "training.json", folder / "robustness.json"
+    corrupted = read_robustness(robustness) if robustness.is_file() else None
+    try:
+        facts = json.loads(training.read_text()) if training.is_file() else {}
+        described = training_lines(facts) if training.is_file() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"Expected {training} to be as it was written; it is damaged: {error!r}.") from error
+    name = folder.resolve().name
+    return _template().render(
+        metadata=_metadata(name, evaluation, facts),
+        name=name,
+        summary=_summary(config, facts),
+        num_queries=config.num_queries,
+        picture=picture,
+        table=markdown_table(evaluation),
+        command=_command(evaluation),
+        conditions=", ".join(f"{key.replace('_', ' ')} {value}" for key, value in evaluation.conditions.items()),
+        errors=_errors(evaluation.confusion, config.num_queries),
+        training="\n".join(f"- {line}" for line in described) or "Not recorded.",
+        limits=_limits(config, evaluation, corrupted),
+    )
 
 
 def markdown_table(evaluation: Evaluation) -> str:
@@ -60,6 +118,27 @@ def markdown_table(evaluation: Evaluation) -> str:
         accuracy = f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}"
         lines.append(f"| {row.point} | {queries} | {row.macs / 1e6:.2f} | {accuracy} | {row.relative_time:.2f} |")
     return "\n".join(lines)
+
+
+def _errors(confusion: Confusion | None, num_queries: int) -> str:
+    """Accuracy by class and the most frequent mistakes of all queries, as Markdown."""
+    if confusion is None:
+        return "Accuracy by class, and what is taken for what, were not measured."
+    worst = confusion.worst_first()
+    chosen = "class by class" if len(worst) <= CLASSES else f"the {CLASSES} worst of {len(worst)} classes"
+    lines = [
+        f"All {num_queries} queries, {chosen}:",
+        "",
+        "| class | images | accuracy (%) | most often taken for |",
+        "|---|---|---|---|",
+    ]
+    for label in worst[:CLASSES]:
+        accuracy, images = confusion.accuracy(label), confusion.images(label)
+        error = (accuracy * (1 - accuracy) / images) ** 0.5
+        others = ", ".join(f"{given} ({number})" for _, given, number in confusion.mistakes(label)[:2])
+        cells = (label, f"{images}", f"{100 * accuracy:.1f} ± {100 * error:.1f}", others)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join([*lines, "", confusion.sentence()])
 
 
 def _template() -> jinja2.Template:
@@ -95,9 +174,9 @@ def _metadata(name: str, evaluation: Evaluation, facts: dict[str, Any]) -> str:
     return data.to_yaml()
 
 
-def _summary(model: VisualPerceiverForImageClassification, facts: dict[str, Any]) -> str:
-    config = model.config
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+def _summary(config: VisualPerceiverConfig, facts: dict[str, Any]) -> str:
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in VisualPerceiverForImageClassification(config).parameters()) / 1e6
     height, width = config.image_height_width
     return (
         f"A Visual Perceiver ({config.architecture}, {parameters:.2f} M parameters: {config.num_hidden_layers} blocks of width "
@@ -138,12 +217,12 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
         f"Recipe: {facts['recipe_name']} (recipe.yaml in the checkpoint's folder), {recipe['steps']:,} steps of "
         f"{recipe['batch_size']} images{'' if epochs is None else f' ({epochs:.1f} epochs)'}, "
         f"K by the schedule {recipe['queries']['schedule']}"
-        + (f", {teacher['distillation']} distillation from {Path(teacher['model']).name}" if teacher else "")
-        + f", seed {recipe['seed']}.",
+        + (f", {teacher['distillation']} distillation from {_teacher_name(teacher['model'])}." if teacher else "."),
+        f"Seed: {recipe['seed']}, one run; what another seed would give was not measured.",
         f"Hardware: {c['hardware']}, {facts['processes']} process(es)"
         + (f" of {c['threads']} thread(s)" if "threads" in c else "")
         + f", {recipe['mixed_precision']} mixed precision; "
-        f"{facts['training_hours']:.2f} hours of training steps.",
+        f"{facts['training_hours']:.2f} hours of training steps. Energy was not measured.",
         f"Versions: torch {c['torch']}, transformers {c['transformers']}, timm {c['timm']}"
         + (f"; this folder was written at commit {c['commit']}." if "commit" in c else "."),
     ]
@@ -151,6 +230,12 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
         accuracies = ", ".join(f"{100 * a:.2f} % (K = {k})" for k, a in facts["validation_accuracy"].items())
         lines.append(f"Validation accuracy at the end: {accuracies}.")
     return lines
+
+
+def _teacher_name(model: str) -> str:
+    """A Hub id's or folder's own name; the folder `model` of a run is called as the run."""
+    path = Path(model)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def selection_verdict(evaluation: Evaluation) -> str:
@@ -167,10 +252,13 @@ def selection_verdict(evaluation: Evaluation) -> str:
     )
 
 
-def _limits(model: VisualPerceiverForImageClassification, evaluation: Evaluation) -> str:
-    height, width = model.config.image_height_width
+def _limits(config: VisualPerceiverConfig, evaluation: Evaluation, corrupted: Robustness | None) -> str:
+    height, width = config.image_height_width
+    robustness = "Robustness to corrupted or shifted images was not measured."
+    if corrupted:
+        robustness = robustness_sentence(corrupted)
     return (
         f"{selection_verdict(evaluation)}The network has seen {height}x{width} images of the training set's classes only, and gives every image one of those labels. "
-        "Its probabilities are not calibrated. Robustness to corrupted or shifted images was not measured. At few queries it "
+        f"Its probabilities are not calibrated. {robustness} At few queries it "
         "is much less accurate; read the table before you choose."
     )

@@ -18,15 +18,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from .card import training_lines, write_card
+from .card_command import card_command
 from .comparison import compare_runs, plot_comparison
 from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
-from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model
-from .modeling import VisualPerceiverForImageClassification, count_macs
+from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model, load_optimized
+from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
 from .modeling.handler import open_image
 from .plots import check_picture, plot_tradeoff
 from .publish_command import publish_command
+from .robustness_command import robustness_command
 from .training.data import load_images
-from .training.files import write_json
+from .training.files import check_writable, write_json
 from .training.folder import create_image_processor
 
 
@@ -46,8 +48,8 @@ messages = Console(stderr=True)
 ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or Hub id; by default the one that ships.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+FastOption = Annotated[bool, typer.Option("--fast", help="Use the form that is optimised for CPUs; same answers.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
-app.command("publish")(publish_command)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -72,6 +74,7 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(help="Images of a batch.")] = 256,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
+    fast: FastOption = False,
     plot: Annotated[Path | None, typer.Option(help="Write accuracy against MACs to this .png, .svg or .pdf.")] = None,
     json_file: JsonOption = None,
     card: Annotated[
@@ -87,7 +90,9 @@ def evaluate_command(
         check_picture(plot)
     for output in filter(None, (plot, json_file)):
         check_writable(output)
-    network = load_model(name, choose_device(device), dtype)
+    if card and fast:
+        raise ValueError("Expected --write-card without --fast: a card is of the model as it is loaded.")
+    network = (load_optimized if fast else load_model)(name, choose_device(device), dtype)
     points = default_points(network.config.num_queries)
     if num_active_queries or dqs_threshold:
         budgets: list[int | None] = [*num_active_queries] if num_active_queries else [None]
@@ -109,12 +114,14 @@ def evaluate_command(
     )
     console.print(evaluation_table(result))
     console.print(conditions_line(result.conditions), style="dim", highlight=False)
+    console.print(errors_line(result), markup=False, highlight=False)
     if json_file:
         write_json(json_file, result.to_dict())
     if plot:
         plot_tradeoff(result, plot)
         console.print(f"Plot: {plot}")
     if card:
+        assert isinstance(network, VisualPerceiverForImageClassification)
         console.print(f"Card: {write_card(Path(name), network, result)}")
 
 
@@ -128,6 +135,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
+    fast: FastOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Labels with probabilities, and the number of queries that each image used.
@@ -137,7 +145,7 @@ def predict(
     if json_file:
         check_writable(json_file)
     files = list_images(images)
-    network = load_model(model or default_model(), choose_device(device), dtype)
+    network = (load_optimized if fast else load_model)(model or default_model(), choose_device(device), dtype)
     network.config.operating_point(num_active_queries, dqs_threshold)
     results, unreadable = [], []
     for first in range(0, len(files), batch_size):
@@ -238,6 +246,7 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
     if evaluation is not None:
         console.print(evaluation_table(evaluation))
         console.print(conditions_line(evaluation.conditions), style="dim", highlight=False)
+        console.print(errors_line(evaluation), markup=False, highlight=False)
     else:
         table = Table("K", "MACs (M)", title="cost of one image")
         for budget, count in macs.items():
@@ -248,6 +257,11 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
             json_file,
             {**facts, "macs": macs, "evaluation": None if evaluation is None else evaluation.to_dict()},
         )
+
+
+app.command("robustness")(robustness_command)
+app.command("card")(card_command)
+app.command("publish")(publish_command)
 
 
 def _read_json(path: Path, convert: Callable[[dict[str, Any]], T]) -> T | None:
@@ -286,6 +300,12 @@ def conditions_line(conditions: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in conditions.items())
 
 
+def errors_line(evaluation: Evaluation) -> str:
+    """What all queries get wrong, in one line."""
+    confusion = evaluation.confusion
+    return "Errors by class were not measured." if confusion is None else f"All queries: {confusion.sentence()}"
+
+
 def list_images(paths: list[Path]) -> list[Path]:
     """The files among `paths`, and the image files in the folders among them."""
     files = []
@@ -311,17 +331,17 @@ def read_image(path: Path) -> Image.Image:
 
 @torch.inference_mode()
 def classify(
-    model: VisualPerceiverForImageClassification,
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
     images: tuple[Image.Image, ...],
     num_active_queries: int | None,
     dqs_threshold: float | None,
     top_k: int,
 ) -> list[dict[str, Any]]:
     """The most probable labels of each image, and what it cost."""
-    parameter, names = next(model.parameters()), model.config.label_names
+    names = model.config.label_names
     pixels = create_image_processor(model.config)(images=list(images), return_tensors="pt")["pixel_values"]
     K, t = model.config.operating_point(num_active_queries, dqs_threshold)
-    output = model(pixels.to(parameter.device, parameter.dtype), num_active_queries=K, dqs_threshold=t)
+    output = model(pixels.to(model.device, model.dtype), num_active_queries=K, dqs_threshold=t)
     probabilities, labels = output.logits.float().softmax(-1).topk(min(top_k, len(names)))
     return [
         {
@@ -331,12 +351,6 @@ def classify(
         }
         for indices, ps, used in zip(labels, probabilities, output.active_queries.sum(1).tolist(), strict=True)
     ]
-
-
-def check_writable(path: Path) -> None:
-    """Raise a `ValueError` unless a file of this name can be made."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"Expected a file name in an existing folder, got {str(path)!r}.")
 
 
 def print_error(message: object) -> None:

@@ -1,16 +1,19 @@
 """Accuracy, cost and time of a checkpoint at every budget, in one pass over a dataset."""
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import track
 
+from .confusion import Confusion
 from .metrics import Accuracy
-from .modeling import VisualPerceiverForImageClassification, count_macs
+from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
 from .training.conditions import measurement_conditions
 from .training.data import ImageDataset, normalise, pixels_of_size
 
@@ -56,19 +59,40 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The rows of a sweep and the conditions that they were measured under."""
+    """The rows of a sweep and the conditions that they were measured under.
+
+    Attributes:
+        rows: One for each operating point.
+        conditions: Hardware, versions, data.
+        confusion: Of all queries; None in results from before it was measured.
+    """
 
     rows: list[Row]
     conditions: dict[str, Any]
+    confusion: Confusion | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"conditions": self.conditions, "rows": [asdict(row) for row in self.rows]}
+        confusion = {} if self.confusion is None else {"confusion": self.confusion.counts}
+        return {"conditions": self.conditions, "rows": [asdict(row) for row in self.rows], **confusion}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
         """The inverse of `to_dict`."""
-        return cls([Row(**row) for row in values["rows"]], values["conditions"])
+        confusion = Confusion(values["confusion"]) if "confusion" in values else None
+        return cls([Row(**row) for row in values["rows"]], values["conditions"], confusion)
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read a result that was written as JSON.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        return Evaluation.from_dict(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"Expected {path} to be as it was written; it is damaged: {error!r}.") from error
 
 
 def default_points(num_queries: int) -> list[OperatingPoint]:
@@ -78,14 +102,14 @@ def default_points(num_queries: int) -> list[OperatingPoint]:
 
 
 def evaluate(
-    model: VisualPerceiverForImageClassification,
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
     data: ImageDataset,
     points: Sequence[OperatingPoint] | None = None,
     batch_size: int = 256,
     progress: bool = True,
     conditions: dict[str, Any] | None = None,
 ) -> Evaluation:
-    """Measure accuracy, active queries, MACs and time at several operating points.
+    """Measure accuracy, active queries, MACs and time at several operating points, and what is taken for what.
 
     Every batch goes through all points in turn, after a warm-up on the first one, so that times are compared on the same
     images within moments of each other. Times are of the model alone, on images that are ready on its device.
@@ -101,7 +125,7 @@ def evaluate(
     Raises:
         ValueError: If the dataset's labels are not the model's, or a point is out of the model's range.
     """
-    config, parameter = model.config, next(model.parameters())
+    config = model.config
     all_labels = labels_of_model(model, data)
     all_queries = OperatingPoint(config.num_queries)
     points = list(dict.fromkeys(points)) if points is not None else default_points(config.num_queries)
@@ -115,19 +139,23 @@ def evaluate(
     metrics = {point: Accuracy(keep_in_memory=True) for point in measured}
     queries: dict[OperatingPoint, list[np.ndarray]] = {point: [] for point in measured}
     seconds: dict[OperatingPoint, list[float]] = {point: [] for point in measured}
+    answers: list[np.ndarray] = []  # of all queries
     cfg = config.timm_pretrained_cfg
     batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
     for number, indices in enumerate(track(batches, "evaluating", disable=not progress)):
         pixels = pixels_of_size(data, indices, config.image_height_width, cfg["interpolation"])
         pixels = normalise(pixels, cfg["mean"], cfg["std"])
-        pixels = pixels.to(parameter.device, parameter.dtype)
+        pixels = pixels.to(model.device, model.dtype)
         labels = all_labels[indices.start : indices.stop]
         if number == 0:
             for point in measured:
                 _timed_forward(model, pixels, point)
         for point in measured:
             elapsed, logits, active = _timed_forward(model, pixels, point)
-            metrics[point].add_batch(predictions=logits.argmax(-1).cpu().numpy(), references=labels)
+            predictions = logits.argmax(-1).cpu().numpy()
+            metrics[point].add_batch(predictions=predictions, references=labels)
+            if point == all_queries:
+                answers.append(predictions)
             queries[point].append(active.sum(1).cpu().numpy())
             seconds[point].append(elapsed / len(indices))
 
@@ -152,17 +180,21 @@ def evaluate(
             )
         )
     measured_under = measurement_conditions(
-        parameter.device,
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        attention=config._attn_implementation,
+        model.device,
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=config._attn_implementation if isinstance(model, VisualPerceiverForImageClassification) else None,
+        form="optimized" if isinstance(model, OptimizedVisualPerceiver) else None,
         batch_size=batch_size,
         images=len(data),
         **(conditions or {}),
     )
-    return Evaluation(rows, measured_under)
+    confusion = Confusion.of(config.label_names, all_labels, np.concatenate(answers))
+    return Evaluation(rows, measured_under, confusion)
 
 
-def labels_of_model(model: VisualPerceiverForImageClassification, data: ImageDataset) -> np.ndarray:
+def labels_of_model(
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver, data: ImageDataset
+) -> np.ndarray:
     """The dataset's labels as indices of the model's classes, (n,): by name where both have names.
 
     Raises:
@@ -180,29 +212,41 @@ def labels_of_model(model: VisualPerceiverForImageClassification, data: ImageDat
     return np.array([names.index(n) for n in given])[data.labels]
 
 
-@torch.inference_mode()
 def _timed_forward(
-    model: VisualPerceiverForImageClassification, pixels: torch.Tensor, point: OperatingPoint
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver, pixels: torch.Tensor, point: OperatingPoint
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Seconds, logits (B, labels) and active queries (B, Q)."""
+
     def synchronise() -> None:
         if pixels.device.type == "cuda":
             torch.cuda.synchronize(pixels.device)
 
+    synchronise()
+    began = time.perf_counter()
+    logits, active = forward_at(model, pixels, point)
+    synchronise()
+    return time.perf_counter() - began, logits, active
+
+
+@torch.inference_mode()
+def forward_at(
+    model: VisualPerceiverForImageClassification, pixels: torch.Tensor, point: OperatingPoint
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, labels) and active queries (B, Q) at an operating point, whatever the checkpoint's own."""
     # None means the checkpoint's default to `forward`, but all queries, or no selection, here.
     default = model.config.dqs_threshold
     model.config.dqs_threshold = None
     try:
-        synchronise()
-        began = time.perf_counter()
         K = model.config.num_queries if point.num_active_queries is None else point.num_active_queries
         output = model(pixels, num_active_queries=K, dqs_threshold=point.dqs_threshold)
-        synchronise()
-        return time.perf_counter() - began, output.logits, output.active_queries
+        return output.logits, output.active_queries
     finally:
         model.config.dqs_threshold = default
 
 
-def _mean_macs(model: VisualPerceiverForImageClassification, counts: np.ndarray, point: OperatingPoint) -> float:
+def _mean_macs(
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver, counts: np.ndarray, point: OperatingPoint
+) -> float:
     """Mean over images; with selection, reading and comparing all candidates counts too."""
     config = model.config
     K = config.num_queries if point.num_active_queries is None else point.num_active_queries

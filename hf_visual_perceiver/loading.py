@@ -7,7 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictData
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
+from .modeling import OptimizedVisualPerceiver, VisualPerceiverConfig, VisualPerceiverForImageClassification
 
 
 DEFAULT_CHECKPOINT = "visual_perceiver_nano_cifar10"
@@ -33,6 +33,19 @@ def default_dataset() -> str:
     return str(shipped("data"))
 
 
+def load_optimized(name: str, device: str = "cpu", dtype: str = "float32") -> OptimizedVisualPerceiver:
+    """Load a classifier in the form that is optimised for CPUs; see `load_model`."""
+    check_dtype(dtype)
+    # From the weights as they are, so that what is folded together is rounded once.
+    return load_model(name, device).optimize_for_inference(getattr(torch, dtype))
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise a `ValueError` unless it is a dtype to compute in."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"Expected dtype to be float32, bfloat16 or float16, got {dtype!r}.")
+
+
 def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> VisualPerceiverForImageClassification:
     """Load a classifier, ready for inference.
 
@@ -44,8 +57,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Visual
     Raises:
         ValueError: If there is no such checkpoint, it holds another kind of model, or its weights are incomplete.
     """
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"Expected dtype to be float32, bfloat16 or float16, got {dtype!r}.")
+    check_dtype(dtype)
     load_config(name)
     try:
         model, report = VisualPerceiverForImageClassification.from_pretrained(

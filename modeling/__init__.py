@@ -3,6 +3,7 @@
 from .configuration_visual_perceiver import ARCHITECTURES, VisualPerceiverConfig
 from .macs import count_macs, count_trunk_macs
 from .modeling_visual_perceiver import (
+    OptimizedVisualPerceiver,
     QuerySubset,
     VisualPerceiverForImageClassification,
     VisualPerceiverImageClassifierOutput,
@@ -15,6 +16,7 @@ from .query_selection import select_queries
 
 __all__ = [
     "ARCHITECTURES",
+    "OptimizedVisualPerceiver",
     "QuerySubset",
     "VisualPerceiverConfig",
     "VisualPerceiverForImageClassification",

@@ -8,6 +8,7 @@ batch. The parts below and `PerceiverParts`, which strings them together, are sh
 and by timm's model in `timm_visual_perceiver.py`, so that one file of weights serves both.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_visual_perceiver import VisualPerceiverConfig
+from .fast_inference import TOKENS_PER_CHUNK, FastPerceiver
 from .query_selection import select_queries
 from .ragged import PackedLayout
 
@@ -625,6 +627,44 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
         )
 
 
+class OptimizedVisualPerceiver(nn.Module):
+    """A classifier as `optimize_for_inference` makes it: a snapshot of the weights, called as the model is.
+
+    Attributes:
+        config: The model's.
+        dtype: Of the computation.
+        device: Where the images have to be.
+    """
+
+    def __init__(self, parts: PerceiverParts, head: nn.Module, dtype: torch.dtype | None, tokens_per_chunk: int):
+        super().__init__()
+        self.config, self.engine = parts.config, FastPerceiver(parts, dtype, tokens_per_chunk)
+        self.dtype, self.device = self.engine.dtype, self.engine.queries.device
+        self.head = copy.deepcopy(head).requires_grad_(False)
+        self.eval()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "OptimizedVisualPerceiver":
+        raise RuntimeError("An optimised model stays as it is; move or convert the model, then optimise that.")
+
+    @torch.no_grad()
+    def classify(
+        self, pixel_values: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, labels) and the active queries (B, Q)."""
+        K, threshold = self.config.operating_point(num_active_queries, dqs_threshold)
+        check_pixel_values(pixel_values, self.config)
+        pooled, active = self.engine(pixel_values, K, threshold)
+        parameter = next(self.head.parameters(), pooled)
+        return self.head(pooled.to(parameter.dtype)), active
+
+    def forward(
+        self, pixel_values: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
+    ) -> VisualPerceiverImageClassifierOutput:
+        """Classify images, as `VisualPerceiverForImageClassification` does, without gradients or recorded states."""
+        logits, active = self.classify(pixel_values, num_active_queries, dqs_threshold)
+        return VisualPerceiverImageClassifierOutput(logits=logits, active_queries=active)
+
+
 class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
     """The Visual Perceiver with a linear classifier on the output query's token.
 
@@ -700,6 +740,29 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
         """
         return [self.head(pooled) for pooled in self.visual_perceiver.forward_subsets(pixel_values, subsets, together)]
 
+    def optimize_for_inference(
+        self, dtype: torch.dtype | None = None, tokens_per_chunk: int = TOKENS_PER_CHUNK
+    ) -> OptimizedVisualPerceiver:
+        """A snapshot of this model that answers faster on CPUs: fewer, larger operations on chunks that fit in the cache.
+
+        In float32 its logits are this model's to 1e-5 (of logits of order one). It knows neither gradients nor hidden states, and later changes of
+        this model do not reach it.
+
+        Args:
+            dtype: Of the computation, such as `torch.bfloat16` on CPUs that have it; None is the model's.
+            tokens_per_chunk: Tokens that go through the trunk together; a larger batch goes in pieces.
+
+        Raises:
+            ValueError: If `tokens_per_chunk` is less than 1.
+
+        Example:
+            >>> model = VisualPerceiverForImageClassification(VisualPerceiverConfig(num_labels=10)).eval()
+            >>> fast = model.optimize_for_inference()
+            >>> fast(torch.zeros(2, 3, 32, 32), num_active_queries=8).logits.shape
+            torch.Size([2, 10])
+        """
+        return OptimizedVisualPerceiver(self.visual_perceiver, self.head, dtype, tokens_per_chunk)
+
 
 def check_labels(labels: torch.Tensor, num_labels: int) -> None:
     """Raise a `ValueError` for class indices outside [0, num_labels).
@@ -715,6 +778,7 @@ def check_labels(labels: torch.Tensor, num_labels: int) -> None:
 
 
 __all__ = [
+    "OptimizedVisualPerceiver",
     "QuerySubset",
     "VisualPerceiverForImageClassification",
     "VisualPerceiverModel",

@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from support import small_config
+from support import aligned, small_config
 
 from hf_visual_perceiver.loading import default_dataset, default_model, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
@@ -47,4 +47,4 @@ def images() -> torch.Tensor:
 @pytest.fixture(scope="session")
 def trained() -> VisualPerceiverForImageClassification:
     """The bundled checkpoint."""
-    return load_model(default_model())
+    return aligned(load_model(default_model()))

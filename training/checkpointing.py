@@ -59,14 +59,22 @@ class RunFolder:
             return
         if not resume:
             raise ValueError(f"{self.path} already holds a run: continue it with --resume, or choose another folder.")
+        if (changes := self.changes(recipe)) and not allow_recipe_change:
+            raise ValueError(
+                f"Expected the recipe that {self.path} was started with; these keys differ: {', '.join(changes)}. --allow-recipe-change continues with the new ones."
+            )
+
+    def changes(self, recipe: Recipe) -> list[str]:
+        """What `recipe` would learn differently from the run's own: "key (old -> new)" for each key that differs."""
         old = recipe_from_dict(yaml.safe_load(self.recipe_file.read_text()), str(self.recipe_file)).to_dict()
         new = recipe.to_dict()
         differing = [key for key in new if key not in FREE_KEYS and new[key] != old[key]]
-        if differing and not allow_recipe_change:
-            changes = ", ".join(f"{key} ({old[key]!r} -> {new[key]!r})" for key in differing)
-            raise ValueError(
-                f"Expected the recipe that {self.path} was started with; these keys differ: {changes}. --allow-recipe-change continues with the new ones."
-            )
+        return [f"{key} ({old[key]!r} -> {new[key]!r})" for key in differing]
+
+    def finished(self, steps: int) -> bool:
+        """Whether `model` is what `steps` steps made; a run that is to go on for longer keeps the one of before until then."""
+        facts = self.model / "training.json"
+        return facts.is_file() and json.loads(facts.read_text())["recipe"]["steps"] == steps
 
     def start(self, recipe: Recipe) -> None:
         """Create the folder, and clear what a killed process may have left half-done."""

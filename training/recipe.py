@@ -202,10 +202,11 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
 
 def recipe_from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
     """Build a recipe from plain values, checking keys and types."""
-    return _build(Recipe, values, source)
+    return build(Recipe, values, source)
 
 
-def _build(cls: type, values: dict[str, Any], source: str) -> Any:
+def build(cls: type, values: dict[str, Any], source: str) -> Any:
+    """A dataclass from plain values, or a `ValueError` that names the key of `source` that does not fit."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in values:
@@ -227,7 +228,7 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
     for option in options:
         if dataclasses.is_dataclass(option):
             if isinstance(value, dict):
-                return _build(typing.cast(type, option), value, source)
+                return build(typing.cast(type, option), value, source)
             if len(options) == 1 or value is not None:
                 raise ValueError(f"Expected a group of keys in {source}, got {value!r}.")
             continue

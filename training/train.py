@@ -86,7 +86,7 @@ def train(
     if slow_bf16 and accelerator.is_main_process:
         console.print("This CPU does not compute in bf16, which would be slow: float32 it is.")
     _main_process_alone(accelerator, lambda: run.check(recipe, resume, allow_recipe_change))
-    if resume and run.model.exists() and recipe.steps in run.saved_steps():
+    if resume and run.finished(recipe.steps):
         if accelerator.is_main_process:
             console.print(f"The run is finished; its model is in {run.model}.")
         return run.model

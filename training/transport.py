@@ -30,7 +30,7 @@ def write_transport(run: str | Path, target: str | Path, max_shard_size: str = M
         The files of `target`.
 
     Raises:
-        ValueError: If `run` has no complete checkpoint, or `target` exists.
+        ValueError: If `run` has no complete checkpoint or one in files of DeepSpeed's own, or `target` exists.
     """
     source, target = RunFolder(run), Path(target)
     if not source.recipe_file.exists():
@@ -41,6 +41,8 @@ def write_transport(run: str | Path, target: str | Path, max_shard_size: str = M
     if target.exists():
         raise ValueError(f"Expected {target} to be new; it exists.")
     step, state, facts = restored
+    if source.apart(step).exists():
+        raise ValueError(f"Expected a state in safetensors, got one that DeepSpeed keeps in {source.apart(step)}.")
     with folder_written_aside(target) as aside:
         new = RunFolder(aside)
         checkpoint = new.checkpoints / f"step_{step}"

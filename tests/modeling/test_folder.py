@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from support import aligned
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -24,12 +25,9 @@ from hf_visual_perceiver.training.folder import save_folder
 
 POINTS = [{}, {"num_active_queries": 7}, {"dqs_threshold": 0.8}, {"num_active_queries": 40, "dqs_threshold": 0.6}]
 
-# timm copies the weights, transformers maps the file: on some CPUs matrix products round by where operands lie in memory.
-ROUNDING = 1e-5
-
 # Makes this package impossible to import, then loads the folder by its own code.
 WITHOUT_PACKAGE = """
-import sys
+import copy, sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("hf_visual_perceiver", "timm"):
@@ -45,10 +43,11 @@ assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == 
 base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 AutoImageProcessor.from_pretrained(folder)
 x = torch.load(out + ".in", weights_only=True)
+aligned, base = copy.deepcopy(model), copy.deepcopy(base)
 with torch.no_grad():
-    logits = [model(x, **p).logits for p in points]
+    logits = [aligned(x, **p).logits for p in points]
     pooled = base(x).pooler_output
-    assert torch.equal(model.head(pooled), logits[0])
+    assert torch.equal(aligned.head(pooled), logits[0])
 # Saved again from the remote code, the folder must still be whole.
 model.save_pretrained(out + ".again")
 torch.save(logits, out)
@@ -72,6 +71,7 @@ def test_contents(folder):
         "model.safetensors",
         "preprocessor_config.json",
         "configuration_visual_perceiver.py",
+        "fast_inference.py",
         "modeling_visual_perceiver.py",
         "query_selection.py",
         "ragged.py",
@@ -88,11 +88,11 @@ def test_contents(folder):
 @torch.no_grad()
 def test_identical_logits_everywhere(folder, trained, tmp_path):
     x = torch.randn(6, 3, 32, 32)
-    hf = AutoModelForImageClassification.from_pretrained(folder).eval()
+    hf = aligned(AutoModelForImageClassification.from_pretrained(folder).eval())
     assert type(hf) is VisualPerceiverForImageClassification
     assert type(AutoConfig.from_pretrained(folder)) is VisualPerceiverConfig
     assert AutoImageProcessor.from_pretrained(folder).size["height"] == 32
-    in_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    in_timm = aligned(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
     out = tmp_path / "logits.pt"
     torch.save(x, f"{out}.in")
     subprocess.run(
@@ -102,12 +102,12 @@ def test_identical_logits_everywhere(folder, trained, tmp_path):
     for point, logits in zip(POINTS, remote, strict=True):
         expected = trained(x, **point).logits
         assert torch.equal(hf(x, **point).logits, expected)
-        assert torch.allclose(in_timm(x, **point), expected, atol=ROUNDING)
+        assert torch.equal(in_timm(x, **point), expected)
         assert torch.equal(logits, expected)
     assert torch.equal(
-        AutoModel.from_pretrained(folder).eval()(x).pooler_output, trained.visual_perceiver(x).pooler_output
+        aligned(AutoModel.from_pretrained(folder).eval())(x).pooler_output, trained.visual_perceiver(x).pooler_output
     )
-    again = AutoModelForImageClassification.from_pretrained(f"{out}.again").eval()
+    again = aligned(AutoModelForImageClassification.from_pretrained(f"{out}.again").eval())
     assert torch.equal(again(x).logits, trained(x).logits)
 
 
@@ -122,11 +122,11 @@ def test_hub_ids(folder, trained, tmp_path):
     x = torch.randn(2, 3, 32, 32)
     torch.save((x, trained(x).logits), tmp_path / "expected.pt")
     code = (
-        "import sys, timm, torch, hf_visual_perceiver; from transformers import AutoModelForImageClassification;"
+        "import copy, sys, timm, torch, hf_visual_perceiver; from transformers import AutoModelForImageClassification;"
         "torch.set_num_threads(1); x, expected = torch.load(sys.argv[1], weights_only=True);"
-        "a = timm.create_model('hf-hub:somebody/perceiver', pretrained=True).eval()(x);"
-        "b = AutoModelForImageClassification.from_pretrained('somebody/perceiver').eval()(x).logits;"
-        "assert torch.allclose(a, expected, atol=1e-5) and torch.equal(b, expected)"
+        "a = copy.deepcopy(timm.create_model('hf-hub:somebody/perceiver', pretrained=True).eval())(x);"
+        "b = copy.deepcopy(AutoModelForImageClassification.from_pretrained('somebody/perceiver').eval())(x).logits;"
+        "assert torch.equal(a, expected) and torch.equal(b, expected)"
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     subprocess.run(
@@ -144,17 +144,17 @@ def test_pipeline(folder, cifar10):
 
 
 def test_timm_exports_what_transformers_loads(folder, tmp_path):
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model = aligned(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
     state = {f"visual_perceiver.{k}" if not k.startswith("head") else k: v for k, v in model.state_dict().items()}
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     x = torch.randn(2, 3, 32, 32)
-    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    assert torch.allclose(again(x).logits, model(x), atol=ROUNDING)
+    again = aligned(AutoModelForImageClassification.from_pretrained(tmp_path).eval())
+    assert torch.equal(again(x).logits, model(x))
     # And without the prefix, as timm itself saves.
     save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
-    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    assert torch.allclose(again(x).logits, model(x), atol=ROUNDING)
+    again = aligned(AutoModelForImageClassification.from_pretrained(tmp_path).eval())
+    assert torch.equal(again(x).logits, model(x))
 
 
 def test_new_labels_replace_old_ones(folder, tmp_path):

@@ -50,6 +50,24 @@ def test_evaluate_at_chosen_points(tmp_path):
     assert all(1 <= r["queries_min"] <= r["queries_max"] <= r["num_active_queries"] for r in rows)
 
 
+def test_fast_gives_the_same_answers(pictures, tmp_path):
+    points = ["--num-active-queries", 5, "--num-active-queries", 64, "--dqs-threshold", 0.8]
+    rows = []
+    for flags in ([], ["--fast"]):
+        result = cli("evaluate", *points, *flags, "--json", tmp_path / "r.json")
+        assert result.returncode == 0, result.stderr
+        assert ("form optimized" in result.stdout) == bool(flags)
+        rows.append(json.loads((tmp_path / "r.json").read_text())["rows"])
+    for one, other in zip(*rows, strict=True):
+        assert one["queries_mean"] == pytest.approx(other["queries_mean"], abs=0.01)  # a tie may fall either way
+        assert one["accuracy"] == pytest.approx(other["accuracy"], abs=0.01)
+    cli("predict", pictures, "--fast", "--dtype", "bfloat16", "--dqs-threshold", 0.8, "--json", tmp_path / "p.json")
+    assert len(json.loads((tmp_path / "p.json").read_text())["images"]) == 5
+    refused = cli("evaluate", "--fast", "--write-card")
+    assert refused.returncode == 1
+    assert "Expected --write-card without --fast" in refused.stderr
+
+
 def test_predict(pictures, tmp_path):
     result = cli("predict", pictures, "--num-active-queries", 16, "--json", tmp_path / "r.json")
     assert result.returncode == 0, result.stderr

@@ -1,0 +1,267 @@
+"""Accuracy and queries kept under common corruptions, at several operating points."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from .corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from .difficulty import Difficulty, measure_difficulty
+from .evaluation import OperatingPoint, forward_at, labels_of_model
+from .modeling import VisualPerceiverForImageClassification
+from .training.conditions import measurement_conditions
+from .training.data import ImageDataset, normalise, pixels_of_size
+
+
+BUDGETS = (8, 16, 32, 64)
+THRESHOLDS = (0.7, 0.8, 0.9)
+CLEAN, ALL = "clean", "all"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one operating point did on the images of a cell.
+
+    Attributes:
+        num_active_queries: K; None with selection among all queries.
+        dqs_threshold: t; None without selection.
+        accuracy: Mean over images, and over corruptions and severities where the cell has several.
+        standard_error: Of `accuracy`, over images; the corruptions are taken as given.
+        queries_mean: Mean number of queries used.
+    """
+
+    num_active_queries: int | None
+    dqs_threshold: float | None
+    accuracy: float
+    standard_error: float
+    queries_mean: float
+
+    @property
+    def point(self) -> OperatingPoint:
+        return OperatingPoint(self.num_active_queries, self.dqs_threshold)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The outcomes under one corruption at one severity.
+
+    Attributes:
+        corruption: A key of `CORRUPTIONS`, `"clean"` or `"all"`.
+        severity: 0 for clean images; None is the mean over the severities measured.
+        outcomes: One per operating point, in the order of the result.
+    """
+
+    corruption: str
+    severity: int | None
+    outcomes: list[Outcome]
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """The result of `measure_robustness`.
+
+    Attributes:
+        cells: Clean images; each corruption at each severity and their mean; all corruptions at each severity and their mean.
+        difficulty: For each t, on clean images.
+        conditions: What was measured on what.
+    """
+
+    cells: list[Cell]
+    difficulty: list[Difficulty]
+    conditions: dict[str, Any]
+
+    @property
+    def points(self) -> list[OperatingPoint]:
+        """The operating points, in the order of every cell's outcomes."""
+        return [outcome.point for outcome in self.cells[0].outcomes]
+
+    @property
+    def full(self) -> OperatingPoint:
+        """All queries, which is always measured."""
+        return max((p for p in self.points if p.dqs_threshold is None), key=lambda p: p.num_active_queries or 0)
+
+    @property
+    def corruptions(self) -> list[str]:
+        """The corruptions measured."""
+        return [cell.corruption for cell in self.cells if cell.severity is None and cell.corruption != ALL]
+
+    @property
+    def severities(self) -> list[int]:
+        """The severities measured, ascending."""
+        return sorted({cell.severity for cell in self.cells if cell.severity})
+
+    def cell(self, corruption: str, severity: int | None) -> list[Outcome]:
+        """The outcomes under a corruption at a severity.
+
+        Raises:
+            ValueError: If that was not measured.
+        """
+        for cell in self.cells:
+            if (cell.corruption, cell.severity) == (corruption, severity):
+                return cell.outcomes
+        measured = f"{', '.join(self.corruptions)} at {', '.join(map(str, self.severities))}"
+        raise ValueError(f"Expected a corruption and severity among {measured}, got {corruption!r} at {severity}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Robustness":
+        """The inverse of `to_dict`."""
+        cells = [
+            Cell(cell["corruption"], cell["severity"], [Outcome(**outcome) for outcome in cell["outcomes"]])
+            for cell in values["cells"]
+        ]
+        return cls(cells, [Difficulty.from_dict(d) for d in values["difficulty"]], values["conditions"])
+
+
+def read_robustness(path: Path) -> Robustness:
+    """Read a result that was written as JSON.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        return Robustness.from_dict(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"Expected {path} to be as it was written; it is damaged: {error!r}.") from error
+
+
+def robustness_points(
+    num_queries: int, budgets: Sequence[int] = BUDGETS, thresholds: Sequence[float] = THRESHOLDS
+) -> list[OperatingPoint]:
+    """The budgets that a model with Q queries has, all Q, and the thresholds.
+
+    Example:
+        >>> [str(point) for point in robustness_points(32, thresholds=[0.8])]
+        ['K = 8', 'K = 16', 'K = 32', 't = 0.8']
+    """
+    budgets = [*sorted({K for K in budgets if num_queries > K}), num_queries]
+    return [*map(OperatingPoint, budgets), *(OperatingPoint(None, t) for t in sorted(set(thresholds)))]
+
+
+def measure_robustness(
+    model: VisualPerceiverForImageClassification,
+    data: ImageDataset,
+    points: Sequence[OperatingPoint] | None = None,
+    corruptions: Sequence[str] = tuple(CORRUPTIONS),
+    severities: Sequence[int] = SEVERITIES,
+    max_images: int | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = True,
+    conditions: dict[str, Any] | None = None,
+) -> Robustness:
+    """Measure accuracy and queries used on clean and corrupted images.
+
+    Images are brought to the network's size, then corrupted.
+
+    Args:
+        model: In eval mode, on the device and in the dtype to measure.
+        data: Images that the model has labels for.
+        points: What to measure, all queries among it; `robustness_points` if None.
+        corruptions: Keys of `CORRUPTIONS`.
+        severities: Some of 1 to 5.
+        max_images: At most so many, evenly spaced in the dataset; None for all.
+        seed: Of the corruptions.
+        batch_size: Images of a batch.
+        progress: Show a bar on stderr.
+        conditions: More facts to keep with the result, such as the names of model and dataset.
+
+    Raises:
+        ValueError: If the dataset's labels are not the model's, or an argument is out of its range.
+    """
+    config, parameter = model.config, next(model.parameters())
+    points = robustness_points(config.num_queries) if points is None else list(dict.fromkeys(points))
+    corruptions, severities = list(dict.fromkeys(corruptions)), sorted(set(severities))
+    _check(model, points, corruptions, severities, max_images, batch_size)
+    count = len(data) if max_images is None else min(max_images, len(data))
+    stride = len(data) // count
+    chosen = data.subset(slice(0, count * stride, stride))
+    labels = labels_of_model(model, chosen)
+
+    kinds = [(CLEAN, 0), *((c, s) for c in corruptions for s in severities)]
+    right = np.zeros((len(kinds), len(points), count), dtype=bool)
+    queries = np.zeros((len(kinds), len(points), count), dtype=np.int32)
+    confidence = np.zeros(count)
+    full = points.index(OperatingPoint(config.num_queries))
+    cfg = config.timm_pretrained_cfg
+    batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("corrupting", total=len(batches) * len(kinds))
+        for places in batches:
+            here = slice(places.start, places.stop)
+            clean = pixels_of_size(chosen, places, config.image_height_width, cfg["interpolation"])
+            for kind, (corruption, severity) in enumerate(kinds):
+                images = clean
+                if corruption != CLEAN:
+                    images = corrupt(clean, corruption, severity, seed, [stride * place for place in places])
+                pixels = normalise(images, cfg["mean"], cfg["std"]).to(parameter.device, parameter.dtype)
+                for number, point in enumerate(points):
+                    logits, active = forward_at(model, pixels, point)
+                    right[kind, number, here] = logits.argmax(-1).cpu().numpy() == labels[here]
+                    queries[kind, number, here] = active.sum(1).cpu().numpy()
+                    if corruption == CLEAN and number == full:
+                        confidence[here] = logits.float().softmax(-1).amax(-1).cpu().numpy()
+                bar.advance(task)
+
+    def cell(corruption: str, severity: int | None, members: list[int]) -> Cell:
+        scores = right[members].mean(0)  # (points, images)
+        errors = scores.std(1) / np.sqrt(count)
+        used = queries[members].mean((0, 2))
+        rows = zip(points, scores.mean(1).tolist(), errors.tolist(), used.tolist(), strict=True)
+        return Cell(corruption, severity, [Outcome(p.num_active_queries, p.dqs_threshold, *row) for p, *row in rows])
+
+    cells = [cell(CLEAN, 0, [0])]
+    for corruption in [*corruptions, ALL]:
+        members = [i for i, (name, _) in enumerate(kinds) if name == corruption or (corruption == ALL and i)]
+        for severity in severities:
+            cells.append(cell(corruption, severity, [i for i in members if kinds[i][1] == severity]))
+        cells.append(cell(corruption, None, members))
+    difficulty = [
+        measure_difficulty(point.dqs_threshold, queries[0, number], confidence, right[0, full])
+        for number, point in enumerate(points)
+        if point.dqs_threshold is not None and point.num_active_queries is None
+    ]
+    measured_under = measurement_conditions(
+        parameter.device,
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        attention=config._attn_implementation,
+        batch_size=batch_size,
+        images=count,
+        images_in_split=len(data),
+        seed=seed,
+        **(conditions or {}),
+    )
+    return Robustness(cells, difficulty, measured_under)
+
+
+def _check(
+    model: VisualPerceiverForImageClassification,
+    points: list[OperatingPoint],
+    corruptions: list[str],
+    severities: list[int],
+    max_images: int | None,
+    batch_size: int,
+) -> None:
+    for point in points:
+        model.config.operating_point(point.num_active_queries, point.dqs_threshold)
+    if OperatingPoint(model.config.num_queries) not in points:
+        raise ValueError(
+            f"Expected all {model.config.num_queries} queries among the points, got {', '.join(map(str, points))}."
+        )
+    unknown = [c for c in corruptions if c not in CORRUPTIONS]
+    if unknown or not corruptions:
+        raise ValueError(f"Expected corruptions among {', '.join(CORRUPTIONS)}, got {', '.join(unknown) or 'none'}.")
+    if not severities or not set(severities) <= set(SEVERITIES):
+        raise ValueError(f"Expected severities from 1 to 5, got {', '.join(map(str, severities)) or 'none'}.")
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"Expected at least 1 image, got {max_images}.")
+    if batch_size < 1:
+        raise ValueError(f"Expected a batch size of at least 1, got {batch_size}.")

@@ -1,0 +1,174 @@
+"""The optimised form gives the model's numbers, at every budget and however the batch is cut."""
+
+import pytest
+import timm
+import torch
+from support import small_config
+from torch import nn
+
+from hf_visual_perceiver import VisualPerceiverForImageClassification
+from hf_visual_perceiver.modeling import fast_inference
+from hf_visual_perceiver.modeling.fast_inference import FusedLinear, Group, chunks, onednn_linears
+
+
+close = {"rtol": 0, "atol": 1e-5}
+SETTINGS = [
+    *({"num_active_queries": K} for K in (1, 2, 7, 12)),
+    *({"dqs_threshold": t} for t in (-1, 0.0, 0.3, 0.6, 0.9, 1)),
+    {"num_active_queries": 9, "dqs_threshold": 0.5},
+]
+
+
+def random_model(**fields):
+    """Every parameter random: with fresh biases and norms, folding them wrongly would change nothing."""
+    torch.manual_seed(0)
+    model = VisualPerceiverForImageClassification(small_config(**fields)).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def same(model, fast, images, settings=SETTINGS, **tolerance):
+    for arguments in settings:
+        expected, given = model(images, **arguments), fast(images, **arguments)
+        assert torch.equal(given.active_queries, expected.active_queries), arguments
+        torch.testing.assert_close(given.logits, expected.logits, **(tolerance or close))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"dqs_reference": "kept"},
+        {"num_cross_attention_heads": 2},
+        {"qkv_bias": False},
+        {"hidden_act": "gelu_pytorch_tanh"},
+        {"hidden_act": "relu"},
+        {"hidden_act": "silu"},
+        {"num_attention_heads": 1},
+        {"num_labels": 0},
+        {"image_size": (16, 24)},
+    ],
+    ids=str,
+)
+def test_equals_the_model(fields):
+    model = random_model(**fields)
+    images = torch.randn(9, 3, *model.config.image_height_width)
+    same(model, model.optimize_for_inference(), images)
+
+
+def test_the_test_images_keep_different_numbers_of_queries(model, images):
+    with torch.no_grad():
+        counts = model(images, dqs_threshold=0.9).active_queries.sum(1)
+    assert len(counts.unique()) >= 3
+
+
+@pytest.mark.parametrize("tokens_per_chunk", [1, 5, 12, 13, 40, 10_000])
+def test_chunks_change_nothing(model, images, tokens_per_chunk):
+    same(model, model.optimize_for_inference(tokens_per_chunk=tokens_per_chunk), images)
+
+
+def test_the_trained_network(trained):
+    images = torch.randn(64, 3, 32, 32)
+    fast = trained.optimize_for_inference()
+    same(trained, fast, images, [{"num_active_queries": 3}, {"dqs_threshold": 0.7}, {"dqs_threshold": 0.95}, {}])
+
+
+def test_one_image(model, images):
+    same(model, model.optimize_for_inference(), images[:1])
+
+
+def test_without_onednn(model, images, monkeypatch):
+    monkeypatch.setattr(fast_inference, "onednn_linears", lambda device, dtype: False)
+    fast = model.optimize_for_inference()
+    assert not fast.engine.blocks[0].qkv.fused
+    same(model, fast, images)
+
+
+@pytest.mark.skipif(not onednn_linears(torch.device("cpu"), torch.float32), reason="torch without oneDNN")
+def test_onednn_is_used(model):
+    assert model.optimize_for_inference().engine.blocks[0].mlp.fc1.fused
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(model, images, dtype):
+    fast = model.optimize_for_inference(dtype)
+    with torch.no_grad():
+        logits, expected = fast(images, num_active_queries=7).logits, model(images, num_active_queries=7).logits
+    assert fast.dtype == dtype
+    assert logits.dtype == torch.float32
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
+    assert (logits - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_the_configs_operating_point_is_the_default(images):
+    model = random_model(num_active_queries=3)
+    assert model.optimize_for_inference()(images).active_queries.sum(1).tolist() == [3] * 9
+
+
+def test_timm(model, images):
+    network = timm.create_model("visual_perceiver_nano_patch4_32", num_classes=5).eval()
+    x = torch.randn(5, 3, 32, 32)
+    fast = network.optimize_for_inference()
+    with torch.no_grad():
+        for arguments in ({}, {"num_active_queries": 4}, {"dqs_threshold": 0.9}):
+            torch.testing.assert_close(fast(x, **arguments), network(x, **arguments), **close)
+    network.reset_classifier(5, "")
+    with pytest.raises(ValueError, match="Expected a model with `global_pool` 'token', got ''"):
+        network.optimize_for_inference()
+
+
+def test_a_snapshot(images):
+    model = random_model()
+    fast = model.optimize_for_inference()
+    before = fast(images).logits
+    assert not before.requires_grad
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert torch.equal(fast(images).logits, before)
+    with pytest.raises(RuntimeError, match="move or convert the model"):
+        fast.to(torch.float64)
+
+
+def test_bad_input(model, images):
+    with pytest.raises(ValueError, match="Expected `tokens_per_chunk` to be at least 1, got 0"):
+        model.optimize_for_inference(tokens_per_chunk=0)
+    fast = model.optimize_for_inference()
+    with pytest.raises(ValueError, match="Expected images of size 16x16, got 8x8"):
+        fast(images[..., :8, :8])
+    with pytest.raises(ValueError, match="num_active_queries"):
+        fast(images, num_active_queries=13)
+
+
+def test_a_linear_with_a_norm_folded_in():
+    linear, norm, x = nn.Linear(8, 6), nn.LayerNorm(8), torch.randn(5, 8)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    with torch.no_grad():
+        fused = FusedLinear.of(linear, torch.float32, norm)
+        torch.testing.assert_close(fused(nn.functional.layer_norm(x, (8,))), linear(norm(x)), **close)
+        torch.testing.assert_close(fused.plus(x, torch.ones(5, 6)), fused(x) + 1, **close)
+
+
+def test_chunks():
+    lengths = [1, 1, 2, 2, 2, 5, 9, 9]
+    cut = list(chunks(lengths, tokens_per_chunk=6))
+    assert [(first, last) for first, last, _ in cut] == [(0, 4), (4, 5), (5, 6), (6, 7), (7, 8)]
+    assert cut[0][2] == [Group(0, 2, 1), Group(2, 2, 2)]
+    for first, last, groups in cut:
+        assert [g.length for g in groups for _ in range(g.images)] == lengths[first:last]
+        assert [g.first for g in groups] == [sum(h.images * h.length for h in groups[:i]) for i in range(len(groups))]
