@@ -24,7 +24,9 @@ from .comparison import compare_runs, plot_comparison
 from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
 from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model, load_optimized
 from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
+from .modeling.handler import open_image
 from .plots import check_picture, plot_tradeoff
+from .publish_command import publish_command
 from .robustness_command import robustness_command
 from .training.data import load_images
 from .training.files import check_writable, write_json
@@ -261,6 +263,7 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
 app.command("benchmark")(benchmark_command)
 app.command("robustness")(robustness_command)
 app.command("card")(card_command)
+app.command("publish")(publish_command)
 
 
 def _read_json(path: Path, convert: Callable[[dict[str, Any]], T]) -> T | None:
@@ -322,9 +325,9 @@ def list_images(paths: list[Path]) -> list[Path]:
 def read_image(path: Path) -> Image.Image:
     """An RGB image, or a `ValueError` that names the file."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with path.open("rb") as file:
+            return open_image(file)
+    except (OSError, ValueError) as error:
         raise ValueError(f"Cannot read {path} as an image: {error}") from error
 
 
