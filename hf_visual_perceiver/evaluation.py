@@ -1,12 +1,13 @@
 """Accuracy, cost and time of a checkpoint at every budget, in one pass over a dataset."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from .metrics import Accuracy
@@ -115,12 +116,8 @@ def evaluate(
     metrics = {point: Accuracy(keep_in_memory=True) for point in measured}
     queries: dict[OperatingPoint, list[np.ndarray]] = {point: [] for point in measured}
     seconds: dict[OperatingPoint, list[float]] = {point: [] for point in measured}
-    cfg = config.timm_pretrained_cfg
-    batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
-    for number, indices in enumerate(track(batches, "evaluating", disable=not progress)):
-        pixels = pixels_of_size(data, indices, config.image_height_width, cfg["interpolation"])
-        pixels = normalise(pixels, cfg["mean"], cfg["std"])
-        pixels = pixels.to(parameter.device, parameter.dtype)
+    batches = pixel_batches(model, data, batch_size, "evaluating" if progress else None)
+    for number, (indices, pixels) in enumerate(batches):
         labels = all_labels[indices.start : indices.stop]
         if number == 0:
             for point in measured:
@@ -160,6 +157,22 @@ def evaluate(
         **(conditions or {}),
     )
     return Evaluation(rows, measured_under)
+
+
+def pixel_batches(
+    model: VisualPerceiverForImageClassification, data: ImageDataset, batch_size: int, description: str | None = None
+) -> Iterator[tuple[range, torch.Tensor]]:
+    """The indices of each batch and its `pixel_values` (B, C, H, W), as the model takes them and where it is.
+
+    With a `description` a progress bar shows it.
+    """
+    config, parameter = model.config, next(model.parameters())
+    cfg = config.timm_pretrained_cfg
+    batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
+    for indices in track(batches, description or "", console=Console(stderr=True), disable=description is None):
+        pixels = pixels_of_size(data, indices, config.image_height_width, cfg["interpolation"])
+        pixels = normalise(pixels, cfg["mean"], cfg["std"])
+        yield indices, pixels.to(parameter.device, parameter.dtype)
 
 
 def labels_of_model(model: VisualPerceiverForImageClassification, data: ImageDataset) -> np.ndarray:
