@@ -112,7 +112,7 @@ def plot_similarities(selection: Selection, data: ImageDataset, path: Path) -> N
     drawn = axes.imshow(lower, vmin=-1, vmax=1, cmap="Greys", extent=extent)
     above = np.where(lower > selection.threshold, 1.0, np.nan)
     axes.imshow(above, vmin=0, vmax=1, cmap=ListedColormap(["red"]), extent=extent)
-    for i in np.flatnonzero(~selection.keep):
+    for i in np.flatnonzero(~selection.keep).tolist():
         axes.add_patch(Rectangle((i + 0.5, i + 0.5), Q - i, 1, facecolor="red", alpha=0.25, linewidth=0))
     axes.set_xlabel("earlier query")
     axes.set_ylabel("query")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def table_1(found: Measurements, folder: Path) -> str:
         return heading + _lacking(QUERY_MASKING)
     lines = []
     for row in _masking(found):
-        K = row.num_active_queries
+        K = row.num_active_queries or 0
         lines.append(
             [
                 f"{K}",
@@ -82,10 +83,10 @@ def table_1(found: Measurements, folder: Path) -> str:
 
 def table_2(found: Measurements, folder: Path) -> str:
     """One network, one network for each K, random subsets of the fixed network's queries."""
-    masking = {row.num_active_queries: row for row in _masking(found)}
+    masking = {row.num_active_queries or 0: row for row in _masking(found)}
     subsets = {row.num_active_queries: row for row in found.random_subsets}
     lines = []
-    for K in sorted({*paper.QUERY_MASKING, *masking, *found.specialists, *subsets} - {None}):
+    for K in sorted({*paper.QUERY_MASKING, *masking, *found.specialists, *subsets}):
         subset = subsets.get(K)
         lines.append(
             [
@@ -99,7 +100,7 @@ def table_2(found: Measurements, folder: Path) -> str:
             ]
         )
     headers = ["K", "Query Masking", "paper", "specialists", "paper", "random subsets", "paper"]
-    curves = _three_curves(found, lambda row: row.num_active_queries, {K: K for K in paper.QUERY_MASKING})
+    curves = _three_curves(found, lambda row: row.num_active_queries, {K: float(K) for K in paper.QUERY_MASKING})
     plot_curves(curves, "K, queries used", folder / "figure_2.png", ticks=(1, 2, 4, 8, 16, 32, 64))
     return (
         "## Table 2 and Figure 2: accuracy (%) against K\n\n"
@@ -119,11 +120,13 @@ def table_3(found: Measurements, folder: Path) -> str:
     selection = [row for row in found.query_masking.rows if row.dqs_threshold is not None]
     lines = []
     for row in selection:
-        queries, accuracy = paper.SELECTION.get(row.dqs_threshold, (None, None))
+        t = row.dqs_threshold or 0.0
+        published = paper.SELECTION.get(t)
+        queries, accuracy = published or (None, None)
         same = float(np.interp(row.queries_mean, budgets, accuracies))
         lines.append(
             [
-                f"{row.dqs_threshold:g}",
+                f"{t:g}",
                 f"{row.queries_mean:.2f}",
                 _number(queries),
                 f"{row.queries_std:.2f}",
@@ -236,7 +239,7 @@ def _masking(found: Measurements) -> list[Row]:
 def _three_curves(found: Measurements, x: Callable, paper_x: dict[int, float]) -> list[Curve]:
     """Query Masking, specialists and random subsets, ours and the paper's, by a cost `x` of a row."""
     names = {QUERY_MASKING: "Query Masking", "specialists": "specialists", FIXED: "fixed Q, random subsets"}
-    ours = {
+    ours: dict[str, list[tuple[Any, float]]] = {
         QUERY_MASKING: [(row, row.accuracy) for row in _masking(found)],
         "specialists": [(row, row.accuracy) for row in found.specialists.values()],
         FIXED: [(row, row.mean) for row in found.random_subsets],
