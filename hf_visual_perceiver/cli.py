@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .attention_maps import attention_maps_command
 from .benchmark_command import benchmark_command
 from .card import training_lines, write_card
 from .card_command import card_command
@@ -264,6 +265,7 @@ app.command("benchmark")(benchmark_command)
 app.command("robustness")(robustness_command)
 app.command("card")(card_command)
 app.command("publish")(publish_command)
+app.command("attention-maps")(attention_maps_command)
 
 
 def _read_json(path: Path, convert: Callable[[dict[str, Any]], T]) -> T | None:

@@ -2,13 +2,14 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from .confusion import Confusion
@@ -140,12 +141,8 @@ def evaluate(
     queries: dict[OperatingPoint, list[np.ndarray]] = {point: [] for point in measured}
     seconds: dict[OperatingPoint, list[float]] = {point: [] for point in measured}
     answers: list[np.ndarray] = []  # of all queries
-    cfg = config.timm_pretrained_cfg
-    batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
-    for number, indices in enumerate(track(batches, "evaluating", disable=not progress)):
-        pixels = pixels_of_size(data, indices, config.image_height_width, cfg["interpolation"])
-        pixels = normalise(pixels, cfg["mean"], cfg["std"])
-        pixels = pixels.to(model.device, model.dtype)
+    batches = pixel_batches(model, data, batch_size, "evaluating" if progress else None)
+    for number, (indices, pixels) in enumerate(batches):
         labels = all_labels[indices.start : indices.stop]
         if number == 0:
             for point in measured:
@@ -190,6 +187,25 @@ def evaluate(
     )
     confusion = Confusion.of(config.label_names, all_labels, np.concatenate(answers))
     return Evaluation(rows, measured_under, confusion)
+
+
+def pixel_batches(
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
+    data: ImageDataset,
+    batch_size: int,
+    description: str | None = None,
+) -> Iterator[tuple[range, torch.Tensor]]:
+    """The indices of each batch and its `pixel_values` (B, C, H, W), as the model takes them and where it is.
+
+    With a `description` a progress bar shows it.
+    """
+    config = model.config
+    cfg = config.timm_pretrained_cfg
+    batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
+    for indices in track(batches, description or "", console=Console(stderr=True), disable=description is None):
+        pixels = pixels_of_size(data, indices, config.image_height_width, cfg["interpolation"])
+        pixels = normalise(pixels, cfg["mean"], cfg["std"])
+        yield indices, pixels.to(model.device, model.dtype)
 
 
 def labels_of_model(

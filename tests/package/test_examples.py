@@ -23,6 +23,7 @@ MODULES = [
     "hf_visual_perceiver.corruptions",
     "hf_visual_perceiver.difficulty",
     "hf_visual_perceiver.confusion",
+    "hf_visual_perceiver.attention_maps",
     "hf_visual_perceiver.metrics",
     "hf_visual_perceiver.robustness",
     "hf_visual_perceiver.modeling.configuration_visual_perceiver",
