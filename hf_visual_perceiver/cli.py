@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .calibrate_command import calibrate_command
 from .card import training_lines, write_card
 from .comparison import compare_runs, plot_comparison
 from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
@@ -24,7 +25,7 @@ from .loading import SAMPLE, choose_device, default_dataset, default_model, load
 from .modeling import VisualPerceiverForImageClassification, count_macs
 from .plots import check_picture, plot_tradeoff
 from .training.data import load_images
-from .training.files import write_json
+from .training.files import check_writable, write_json
 from .training.folder import create_image_processor
 
 
@@ -247,6 +248,9 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
         )
 
 
+app.command("calibrate")(calibrate_command)
+
+
 def _read_json(path: Path, convert: Callable[[dict[str, Any]], T]) -> T | None:
     """A file of a checkpoint's folder, None if it is not there; a damaged one is a `ValueError`."""
     if not path.is_file():
@@ -328,12 +332,6 @@ def classify(
         }
         for indices, ps, used in zip(labels, probabilities, output.active_queries.sum(1).tolist(), strict=True)
     ]
-
-
-def check_writable(path: Path) -> None:
-    """Raise a `ValueError` unless a file of this name can be made."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"Expected a file name in an existing folder, got {str(path)!r}.")
 
 
 def print_error(message: object) -> None:

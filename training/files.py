@@ -49,3 +49,9 @@ def folder_written_aside(path: str | Path) -> Iterator[Path]:
         os.replace(new, path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise a `ValueError` unless a file of this name can be made."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"Expected a file name in an existing folder, got {str(path)!r}.")

@@ -17,6 +17,8 @@ from hf_visual_perceiver.loading import default_model
 
 
 MODULES = [
+    "hf_visual_perceiver.calibration",
+    "hf_visual_perceiver.cascade",
     "hf_visual_perceiver.metrics",
     "hf_visual_perceiver.modeling.configuration_visual_perceiver",
     "hf_visual_perceiver.modeling.macs",
