@@ -26,6 +26,7 @@ MODULES = [
     "hf_visual_perceiver.modeling.query_selection",
     "hf_visual_perceiver.modeling.ragged",
     "hf_visual_perceiver.modeling.timm_visual_perceiver",
+    "hf_visual_perceiver.predictor",
     "hf_visual_perceiver.training.schedules",
 ]
 
