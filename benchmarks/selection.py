@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import typer
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -164,6 +165,7 @@ def frontier(
     for share in track(SHARES, "choosing", console=Console(stderr=True)):
         cascade = cascade_option(model, confidence, right, first, share * full)
         for rule in RULES:
+            # The slack of one MAC is for rounding of the mean.
             tried = [o for o in [cascade] if o] if rule == "cascade" else options[rule]
             fitting = [o for o in tried if o[2][first].mean() <= share * full + 1]
             if not fitting:
@@ -230,6 +232,9 @@ def plot(rows: list[dict[str, Any]], conditions: dict[str, Any], path: Path) -> 
             label=rule,
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("multiply-accumulates per image (millions)")
     axes.set_ylabel("accuracy on held-out images (%)")
     axes.set_title(f"{conditions['model']}, {conditions['held_out_images']:,} held-out images", fontsize=10)
