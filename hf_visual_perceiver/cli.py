@@ -19,6 +19,7 @@ from rich.table import Table
 
 from .attention_maps import attention_maps_command
 from .benchmark_command import benchmark_command
+from .calibrate_command import calibrate_command
 from .card import training_lines, write_card
 from .card_command import card_command
 from .comparison import compare_runs, plot_comparison
@@ -266,6 +267,7 @@ app.command("robustness")(robustness_command)
 app.command("card")(card_command)
 app.command("publish")(publish_command)
 app.command("attention-maps")(attention_maps_command)
+app.command("calibrate")(calibrate_command)
 
 
 def _read_json(path: Path, convert: Callable[[dict[str, Any]], T]) -> T | None:

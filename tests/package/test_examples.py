@@ -24,6 +24,8 @@ MODULES = [
     "hf_visual_perceiver.difficulty",
     "hf_visual_perceiver.confusion",
     "hf_visual_perceiver.attention_maps",
+    "hf_visual_perceiver.calibration",
+    "hf_visual_perceiver.cascade",
     "hf_visual_perceiver.metrics",
     "hf_visual_perceiver.robustness",
     "hf_visual_perceiver.modeling.configuration_visual_perceiver",
@@ -36,6 +38,7 @@ MODULES = [
     "hf_visual_perceiver.modeling.timm_visual_perceiver",
     "hf_visual_perceiver.publishing",
     "hf_visual_perceiver.training.campaign",
+    "hf_visual_perceiver.predictor",
     "hf_visual_perceiver.training.schedules",
     "hf_visual_perceiver.timing",
 ]
