@@ -79,6 +79,7 @@ def _plain(found: Measurements) -> dict[str, Any]:
         "missing": found.missing,
         "query_masking": found.query_masking.to_dict() if found.query_masking else None,
         "specialists": {str(K): asdict(row) for K, row in found.specialists.items()},
+        "robustness": found.robustness and found.robustness.to_dict(),
         "random_subsets": [asdict(row) for row in found.random_subsets],
         "selection": selection
         and {"threshold": selection.threshold, "counts": selection.counts.tolist(), "example": selection.example},
@@ -105,6 +106,10 @@ def command(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Of the random subsets.")] = 0,
     image: Annotated[int, typer.Option(help="Index of the image whose similarities are shown.")] = 0,
+    robustness_images: Annotated[
+        int, typer.Option(min=0, help="Images, evenly spaced, to measure under corruptions too; 0 for none.")
+    ] = 100,
+    robustness_severity: Annotated[list[int], typer.Option(help="1 to 5; repeat for several.")] = [1, 3, 5],  # noqa: B006
 ) -> None:
     """The paper's tables and figures beside ours, from the checkpoints that exist."""
     if output_dir.exists() and not output_dir.is_dir():
@@ -114,14 +119,26 @@ def command(
         messages.print(f"missing: {role}" + (f", {name}" if name else ""), markup=False, highlight=False)
     data = load_images(dataset or default_dataset(), split)
     chosen = choose_device(device)
-    found = measure(checkpoints, data, batch_size, chosen, dtype, seed, image, progress=messages.is_terminal)
     called = dataset_name or (Path(dataset).name if dataset and Path(dataset).exists() else dataset)
-    found.conditions = {**found.conditions, "dataset": called or SAMPLE, "split": split}
+    found = measure(
+        checkpoints,
+        data,
+        batch_size,
+        chosen,
+        dtype,
+        seed,
+        image,
+        messages.is_terminal,
+        robustness_images,
+        robustness_severity,
+        conditions={"dataset": called or SAMPLE, "split": split},
+    )
     parts = ["python", "-m", "hf_visual_perceiver.reproduce"]
     parts += ["--config", str(config)] if config else []
     parts += ["--dataset", called] if called else []
     parts += ["--split", split, "--batch-size", str(batch_size), "--device", chosen, "--dtype", dtype]
-    parts += ["--seed", str(seed), "--image", str(image)]
+    parts += ["--seed", str(seed), "--image", str(image), "--robustness-images", str(robustness_images)]
+    parts += [word for severity in robustness_severity for word in ("--robustness-severity", str(severity))]
     typer.echo(f"Report: {write_report(found, output_dir, parts)}")
 
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from .attention_maps import average_attention
+from .corruptions import SEVERITIES
 from .evaluation import (
     Evaluation,
     OperatingPoint,
@@ -24,6 +25,7 @@ from .loading import load_model, shipped
 from .modeling import VisualPerceiverForImageClassification
 from .modeling.query_selection import cosine_similarities, select_queries
 from .paper import RANDOM_DRAWS
+from .robustness import Robustness, measure_robustness
 from .training.data import ImageDataset
 
 
@@ -156,6 +158,7 @@ class Measurements:
     random_subsets: list[SubsetRow] = field(default_factory=list)
     attention: dict[str, np.ndarray] = field(default_factory=dict)
     selection: Selection | None = None
+    robustness: Robustness | None = None
 
 
 def measure(
@@ -167,6 +170,9 @@ def measure(
     seed: int = 0,
     example: int = 0,
     progress: bool = True,
+    robustness_images: int = 0,
+    robustness_severities: Sequence[int] = SEVERITIES,
+    conditions: dict[str, Any] | None = None,
 ) -> Measurements:
     """Measure everything that the report shows.
 
@@ -179,6 +185,9 @@ def measure(
         seed: Of the random subsets.
         example: Index of the image whose similarities are shown.
         progress: Show bars on stderr.
+        robustness_images: Also measure this many images under common corruptions, evenly spaced; 0 for none.
+        robustness_severities: Of the corruptions, some of 1 to 5.
+        conditions: More facts to keep with the results, such as the name of the dataset.
 
     Raises:
         ValueError: If a network does not fit its role or the dataset, or there is no such image.
@@ -206,6 +215,17 @@ def measure(
         result.query_masking = evaluate(network, data, batch_size=batch_size, progress=progress)
         result.conditions = result.query_masking.conditions
         result.selection = measure_selection(network, data, SHOWN_THRESHOLD, example, batch_size)
+        if robustness_images:
+            result.robustness = measure_robustness(
+                network,
+                data,
+                severities=robustness_severities,
+                max_images=robustness_images,
+                seed=seed,
+                batch_size=batch_size,
+                progress=progress,
+                conditions={"model": there[QUERY_MASKING].name, **(conditions or {})},
+            )
     for K in checkpoints.specialists:
         evaluation = evaluate(
             networks[specialist_role(K)], data, [OperatingPoint(K)], batch_size=batch_size, progress=progress
@@ -214,12 +234,14 @@ def measure(
         result.conditions = result.conditions or evaluation.conditions
     if network := networks.get(FIXED):
         budgets = [p.num_active_queries for p in default_points(network.config.num_queries) if p.num_active_queries]
-        result.random_subsets, conditions = measure_random_subsets(network, data, budgets, seed, batch_size, progress)
-        result.conditions = result.conditions or conditions
+        result.random_subsets, measured_under = measure_random_subsets(
+            network, data, budgets, seed, batch_size, progress
+        )
+        result.conditions = result.conditions or measured_under
     for role, network in networks.items():
         batches = (pixels for _, pixels in pixel_batches(network, data, batch_size))
         result.attention[role] = average_attention(network, batches, _specialised(role, checkpoints))
-    result.conditions = {**result.conditions, "seed": seed}
+    result.conditions = {**result.conditions, **(conditions or {}), "seed": seed}
     return result
 
 

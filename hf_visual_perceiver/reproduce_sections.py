@@ -14,6 +14,7 @@ from .evaluation import Row
 from .modeling import VisualPerceiverConfig
 from .reproduce_figures import Curve, plot_curves, plot_gallery, plot_selection, plot_similarities
 from .reproduce_measure import FIXED, QUERY_MASKING, Measurements, specialist_role
+from .robustness_report import robustness_section
 
 
 ABSENT = "-"
@@ -220,6 +221,13 @@ def selection_section(found: Measurements, folder: Path) -> str:
     )
 
 
+def corruptions_section(found: Measurements, folder: Path) -> str:
+    """Accuracy and queries under common corruptions, and whether harder images get more queries; not in the paper."""
+    if found.robustness is None:
+        return "## Robustness to common corruptions\n\nNot measured for this report."
+    return robustness_section(found.robustness, folder).replace("](robustness", f"]({PICTURES}/robustness").rstrip()
+
+
 # The report, in order. A section takes the measurements and the folder of the pictures.
 SECTIONS: tuple[Callable[[Measurements, Path], str], ...] = (
     networks_section,
@@ -229,6 +237,7 @@ SECTIONS: tuple[Callable[[Measurements, Path], str], ...] = (
     cost_figures,
     attention_section,
     selection_section,
+    corruptions_section,
 )
 
 

@@ -116,10 +116,20 @@ def test_average_attention(data):
 
 def test_the_report_has_everything_and_says_what_is_missing(data, folder, tmp_path):
     checkpoints = read_checkpoints(folder / "all.yaml")
-    found = measure(checkpoints, data, batch_size=16, progress=False)
-    found.conditions |= {"dataset": "a sample", "split": "test"}
+    called = {"dataset": "a sample", "split": "test"}
+    found = measure(
+        checkpoints, data, 16, progress=False, robustness_images=4, robustness_severities=(3,), conditions=called
+    )
     report = write_report(found, tmp_path / "out", ["python", "-m", "x"]).read_text()
-    for heading in ("Table 1", "Table 2", "Table 3", "Figures 7 and 8", "Figures 3, 4, 5 and 9", "Figure 10"):
+    for heading in (
+        "Table 1",
+        "Table 2",
+        "Table 3",
+        "Figures 7 and 8",
+        "Figures 3, 4, 5 and 9",
+        "Figure 10",
+        "Robustness to common",
+    ):
         assert re.search(rf"^## .*{heading}", report, re.MULTILINE), heading
     assert "**specialist 1** (`absent` is not there): K = 1 among" in report
     assert "Figure 9." in report
@@ -137,8 +147,10 @@ def test_the_report_has_everything_and_says_what_is_missing(data, folder, tmp_pa
     for row in found.random_subsets:
         assert f"{100 * row.mean:.2f} ± {100 * row.deviation:.2f}" in report
     assert found.specialists[4].queries_mean == 4
+    assert "severity 3, 4 images of a sample" in report
     numbers = json.loads((tmp_path / "out" / "paper" / "measurements.json").read_text())
     assert len(numbers["selection"]["counts"]) == len(data)
+    assert numbers["robustness"]["conditions"]["images"] == 4
     assert not list((tmp_path / "out").glob(".*"))
 
 
