@@ -25,7 +25,7 @@ from hf_visual_perceiver.training.data import load_images, normalise, pixels_of_
 from hf_visual_perceiver.training.files import write_json
 
 
-console = Console(width=140)
+console = Console(width=150)
 
 
 def timm_vit(config: VisualPerceiverConfig) -> VisionTransformer:

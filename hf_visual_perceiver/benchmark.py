@@ -15,7 +15,7 @@ from rich.table import Table
 from .evaluation import PAPER_QUERIES, OperatingPoint
 from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
 from .plots import save_figure
-from .timing import interleaved, matmul_peak, median_ratio, peak_memory
+from .timing import interleaved, matmul_peak, median_ratio, page_faults, peak_memory
 
 
 FORMS = ("eager", "optimized", "compiled")
@@ -45,6 +45,7 @@ class BenchmarkRow:
     relative_to_first: float  # to the first form at the same setting; a rival to all queries of the first form
     share_of_peak: float | None  # of the machine's measured matrix products in the same dtype
     peak_mb: float  # of the tensors made in the forward
+    page_faults: int | None  # in one forward
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ class Run:
     setting: str
     call: Callable[[], Any]
     dtype: torch.dtype
+    first: str
     queries: float | None = None
     macs: float | None = None
     full: str | None = None
     fixed: str | None = None
-    first: str | None = None
 
     @property
     def name(self) -> str:
@@ -150,13 +151,13 @@ def benchmark(
         if batch_size < 1:
             raise ValueError(f"Expected a batch size of at least 1, got {batch_size}.")
     contenders, device = forms_of(model, forms, dtypes), model.device
-    peaks = {dtype: matmul_peak(model.config, device, dtype) for dtype in dtypes}
-    rows: list[BenchmarkRow] = []
+    measured = []
     for batch_size in batch_sizes:
         pixels = images.repeat(-(-batch_size // len(images)), 1, 1, 1)[:batch_size].to(device)
         try:
             runs = plan(model, pixels, contenders, budgets or PAPER_QUERIES, thresholds, rivals or {})
             times = interleaved({r.name: r.call for r in runs}, repetitions, device, f"batch {batch_size}", progress)
+            faults = {r.name: page_faults(r.call) for r in runs}
             memory = {r.name: peak_memory(r.call, device) / 1e6 for r in runs}
         except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one
             if "memory" not in str(error):
@@ -164,29 +165,35 @@ def benchmark(
             raise ValueError(
                 f"Expected a batch of {batch_size} to fit in memory, which it does not; try {max(1, batch_size // 4)}."
             ) from error
-        for run in runs:
-            seconds = statistics.median(times[run.name])
-            relative = {
-                other: None if other is None else median_ratio(times[run.name], times[other])
-                for other in (run.full, run.fixed, run.first or run.name)
-            }
-            rows.append(
-                BenchmarkRow(
-                    batch_size=batch_size,
-                    form=run.form,
-                    setting=run.setting,
-                    queries=run.queries,
-                    macs=run.macs,
-                    ms=1000 * seconds,
-                    images_per_second=batch_size / seconds,
-                    relative_time=relative[run.full],
-                    relative_to_fixed=relative[run.fixed],
-                    relative_to_first=relative[run.first or run.name] or 1.0,
-                    share_of_peak=None if run.macs is None else run.macs * batch_size / seconds / peaks[run.dtype],
-                    peak_mb=memory[run.name],
-                )
-            )
-    return rows
+        measured.append((batch_size, runs, times, memory, faults))
+    # Last, because its large products would change how the allocator treats what comes after.
+    peaks = {dtype: matmul_peak(model.config, device, dtype) for dtype in dtypes}
+    return [
+        _row(batch_size, run, times, memory[run.name], faults[run.name], peaks[run.dtype])
+        for batch_size, runs, times, memory, faults in measured
+        for run in runs
+    ]
+
+
+def _row(
+    batch_size: int, run: Run, times: dict[str, list[float]], peak_mb: float, faults: int | None, peak: float
+) -> BenchmarkRow:
+    own, seconds = times[run.name], statistics.median(times[run.name])
+    return BenchmarkRow(
+        batch_size=batch_size,
+        form=run.form,
+        setting=run.setting,
+        queries=run.queries,
+        macs=run.macs,
+        ms=1000 * seconds,
+        images_per_second=batch_size / seconds,
+        relative_time=None if run.full is None else median_ratio(own, times[run.full]),
+        relative_to_fixed=None if run.fixed is None else median_ratio(own, times[run.fixed]),
+        relative_to_first=median_ratio(own, times[run.first]),
+        share_of_peak=None if run.macs is None else run.macs * batch_size / seconds / peak,
+        peak_mb=peak_mb,
+        page_faults=faults,
+    )
 
 
 def plan(
@@ -220,17 +227,17 @@ def plan(
                     name,
                     call,
                     dtype,
+                    f"{first}, {name}",
                     setting.queries,
                     setting.macs,
                     full=f"{form}, {full}",
                     fixed=None if setting.nearest is None else f"{form}, {setting.nearest}",
-                    first=f"{first}, {name}",
                 )
             )
     dtype = contenders[first][1]
     for form, rival in rivals.items():
         call = partial(rival.run, pixels.to(dtype))
-        runs.append(Run(form, "all", call, dtype, macs=rival.macs, first=f"{first}, {full}"))
+        runs.append(Run(form, "all", call, dtype, f"{first}, {full}", macs=rival.macs))
     return runs
 
 
@@ -248,7 +255,7 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
         "to fixed K",
         "to the first form",
     )
-    for header in (*headers, "of peak", "MB"):
+    for header in (*headers, "of peak", "MB", "page faults"):
         table.add_column(header, justify="left" if header in ("form", "setting") else "right", no_wrap=True)
     for before, row in zip([None, *rows], rows, strict=False):
         if before is not None and before.form != row.form:
@@ -265,6 +272,7 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
             f"{row.relative_to_first:.3f}",
             _number(row.share_of_peak, ".0%"),
             f"{row.peak_mb:.1f}",
+            _number(row.page_faults, ",d"),
         )
     return table
 

@@ -35,7 +35,7 @@ def benchmark_command(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
     """Time and memory of a checkpoint on this machine, at every budget and in each form, side by side."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     if plot:
         check_picture(plot)
     for output in filter(None, (plot, json_file)):

@@ -17,6 +17,12 @@ from .modeling import VisualPerceiverConfig
 from .modeling.fast_inference import FusedLinear
 
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+
 def synchronise(device: torch.device) -> None:
     """Wait for an accelerator; a CPU is never ahead."""
     if device.type == "cuda":
@@ -122,6 +128,16 @@ def _tensors(values: Any) -> list[torch.Tensor]:
     leaves = torch.utils._pytree.tree_leaves(values)
     # oneDNN's own tensors, which hold packed weights, have no storage.
     return [x for x in leaves if isinstance(x, torch.Tensor) and x.layout == torch.strided]
+
+
+@torch.inference_mode()
+def page_faults(run: Callable[[], Any]) -> int | None:
+    """How often the system had to provide a page of memory during a run; None where it does not say (Windows)."""
+    if resource is None:
+        return None
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 @torch.inference_mode()

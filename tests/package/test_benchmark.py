@@ -8,7 +8,7 @@ from support import run, small_config
 
 from hf_visual_perceiver import VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.benchmark import Rival, benchmark, benchmark_table, forms_of, plot_benchmark
-from hf_visual_perceiver.timing import PeakMemory, interleaved, matmul_peak, median_ratio, peak_memory
+from hf_visual_perceiver.timing import PeakMemory, interleaved, matmul_peak, median_ratio, page_faults, peak_memory
 
 
 CPU = torch.device("cpu")
@@ -45,6 +45,12 @@ def test_peak_memory_counts_what_is_alive_together():
 def test_memory_falls_with_the_queries(model, images):
     few, many = (peak_memory(lambda K=K: model(images, num_active_queries=K), CPU) for K in (2, 12))
     assert few < many
+
+
+def test_page_faults():
+    faults = page_faults(lambda: bytearray(2**26).count(1))
+    assert faults is None or faults >= 2**26 // 2**21  # pages of at most 2 MiB
+    assert not page_faults(lambda: None)
 
 
 def test_peak_is_a_rate():
