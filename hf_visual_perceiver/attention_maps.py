@@ -14,6 +14,7 @@ from rich.console import Console
 from .evaluation import pixel_batches
 from .loading import choose_device, default_dataset, default_model, load_model
 from .modeling import VisualPerceiverForImageClassification
+from .options import BatchSizeOption, DatasetOption, DeviceOption, ModelOption, SplitOption
 from .plots import check_picture, save_figure
 from .training.data import load_images
 from .training.files import check_writable, write_json
@@ -78,20 +79,15 @@ def attention_maps_command(
     images: Annotated[
         list[Path] | None, typer.Argument(help="Image files, or folders of them; by default the dataset.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Folder or Hub id; by default the one that ships.")
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Hub id, folder of parquet files, or imagefolder; by default the sample that ships."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    split: SplitOption = "test",
     output: Annotated[Path, typer.Option(help="The picture to write: .png, .svg or .pdf.")] = Path(
         "attention_maps.png"
     ),
     num_active_queries: Annotated[int | None, typer.Option(help="K: draw the first K queries.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 256,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    batch_size: BatchSizeOption = 256,
+    device: DeviceOption = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the maps to this file.")] = None,
 ) -> None:
     """What each query reads, as a picture: cross-attention averaged over a dataset, or over given images."""

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from .benchmark import FORMS, benchmark, benchmark_table, plot_benchmark
 from .loading import check_dtype, choose_device, default_dataset, default_model, load_model
+from .options import DeviceOption, JsonOption, ModelOption, model_label
 from .plots import check_picture
 from .training.conditions import cpu_computes_in_bf16, measurement_conditions
 from .training.data import load_images, normalise, pixels_of_size
@@ -18,7 +19,7 @@ from .training.files import check_writable, write_json
 
 
 def benchmark_command(
-    model: Annotated[str | None, typer.Option(help="Folder or Hub id; by default the one that ships.")] = None,
+    model: ModelOption = None,
     batch_size: Annotated[list[int], typer.Option(help="Repeat for several.")] = [1, 64],  # noqa: B006
     num_active_queries: Annotated[
         list[int] | None, typer.Option(help="K to measure beside all queries; repeat. By default the paper's.")
@@ -30,9 +31,9 @@ def benchmark_command(
         typer.Option(help="float32, bfloat16 or float16; repeat. By default float32, and bfloat16 where it is fast."),
     ] = None,
     repetitions: Annotated[int, typer.Option(help="Of all settings.")] = 7,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: DeviceOption = "auto",
     plot: Annotated[Path | None, typer.Option(help="Write relative time against MACs to this picture.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Time and memory of a checkpoint on this machine, at every budget and in each form, side by side."""
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -65,9 +66,7 @@ def benchmark_command(
     )
     for size in batch_size:
         console.print(benchmark_table([row for row in rows if row.batch_size == size]))
-    conditions = measurement_conditions(
-        place, model=Path(name).name if Path(name).is_dir() else name, repetitions=repetitions
-    )
+    conditions = measurement_conditions(place, model=model_label(name), repetitions=repetitions)
     console.print(", ".join(f"{key} {value}" for key, value in conditions.items()), style="dim", highlight=False)
     if json_file:
         write_json(json_file, {"conditions": conditions, "rows": [asdict(row) for row in rows]})

@@ -19,7 +19,17 @@ from .calibration import (
     write_operating_point,
 )
 from .evaluation import OperatingPoint, Row
-from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model
+from .loading import choose_device, default_dataset, default_model, load_model
+from .options import (
+    BatchSizeOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    SplitOption,
+    dataset_label,
+    model_label,
+)
 from .training.conditions import measurement_conditions
 from .training.data import load_images
 from .training.files import check_writable, write_json
@@ -47,7 +57,7 @@ def calibrate_command(
     write: Annotated[
         bool, typer.Option("--write", help="Make it the default in the model folder's config.json.")
     ] = False,
-    model: Annotated[str | None, typer.Option(help="Folder or Hub id; by default the one that ships.")] = None,
+    model: ModelOption = None,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -55,12 +65,12 @@ def calibrate_command(
             "by default the sample that ships."
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    split: SplitOption = "test",
     max_images: Annotated[int | None, typer.Option(min=2, help="Only the last so many images of the split.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 256,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    batch_size: BatchSizeOption = 256,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    json_file: JsonOption = None,
 ) -> None:
     """Choose K or t for a budget or an accuracy, and report what it does on images that it was not chosen on."""
     console, messages = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
@@ -89,8 +99,8 @@ def calibrate_command(
         attention=network.config._attn_implementation,
         batch_size=batch_size,
         images=len(data),
-        model=Path(name).name if Path(name).is_dir() else name,
-        dataset=(Path(dataset).name if dataset and Path(dataset).exists() else dataset) or SAMPLE,
+        model=model_label(name),
+        dataset=dataset_label(dataset),
         split=split,
     )
     console.print(calibration_table(result))

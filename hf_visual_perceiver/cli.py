@@ -24,9 +24,22 @@ from .card import training_lines, write_card
 from .card_command import card_command
 from .comparison import compare_runs, plot_comparison
 from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
-from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model, load_optimized
+from .loading import choose_device, default_dataset, default_model, load_model, load_optimized
 from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
 from .modeling.handler import open_image
+from .options import (
+    BatchSizeOption,
+    DatasetNameOption,
+    DatasetOption,
+    DeviceOption,
+    DtypeOption,
+    FastOption,
+    JsonOption,
+    ModelOption,
+    SplitOption,
+    dataset_label,
+    model_label,
+)
 from .plots import check_picture, plot_tradeoff
 from .publish_command import publish_command
 from .robustness_command import robustness_command
@@ -48,33 +61,22 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
 
-ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or Hub id; by default the one that ships.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-FastOption = Annotated[bool, typer.Option("--fast", help="Use the form that is optimised for CPUs; same answers.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @app.command("evaluate")
 def evaluate_command(
     model: ModelOption = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Hub id, folder of parquet files, or imagefolder; by default the sample that ships."),
-    ] = None,
-    dataset_name: Annotated[
-        str | None,
-        typer.Option(help="What to call the dataset in the result: its Hub id, if --dataset is a copy of it."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    dataset: DatasetOption = None,
+    dataset_name: DatasetNameOption = None,
+    split: SplitOption = "test",
     num_active_queries: Annotated[
         list[int] | None, typer.Option(help="K to measure; repeat for several. By default the paper's K and t.")
     ] = None,
     dqs_threshold: Annotated[
         list[float] | None, typer.Option(help="t to measure, at every K given; repeat for several.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images of a batch.")] = 256,
+    batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
     fast: FastOption = False,
@@ -108,10 +110,8 @@ def evaluate_command(
         batch_size,
         progress=messages.is_terminal,
         conditions={
-            "model": Path(name).name if Path(name).is_dir() else name,
-            "dataset": dataset_name
-            or (Path(data_name).name if dataset and Path(dataset).exists() else dataset)
-            or SAMPLE,
+            "model": model_label(name),
+            "dataset": dataset_label(dataset, dataset_name),
             "split": split,
         },
     )
@@ -135,7 +135,7 @@ def predict(
     num_active_queries: Annotated[int | None, typer.Option(help="K: use the first K queries.")] = None,
     dqs_threshold: Annotated[float | None, typer.Option(help="t: drop queries more similar than this.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels to show of each image.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
+    batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
     fast: FastOption = False,

@@ -17,6 +17,15 @@ from rich.console import Console
 
 from . import paper
 from .loading import SAMPLE, choose_device, default_dataset, shipped
+from .options import (
+    BatchSizeOption,
+    DatasetNameOption,
+    DatasetOption,
+    DeviceOption,
+    DtypeOption,
+    SplitOption,
+    dataset_label,
+)
 from .reproduce_measure import Measurements, measure, read_checkpoints
 from .reproduce_sections import PICTURES, SECTIONS, difference_from_paper
 from .training.data import load_images
@@ -92,18 +101,12 @@ def command(
     config: Annotated[
         Path | None, typer.Option(help="YAML that names the checkpoints; by default the one that ships.")
     ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Hub id, folder of parquet files, or imagefolder; by default the sample that ships."),
-    ] = None,
-    dataset_name: Annotated[
-        str | None,
-        typer.Option(help="What to call the dataset in the report: its Hub id, if --dataset is a copy of it."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 256,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dataset: DatasetOption = None,
+    dataset_name: DatasetNameOption = None,
+    split: SplitOption = "test",
+    batch_size: BatchSizeOption = 256,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Of the random subsets.")] = 0,
     image: Annotated[int, typer.Option(help="Index of the image whose similarities are shown.")] = 0,
     robustness_images: Annotated[
@@ -119,7 +122,7 @@ def command(
         messages.print(f"missing: {role}" + (f", {name}" if name else ""), markup=False, highlight=False)
     data = load_images(dataset or default_dataset(), split)
     chosen = choose_device(device)
-    called = dataset_name or (Path(dataset).name if dataset and Path(dataset).exists() else dataset)
+    called = dataset_label(dataset, dataset_name)
     found = measure(
         checkpoints,
         data,
@@ -131,11 +134,11 @@ def command(
         messages.is_terminal,
         robustness_images,
         robustness_severity,
-        conditions={"dataset": called or SAMPLE, "split": split},
+        conditions={"dataset": called, "split": split},
     )
     parts = ["python", "-m", "hf_visual_perceiver.reproduce"]
     parts += ["--config", str(config)] if config else []
-    parts += ["--dataset", called] if called else []
+    parts += ["--dataset", called] if called != SAMPLE else []
     parts += ["--split", split, "--batch-size", str(batch_size), "--device", chosen, "--dtype", dtype]
     parts += ["--seed", str(seed), "--image", str(image), "--robustness-images", str(robustness_images)]
     parts += [word for severity in robustness_severity for word in ("--robustness-severity", str(severity))]
