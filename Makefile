@@ -20,7 +20,7 @@ reproduce: $(SETUP)
 	$(BIN)/python -m hf_visual_perceiver.reproduce --output-dir $(OUTPUTS)/paper
 
 test: $(SETUP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
