@@ -5,7 +5,7 @@ BIN := .venv/bin
 SETUP := .venv/.installed
 OUTPUTS := outputs
 
-.PHONY: demo test lint test-upstream wheel clean
+.PHONY: demo test reproduce lint test-upstream wheel clean
 
 # Evaluate the bundled checkpoint on the embedded sample at every K and t, plot it, classify a few images.
 demo: $(SETUP)
@@ -15,8 +15,12 @@ demo: $(SETUP)
 	$(BIN)/visual-perceiver predict $(OUTPUTS)/images --num-active-queries 8
 	$(BIN)/visual-perceiver predict $(OUTPUTS)/images --dqs-threshold 0.8
 
+# The paper's tables and figures beside ours, from the checkpoints in hf_visual_perceiver/reproduce.yaml, on the embedded sample.
+reproduce: $(SETUP)
+	$(BIN)/python -m hf_visual_perceiver.reproduce --output-dir $(OUTPUTS)/paper
+
 test: $(SETUP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

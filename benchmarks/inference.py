@@ -1,46 +1,85 @@
-"""Time at every budget, side by side: K relative to all queries, and selection relative to a fixed K of the same mean.
+"""Time at every budget, in every form of the model, beside other networks of its size.
 
-    python benchmarks/inference.py --json inference.json
+    python benchmarks/inference.py --plot inference.png --json inference.json
 
-Every repetition runs all settings once, in turn, on the same images, after a warm-up; the ratios are of the same
-repetition, and their medians are printed. Random weights by default: time does not depend on them, but which queries a
-threshold keeps does, so thresholds want a trained checkpoint (`--model`).
+Every repetition runs all settings of all forms and the rivals once, in turn, on the same images, after a warm-up; ratios
+are of the same repetition, and their medians are printed. Random weights by default: time does not depend on them, but which
+queries a threshold keeps does, so thresholds want a trained checkpoint (`--model`).
 """
 
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
-from rich import box
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from timm.models.vision_transformer import VisionTransformer
+from transformers import PerceiverConfig, PerceiverModel
 
-from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
-from hf_visual_perceiver.cli import conditions_line
-from hf_visual_perceiver.evaluation import PAPER_QUERIES
+from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification
+from hf_visual_perceiver.benchmark import Rival, benchmark, benchmark_table, plot_benchmark
 from hf_visual_perceiver.loading import choose_device, default_dataset, load_model
-from hf_visual_perceiver.training.conditions import measurement_conditions
+from hf_visual_perceiver.training.conditions import cpu_computes_in_bf16, measurement_conditions
 from hf_visual_perceiver.training.data import load_images, normalise, pixels_of_size
 from hf_visual_perceiver.training.files import write_json
 
 
-console = Console(width=120)
+console = Console(width=150)
 
 
-@torch.inference_mode()
-def milliseconds(model: torch.nn.Module, pixels: torch.Tensor, **arguments: float) -> float:
-    """Time of one forward, device included."""
-    if pixels.device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    model(pixels, **arguments)
-    if pixels.device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - began)
+def timm_vit(config: VisualPerceiverConfig) -> VisionTransformer:
+    """timm's ViT of the same width, depth and number of tokens."""
+    return VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        num_classes=config.num_labels,
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=config.intermediate_size / config.hidden_size,
+        class_token=False,
+        global_pool="avg",
+    )
+
+
+def vit_macs(config: VisualPerceiverConfig) -> int:
+    """Of `timm_vit`, for one image."""
+    N, D, M = config.num_patches, config.hidden_size, config.intermediate_size
+    blocks = config.num_hidden_layers * (N * (4 * D**2 + 2 * D * M) + 2 * N**2 * D)
+    return N * config.num_channels * config.patch_size**2 * D + blocks + D * config.num_labels
+
+
+def transformers_perceiver(config: VisualPerceiverConfig) -> PerceiverModel:
+    """transformers' Perceiver with as many latents of the same width and as many blocks, reading the same patches."""
+    return PerceiverModel(
+        PerceiverConfig(
+            num_latents=config.num_queries,
+            d_latents=config.hidden_size,
+            d_model=config.num_channels * config.patch_size**2,
+            num_blocks=1,
+            num_self_attends_per_block=config.num_hidden_layers,
+            num_self_attention_heads=config.num_attention_heads,
+            num_cross_attention_heads=1,
+            self_attention_widening_factor=config.intermediate_size // config.hidden_size,
+            cross_attention_widening_factor=config.intermediate_size // config.hidden_size,
+        )
+    )
+
+
+def rivals_of(config: VisualPerceiverConfig, device: str, dtype: torch.dtype, compile_too: bool) -> dict[str, Rival]:
+    """The other networks, by name."""
+    vit = timm_vit(config).to(device, dtype).eval()
+    perceiver = transformers_perceiver(config).to(device, dtype).eval()
+
+    def read(pixels: torch.Tensor) -> torch.Tensor:
+        patches = torch.nn.functional.unfold(pixels, config.patch_size, stride=config.patch_size)
+        return perceiver(patches.transpose(1, 2)).last_hidden_state
+
+    rivals = {"timm's ViT, eager": Rival(vit, vit_macs(config)), "transformers' Perceiver, eager": Rival(read)}
+    if compile_too:
+        rivals["timm's ViT, compiled"] = Rival(torch.compile(vit), vit_macs(config))
+    return rivals
 
 
 def main(
@@ -48,82 +87,51 @@ def main(
         str | None, typer.Option(help="Checkpoint; by default --architecture with random weights.")
     ] = None,
     architecture: Annotated[str, typer.Option(help="timm name.")] = "visual_perceiver_tiny_patch4_32",
-    batch_size: Annotated[list[int], typer.Option(help="Repeat for several.")] = [1, 64, 512],  # noqa: B006
+    batch_size: Annotated[list[int], typer.Option(help="Repeat for several.")] = [1, 8, 64, 512],  # noqa: B006
+    num_active_queries: Annotated[list[int] | None, typer.Option(help="K beside all; by default the paper's.")] = None,
     threshold: Annotated[list[float], typer.Option(help="t, with --model; repeat for several.")] = [0.6, 0.8, 0.9],  # noqa: B006
+    form: Annotated[list[str], typer.Option(help="eager, optimized, compiled; repeat.")] = ["eager", "optimized"],  # noqa: B006
+    dtype: Annotated[list[str] | None, typer.Option(help="Repeat; by default float32, bfloat16 where fast.")] = None,
+    compile_rivals: Annotated[bool, typer.Option(help="Also time timm's ViT compiled.")] = False,
     repetitions: Annotated[int, typer.Option(help="Of all settings.")] = 7,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    plot: Annotated[Path | None, typer.Option(help="Write relative time against MACs to this picture.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
-    """Print time relative to all queries, and of selection relative to a fixed K."""
+    """Print time relative to all queries, of selection relative to a fixed K, and of all relative to eager."""
     device = choose_device(device)
+    names = dtype or ["float32", *(["bfloat16"] if device != "cpu" or cpu_computes_in_bf16() else [])]
+    dtypes = [getattr(torch, name) for name in names]
+    torch.manual_seed(0)
     if model is None:
-        torch.manual_seed(0)
         config = VisualPerceiverConfig.from_architecture(architecture, num_labels=10)
-        network = VisualPerceiverForImageClassification(config).to(device, getattr(torch, dtype)).eval()
+        network = VisualPerceiverForImageClassification(config).to(device).eval()
     else:
-        network = load_model(model, device, dtype)
-    config = network.config
-    Q, size, cfg = config.num_queries, config.image_height_width, config.timm_pretrained_cfg
-    data = load_images(default_dataset(), "test")
-
-    results = []
-    for batch in batch_size:
-        indices = range(0, min(batch, len(data)))
-        pixels = normalise(pixels_of_size(data, indices, size), cfg["mean"], cfg["std"])
-        pixels = pixels.to(device, getattr(torch, dtype))
-        settings: dict[str, dict[str, float]] = {
-            f"K = {K}": {"num_active_queries": K} for K in (*(K for K in PAPER_QUERIES if K < Q), Q)
-        }
-        pairs = {}
-        for t in threshold if model is not None else []:
-            with torch.inference_mode():
-                mean = network(pixels, dqs_threshold=t).active_queries.sum(1).float().mean().item()
-            pairs[f"t = {t:g}"] = (mean, f"K = {max(1, round(mean))}")
-            settings[f"t = {t:g}"] = {"dqs_threshold": t}
-            settings.setdefault(pairs[f"t = {t:g}"][1], {"num_active_queries": max(1, round(mean))})
-        for arguments in settings.values():
-            milliseconds(network, pixels, **arguments)
-        times: dict[str, list[float]] = {name: [] for name in settings}
-        for _ in track(range(repetitions), f"batch {batch}", console=Console(stderr=True)):
-            for name, arguments in settings.items():
-                times[name].append(milliseconds(network, pixels, **arguments))
-        full = np.asarray(times[f"K = {Q}"])
-        table = Table(title=f"batch {len(indices)}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for header in (
-            "setting",
-            "mean queries",
-            "ms",
-            f"relative to K = {Q}",
-            "MACs, relative",
-            "relative to fixed K",
-        ):
-            table.add_column(header, justify="right")
-        for name, arguments in settings.items():
-            mean, fixed = pairs.get(name, (arguments.get("num_active_queries"), None))
-            row = {
-                "batch_size": len(indices),
-                "setting": name,
-                "queries": mean,
-                "ms": float(np.median(times[name])),
-                "relative_time": float(np.median(np.asarray(times[name]) / full)),
-                "relative_to_fixed": float(np.median(np.asarray(times[name]) / times[fixed])) if fixed else None,
-                "relative_macs": count_macs(config, int(mean)) / count_macs(config, Q) if fixed is None else None,
-            }
-            results.append(row)
-            table.add_row(
-                name,
-                f"{mean:.1f}",
-                f"{row['ms']:.2f}",
-                f"{row['relative_time']:.3f}",
-                "" if fixed else f"{row['relative_macs']:.3f}",
-                f"{row['relative_to_fixed']:.2f} (K = {round(mean)})" if fixed else "",
-            )
-        console.print(table)
-    conditions = measurement_conditions(device, dtype=dtype, model=model or architecture, repetitions=repetitions)
-    console.print(conditions_line(conditions), style="dim", highlight=False)
+        network = load_model(model, device)
+    config, data = network.config, load_images(default_dataset(), "test")
+    cfg, indices = config.timm_pretrained_cfg, range(min(max(batch_size), len(data)))
+    pixels = normalise(pixels_of_size(data, indices, config.image_height_width), cfg["mean"], cfg["std"])
+    rows = benchmark(
+        network,
+        pixels,
+        batch_size,
+        threshold if model else (),
+        form,
+        dtypes,
+        repetitions,
+        rivals_of(config, device, dtypes[0], compile_rivals),
+        num_active_queries,
+    )
+    for size in batch_size:
+        console.print(benchmark_table([row for row in rows if row.batch_size == size]))
+    conditions = measurement_conditions(
+        device, model=Path(model).name if model else architecture, repetitions=repetitions
+    )
+    console.print(", ".join(f"{key} {value}" for key, value in conditions.items()), highlight=False)
     if json_file:
-        write_json(json_file, {"conditions": conditions, "rows": results})
+        write_json(json_file, {"conditions": conditions, "rows": [asdict(row) for row in rows]})
+    if plot:
+        plot_benchmark(rows, plot)
 
 
 if __name__ == "__main__":

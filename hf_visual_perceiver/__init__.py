@@ -1,10 +1,12 @@
 """Image models whose compute is a dial: the Visual Perceiver with Dynamic Query Selection.
 
-Importing the package registers the models with transformers' auto classes and with timm.
+Importing the package registers the models with transformers' auto classes and with timm, and a pipeline's task.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers.pipelines import PIPELINE_REGISTRY
 
+from .adaptive_pipeline import TASK, AdaptiveImageClassificationPipeline
 from .modeling import (
     ARCHITECTURES,
     VisualPerceiverConfig,
@@ -21,6 +23,10 @@ __version__ = "0.1.0"
 AutoConfig.register(VisualPerceiverConfig.model_type, VisualPerceiverConfig, exist_ok=True)
 AutoModel.register(VisualPerceiverConfig, VisualPerceiverModel, exist_ok=True)
 AutoModelForImageClassification.register(VisualPerceiverConfig, VisualPerceiverForImageClassification, exist_ok=True)
+# `image-classification` stays what it is everywhere; this task takes the budget as an argument.
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, AdaptiveImageClassificationPipeline, pt_model=AutoModelForImageClassification, type="image"
+)
 
 # So that `save_pretrained` puts the code beside the weights, and a folder loads where this package is not installed.
 VisualPerceiverConfig.register_for_auto_class()
@@ -29,6 +35,7 @@ VisualPerceiverForImageClassification.register_for_auto_class("AutoModelForImage
 
 __all__ = [
     "ARCHITECTURES",
+    "AdaptiveImageClassificationPipeline",
     "VisualPerceiverConfig",
     "VisualPerceiverForImageClassification",
     "VisualPerceiverModel",

@@ -17,14 +17,32 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .attention_maps import attention_maps_command
+from .benchmark_command import benchmark_command
+from .calibrate_command import calibrate_command
 from .card import training_lines, write_card
 from .card_command import card_command
 from .comparison import compare_runs, plot_comparison
 from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
 from .export_command import compare_exports_command, export_command
-from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model, load_optimized
+from .loading import choose_device, default_dataset, default_model, load_model, load_optimized
 from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
+from .modeling.handler import open_image
+from .options import (
+    BatchSizeOption,
+    DatasetNameOption,
+    DatasetOption,
+    DeviceOption,
+    DtypeOption,
+    FastOption,
+    JsonOption,
+    ModelOption,
+    SplitOption,
+    dataset_label,
+    model_label,
+)
 from .plots import check_picture, plot_tradeoff
+from .publish_command import publish_command
 from .robustness_command import robustness_command
 from .training.data import load_images
 from .training.files import check_writable, write_json
@@ -44,33 +62,22 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True)
 
-ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or Hub id; by default the one that ships.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-FastOption = Annotated[bool, typer.Option("--fast", help="Use the form that is optimised for CPUs; same answers.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @app.command("evaluate")
 def evaluate_command(
     model: ModelOption = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Hub id, folder of parquet files, or imagefolder; by default the sample that ships."),
-    ] = None,
-    dataset_name: Annotated[
-        str | None,
-        typer.Option(help="What to call the dataset in the result: its Hub id, if --dataset is a copy of it."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    dataset: DatasetOption = None,
+    dataset_name: DatasetNameOption = None,
+    split: SplitOption = "test",
     num_active_queries: Annotated[
         list[int] | None, typer.Option(help="K to measure; repeat for several. By default the paper's K and t.")
     ] = None,
     dqs_threshold: Annotated[
         list[float] | None, typer.Option(help="t to measure, at every K given; repeat for several.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images of a batch.")] = 256,
+    batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
     fast: FastOption = False,
@@ -104,10 +111,8 @@ def evaluate_command(
         batch_size,
         progress=messages.is_terminal,
         conditions={
-            "model": Path(name).name if Path(name).is_dir() else name,
-            "dataset": dataset_name
-            or (Path(data_name).name if dataset and Path(dataset).exists() else dataset)
-            or SAMPLE,
+            "model": model_label(name),
+            "dataset": dataset_label(dataset, dataset_name),
             "split": split,
         },
     )
@@ -131,7 +136,7 @@ def predict(
     num_active_queries: Annotated[int | None, typer.Option(help="K: use the first K queries.")] = None,
     dqs_threshold: Annotated[float | None, typer.Option(help="t: drop queries more similar than this.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels to show of each image.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
+    batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
     fast: FastOption = False,
@@ -258,10 +263,14 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
         )
 
 
+app.command("benchmark")(benchmark_command)
 app.command("robustness")(robustness_command)
 app.command("card")(card_command)
 app.command("export")(export_command)
 app.command("compare-exports")(compare_exports_command)
+app.command("publish")(publish_command)
+app.command("attention-maps")(attention_maps_command)
+app.command("calibrate")(calibrate_command)
 
 
 def _read_json(path: Path, convert: Callable[[dict[str, Any]], T]) -> T | None:
@@ -323,9 +332,9 @@ def list_images(paths: list[Path]) -> list[Path]:
 def read_image(path: Path) -> Image.Image:
     """An RGB image, or a `ValueError` that names the file."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with path.open("rb") as file:
+            return open_image(file)
+    except (OSError, ValueError) as error:
         raise ValueError(f"Cannot read {path} as an image: {error}") from error
 
 

@@ -2,13 +2,14 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from .confusion import Confusion
@@ -55,6 +56,49 @@ class Row:
     @property
     def point(self) -> OperatingPoint:
         return OperatingPoint(self.num_active_queries, self.dqs_threshold)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one operating point did to each of n images.
+
+    Attributes:
+        point: The setting.
+        predictions: (n,) class indices.
+        labels: (n,) the right ones.
+        queries: (n,) active queries.
+        seconds: Per image, one value for each batch.
+        reference_seconds: The same of all queries on the same batches.
+    """
+
+    point: OperatingPoint
+    predictions: np.ndarray
+    labels: np.ndarray
+    queries: np.ndarray
+    seconds: np.ndarray
+    reference_seconds: np.ndarray
+
+    @property
+    def correct(self) -> np.ndarray:
+        """(n,) bool: which images were classified as labelled."""
+        return self.predictions == self.labels
+
+    def row(self, model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver) -> Row:
+        """The summary over images; times are medians over batches."""
+        score = Accuracy(keep_in_memory=True).compute(predictions=self.predictions, references=self.labels)
+        return Row(
+            num_active_queries=self.point.num_active_queries,
+            dqs_threshold=self.point.dqs_threshold,
+            queries_mean=float(self.queries.mean()),
+            queries_std=float(self.queries.std()),
+            queries_min=int(self.queries.min()),
+            queries_max=int(self.queries.max()),
+            macs=_mean_macs(model, self.queries, self.point),
+            accuracy=score["accuracy"],
+            standard_error=score["standard_error"],
+            ms_per_image=1000 * float(np.median(self.seconds)),
+            relative_time=float(np.median(self.seconds / self.reference_seconds)),
+        )
 
 
 @dataclass(frozen=True)
@@ -125,60 +169,9 @@ def evaluate(
     Raises:
         ValueError: If the dataset's labels are not the model's, or a point is out of the model's range.
     """
-    config = model.config
-    all_labels = labels_of_model(model, data)
-    all_queries = OperatingPoint(config.num_queries)
+    config, all_queries = model.config, OperatingPoint(model.config.num_queries)
     points = list(dict.fromkeys(points)) if points is not None else default_points(config.num_queries)
-    for point in points:
-        config.operating_point(point.num_active_queries, point.dqs_threshold)
-    if batch_size < 1:
-        raise ValueError(f"Expected a batch size of at least 1, got {batch_size}.")
-
-    # The reference of relative times runs too, if it is not among the points.
-    measured = points if all_queries in points else [*points, all_queries]
-    metrics = {point: Accuracy(keep_in_memory=True) for point in measured}
-    queries: dict[OperatingPoint, list[np.ndarray]] = {point: [] for point in measured}
-    seconds: dict[OperatingPoint, list[float]] = {point: [] for point in measured}
-    answers: list[np.ndarray] = []  # of all queries
-    cfg = config.timm_pretrained_cfg
-    batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
-    for number, indices in enumerate(track(batches, "evaluating", disable=not progress)):
-        pixels = pixels_of_size(data, indices, config.image_height_width, cfg["interpolation"])
-        pixels = normalise(pixels, cfg["mean"], cfg["std"])
-        pixels = pixels.to(model.device, model.dtype)
-        labels = all_labels[indices.start : indices.stop]
-        if number == 0:
-            for point in measured:
-                _timed_forward(model, pixels, point)
-        for point in measured:
-            elapsed, logits, active = _timed_forward(model, pixels, point)
-            predictions = logits.argmax(-1).cpu().numpy()
-            metrics[point].add_batch(predictions=predictions, references=labels)
-            if point == all_queries:
-                answers.append(predictions)
-            queries[point].append(active.sum(1).cpu().numpy())
-            seconds[point].append(elapsed / len(indices))
-
-    rows = []
-    reference = np.asarray(seconds[all_queries])
-    for point in points:
-        counts, times = np.concatenate(queries[point]), np.asarray(seconds[point])
-        score = metrics[point].compute()
-        rows.append(
-            Row(
-                num_active_queries=point.num_active_queries,
-                dqs_threshold=point.dqs_threshold,
-                queries_mean=float(counts.mean()),
-                queries_std=float(counts.std()),
-                queries_min=int(counts.min()),
-                queries_max=int(counts.max()),
-                macs=_mean_macs(model, counts, point),
-                accuracy=score["accuracy"],
-                standard_error=score["standard_error"],
-                ms_per_image=1000 * float(np.median(times)),
-                relative_time=float(np.median(times / reference)),
-            )
-        )
+    measured = measure_points(model, data, list(dict.fromkeys([*points, all_queries])), batch_size, progress)
     measured_under = measurement_conditions(
         model.device,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -188,8 +181,78 @@ def evaluate(
         images=len(data),
         **(conditions or {}),
     )
-    confusion = Confusion.of(config.label_names, all_labels, np.concatenate(answers))
-    return Evaluation(rows, measured_under, confusion)
+    full = next(m for m in measured if m.point == all_queries)
+    confusion = Confusion.of(config.label_names, full.labels, full.predictions)
+    return Evaluation([m.row(model) for m in measured if m.point in points], measured_under, confusion)
+
+
+def measure_points(
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
+    data: ImageDataset,
+    points: Sequence[OperatingPoint],
+    batch_size: int = 256,
+    progress: bool = True,
+) -> list[Measurement]:
+    """What `evaluate` is made of: what every image did at each of `points`, which are taken as they come.
+
+    Raises:
+        ValueError: As `evaluate`.
+    """
+    config = model.config
+    all_labels = labels_of_model(model, data)
+    all_queries = OperatingPoint(config.num_queries)
+    for point in points:
+        config.operating_point(point.num_active_queries, point.dqs_threshold)
+    if batch_size < 1:
+        raise ValueError(f"Expected a batch size of at least 1, got {batch_size}.")
+
+    # The reference of relative times runs too, if it is not among the points.
+    measured = list(dict.fromkeys([*points, all_queries]))
+    predictions: dict[OperatingPoint, list[np.ndarray]] = {point: [] for point in measured}
+    queries: dict[OperatingPoint, list[np.ndarray]] = {point: [] for point in measured}
+    seconds: dict[OperatingPoint, list[float]] = {point: [] for point in measured}
+    batches = pixel_batches(model, data, batch_size, "evaluating" if progress else None)
+    for number, (indices, pixels) in enumerate(batches):
+        if number == 0:
+            for point in measured:
+                _timed_forward(model, pixels, point)
+        for point in measured:
+            elapsed, logits, active = _timed_forward(model, pixels, point)
+            predictions[point].append(logits.argmax(-1).cpu().numpy())
+            queries[point].append(active.sum(1).cpu().numpy())
+            seconds[point].append(elapsed / len(indices))
+
+    reference = np.asarray(seconds[all_queries])
+    return [
+        Measurement(
+            point,
+            np.concatenate(predictions[point]),
+            all_labels,
+            np.concatenate(queries[point]),
+            np.asarray(seconds[point]),
+            reference,
+        )
+        for point in points
+    ]
+
+
+def pixel_batches(
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
+    data: ImageDataset,
+    batch_size: int,
+    description: str | None = None,
+) -> Iterator[tuple[range, torch.Tensor]]:
+    """The indices of each batch and its `pixel_values` (B, C, H, W), as the model takes them and where it is.
+
+    With a `description` a progress bar shows it.
+    """
+    config = model.config
+    cfg = config.timm_pretrained_cfg
+    batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
+    for indices in track(batches, description or "", console=Console(stderr=True), disable=description is None):
+        pixels = pixels_of_size(data, indices, config.image_height_width, cfg["interpolation"])
+        pixels = normalise(pixels, cfg["mean"], cfg["std"])
+        yield indices, pixels.to(model.device, model.dtype)
 
 
 def labels_of_model(

@@ -13,7 +13,17 @@ from rich.table import Table
 from .evaluation import OperatingPoint
 from .export import FORMATS, check_output, export_onnx, export_program, export_timm, require
 from .export_comparison import ExportComparison, compare_exports
-from .loading import SAMPLE, default_dataset, default_model, load_config, load_model
+from .loading import default_dataset, default_model, load_config, load_model
+from .options import (
+    BatchSizeOption,
+    DatasetNameOption,
+    DatasetOption,
+    JsonOption,
+    ModelOption,
+    SplitOption,
+    dataset_label,
+    model_label,
+)
 from .training.data import load_images
 from .training.files import check_writable, write_json
 
@@ -82,22 +92,18 @@ def export_command(
 
 def compare_exports_command(
     files: Annotated[list[Path], typer.Argument(help="Exported files, .onnx or .pt2.")],
-    model: Annotated[
-        str | None, typer.Option(help="The checkpoint, for PyTorch; folder or Hub id, by default the one that ships.")
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Hub id, folder of parquet files, or imagefolder; by default the sample that ships."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    dataset_name: DatasetNameOption = None,
+    split: SplitOption = "test",
     num_active_queries: Annotated[
         list[int] | None,
         typer.Option(help="K to measure; repeat. By default 8, 16, 32 and all, or what a file has fixed."),
     ] = None,
     dqs_threshold: Annotated[list[float] | None, typer.Option(help="t to measure with all queries; repeat.")] = None,
     max_images: Annotated[int | None, typer.Option(min=1, help="At most so many images.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    batch_size: BatchSizeOption = 64,
+    json_file: JsonOption = None,
 ) -> None:
     """Accuracy and time of exported files beside PyTorch's, on the same batches in turn.
 
@@ -119,8 +125,8 @@ def compare_exports_command(
         batch_size,
         progress=sys.stderr.isatty(),
         conditions={
-            "model": Path(name).name if Path(name).is_dir() else name,
-            "dataset": (Path(data_name).name if dataset and Path(dataset).exists() else dataset) or SAMPLE,
+            "model": model_label(name),
+            "dataset": dataset_label(dataset, dataset_name),
             "split": split,
         },
     )

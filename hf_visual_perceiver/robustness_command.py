@@ -11,7 +11,19 @@ from rich.table import Table
 
 from .corruptions import CORRUPTIONS, SEVERITIES
 from .difficulty import difficulty_verdict
-from .loading import SAMPLE, choose_device, default_dataset, default_model, load_model
+from .loading import choose_device, default_dataset, default_model, load_model
+from .options import (
+    BatchSizeOption,
+    DatasetNameOption,
+    DatasetOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    SplitOption,
+    dataset_label,
+    model_label,
+)
 from .robustness import ALL, BUDGETS, CLEAN, THRESHOLDS, Robustness, measure_robustness, robustness_points
 from .robustness_report import robustness_section, robustness_verdict, severities_in_words
 from .training.data import load_images
@@ -19,16 +31,10 @@ from .training.files import check_writable, write_json, write_text
 
 
 def robustness_command(
-    model: Annotated[str | None, typer.Option(help="Folder or Hub id; by default the one that ships.")] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Hub id, folder of parquet files, or imagefolder; by default the sample that ships."),
-    ] = None,
-    dataset_name: Annotated[
-        str | None,
-        typer.Option(help="What to call the dataset in the result: its Hub id, if --dataset is a copy of it."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    dataset_name: DatasetNameOption = None,
+    split: SplitOption = "test",
     corruption: Annotated[list[str] | None, typer.Option(help="Repeat for several; by default all.")] = None,
     severity: Annotated[list[int] | None, typer.Option(help="1 to 5; repeat for several; by default all.")] = None,
     num_active_queries: Annotated[
@@ -39,10 +45,10 @@ def robustness_command(
     ] = None,
     max_images: Annotated[int | None, typer.Option(help="At most so many images, evenly spaced in the split.")] = None,
     seed: Annotated[int, typer.Option(help="Of the corruptions.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images of a batch.")] = 256,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    batch_size: BatchSizeOption = 256,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    json_file: JsonOption = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Write robustness.md, its pictures and robustness.json into this folder.")
     ] = None,
@@ -67,10 +73,8 @@ def robustness_command(
         batch_size,
         progress=sys.stderr.isatty(),
         conditions={
-            "model": Path(name).name if Path(name).is_dir() else name,
-            "dataset": dataset_name
-            or (Path(data_name).name if dataset and Path(dataset).exists() else dataset)
-            or SAMPLE,
+            "model": model_label(name),
+            "dataset": dataset_label(dataset, dataset_name),
             "split": split,
         },
     )

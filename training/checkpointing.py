@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from .files import folder_written_aside, write_json, write_text
+from .files import folder_written_aside, write_json, write_text, written_aside
 from .recipe import Recipe, recipe_from_dict
 from .state import read_state, write_state
 
@@ -44,6 +45,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.failure_file = self.path / "failure.json"
+        self.failure_weights = self.path / "failure.safetensors"
 
     def check(self, recipe: Recipe, resume: bool, allow_recipe_change: bool = False) -> None:
         """Raise a `ValueError` if the folder cannot take this run; writes nothing.
@@ -82,7 +84,8 @@ class RunFolder:
         # First, because a folder without it is not taken for a run.
         write_text(self.recipe_file, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
         self.checkpoints.mkdir(exist_ok=True)
-        self.failure_file.unlink(missing_ok=True)
+        for file in (self.failure_file, self.failure_weights):
+            file.unlink(missing_ok=True)
         for leftover in (*self.checkpoints.glob(".*"), *self.path.glob(".model.*")):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -134,8 +137,12 @@ class RunFolder:
         """Time spent on training steps, over all resumptions, by the log."""
         return sum(entry.get("seconds", 0.0) for entry in self.entries()) / 3600
 
-    def write_failure(self, report: dict[str, Any]) -> None:
-        """Keep what is known about a run that went wrong, with its last logged steps, until it is resumed."""
+    def write_failure(self, report: dict[str, Any], weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Keep what is known about a run that went wrong, until it is resumed: its last logged steps, its weights."""
+        if weights is not None:
+            with written_aside(self.failure_weights) as aside:
+                save_file({name: value.contiguous() for name, value in weights.items()}, aside)
+            report = {**report, "weights": self.failure_weights.name}
         write_json(self.failure_file, {**report, "log": self.entries()[-20:]})
 
     def log(self, entry: dict[str, Any]) -> None:

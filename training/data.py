@@ -122,7 +122,8 @@ def _find_columns(table: datasets.Dataset, dataset: str) -> tuple[str, str]:
 def _decode(table: datasets.Dataset, index: int, dataset: str) -> Image.Image:
     try:
         return table[index]["image"].convert("RGB")
-    except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
+    # Pillow raises whatever its decoders do.
+    except (OSError, SyntaxError, ValueError, AttributeError, RuntimeError, Image.DecompressionBombError) as error:
         encoded = table.cast_column("image", datasets.Image(decode=False))[index]["image"]
         path = encoded and encoded["path"]
         raise ValueError(f"Cannot read image {index} of {dataset}{f' ({path})' if path else ''}: {error}") from error

@@ -226,7 +226,7 @@ def train(
                 if schedule.distils:
                     entry |= {"full_loss": report[0], "student_loss": report[1]}
                 if not math.isfinite(entry["loss"]):
-                    _fail(accelerator, run, f"Expected a finite loss, got {entry['loss']}", step, subsets)
+                    _fail(accelerator, run, f"Expected a finite loss, got {entry['loss']}", step, subsets, network)
                 entry |= {"K": describe(subsets), "learning_rate": optimizer.param_groups[0]["lr"]}
                 entry |= {"images_per_second": round(clock.rate(), 1), "seconds": round(clock.seconds, 3)}
                 scalars = {key: value for key, value in entry.items() if isinstance(value, (int, float))}
@@ -243,7 +243,7 @@ def train(
             if done % recipe.save_every == 0 or done == recipe.steps or stopping:
                 # A checkpoint that cannot be continued must not take the place of one that can.
                 if not all_finite(accelerator, network):
-                    _fail(accelerator, run, "Expected finite weights, got others", step, subsets)
+                    _fail(accelerator, run, "Expected finite weights, got others", step, subsets, network)
                 save(done)
             if stopping:
                 break
@@ -368,10 +368,19 @@ def _main_process_alone(accelerator: Accelerator, act: Any) -> None:
         raise verdict[0]
 
 
-def _fail(accelerator: Accelerator, run: RunFolder, problem: str, step: int, subsets: list[QuerySubset]) -> None:
+def _fail(
+    accelerator: Accelerator,
+    run: RunFolder,
+    problem: str,
+    step: int,
+    subsets: list[QuerySubset],
+    network: VisualPerceiverForImageClassification,
+) -> None:
     """Keep what is known about a run that went wrong, and stop."""
     report = {"step": step, "K": describe(subsets), "problem": problem, "complete_checkpoints": run.saved_steps()}
-    _main_process_alone(accelerator, lambda: run.write_failure(report))
+    # Of weights that FSDP has split no process has all.
+    split = any(isinstance(parameter, DTensor) for parameter in network.parameters())
+    _main_process_alone(accelerator, lambda: run.write_failure(report, None if split else network.state_dict()))
     raise FloatingPointError(
         f"{problem} at step {step} with K = {report['K']}; complete checkpoints: "
         f"{report['complete_checkpoints'] or 'none'}. Details: {run.failure_file}"

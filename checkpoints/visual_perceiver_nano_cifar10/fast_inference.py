@@ -27,6 +27,9 @@ from .query_selection import select_queries
 # Large enough for a matrix product to be efficient, small enough that no tensor of a chunk makes glibc return its memory to
 # the system, as it does with what is freed beyond some megabytes; the next one would have to be paged in anew.
 TOKENS_PER_CHUNK = 1024
+# As many chunks, with all queries kept, have their cross-attention outputs in memory at once: enough images to find some of
+# each length, so that memory does not grow with the batch.
+WINDOW = 16
 
 # Of the activations in ACT2FN, those that oneDNN applies to a linear's output, with its name for their variant.
 ONEDNN_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_pytorch_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
@@ -244,35 +247,46 @@ class FastPerceiver:
             K: Use the first K queries.
             threshold: Drop those of them that are more similar than this to an earlier one.
         """
-        B, Q = pixel_values.shape[0], self.config.num_queries
-        y = self.read(pixel_values.to(self.dtype), K)  # (B, K, D)
+        window = max(1, WINDOW * self.tokens_per_chunk // K)
+        results = [self.answer(images.to(self.dtype), K, threshold) for images in pixel_values.split(window)]
+        pooled, keep = (torch.cat(parts) for parts in zip(*results, strict=True))
+        return pooled, F.pad(keep, (0, self.config.num_queries - K))
+
+    def answer(self, pixel_values: torch.Tensor, K: int, threshold: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `__call__`, for images whose cross-attention outputs are in memory together; the second is (B, K)."""
+        B = pixel_values.shape[0]
         if threshold is None:
-            active = (torch.arange(Q, device=y.device) < K).expand(B, Q)
-            images = max(1, self.tokens_per_chunk // K)
-            pooled = []
-            for part in y.split(images):
-                n = part.shape[0]
-                pooled.append(self.process(part.flatten(0, 1), self.queries[:K].repeat(n, 1), [Group(0, n, K)]))
-            return torch.cat(pooled), active
-        keep = select_queries(y, threshold, self.config.dqs_reference)
-        lengths, order = keep.sum(1).sort(stable=True)
+            size, pooled = max(1, self.tokens_per_chunk // K), []
+            y = torch.cat([part.flatten(0, 1) for part in self.read(pixel_values, K)])  # (B K, D)
+            for part in y.split(size * K):
+                n = part.shape[0] // K
+                pooled.append(self.process(part, self.queries[:K].repeat(n, 1), [Group(0, n, K)]))
+            return torch.cat(pooled), torch.ones(B, K, dtype=torch.bool, device=y.device)
+        masks, kept = [], []
+        for part in self.read(pixel_values, K):
+            masks.append(select_queries(part, threshold, self.config.dqs_reference))
+            kept.append(part[masks[-1]])
+        keep, y = torch.cat(masks), torch.cat(kept)  # (B, K), (T, D)
+        del kept
+        lengths = keep.sum(1)
+        # The row of each kept query in y.
+        row = (lengths.cumsum(0) - lengths)[:, None] + keep.cumsum(1) - 1  # (B, K)
+        lengths, order = lengths.sort(stable=True)
         result = y.new_empty(B, y.shape[-1])
         for first, last, groups in chunks(lengths.tolist(), self.tokens_per_chunk):
             chosen = order[first:last]
-            image, query = keep[chosen].nonzero(as_tuple=True)
-            result[chosen] = self.process(y[chosen[image], query], self.queries[query], groups)
-        return result, F.pad(keep, (0, Q - K))
+            mask = keep[chosen]
+            result[chosen] = self.process(y[row[chosen][mask]], self.queries[mask.nonzero()[:, 1]], groups)
+        return result, keep
 
-    def read(self, pixel_values: torch.Tensor, K: int) -> torch.Tensor:
-        """Cross-attention outputs of the first K queries: (B, C, H, W) -> (B, K, D)."""
+    def read(self, pixel_values: torch.Tensor, K: int) -> Iterator[torch.Tensor]:
+        """Cross-attention outputs of the first K queries, (n, K, D) of n images at a time."""
         N, size = self.config.num_patches, self.config.patch_size
-        outputs = []
         for images in pixel_values.split(max(1, self.tokens_per_chunk // N)):
             n, C, height, width = images.shape
             grid = images.view(n, C, height // size, size, width // size, size)
             patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(n, N, C * size * size)
-            outputs.append(self.reading.values(self.reading.read(self.patches(patches).add_(self.positions), K)))
-        return torch.cat(outputs)
+            yield self.reading.values(self.reading.read(self.patches(patches).add_(self.positions), K))
 
     def process(self, y: torch.Tensor, queries: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
         """From cross-attention outputs of a packed batch, (T, D), to what the output query reads, (n, D)."""

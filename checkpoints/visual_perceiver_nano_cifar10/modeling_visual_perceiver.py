@@ -114,10 +114,13 @@ def eager_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out, with the weights: (n, H, L_q, d), (n, H, L, d) x 2 -> (n, L_q, H, d), (n, H, L_q, L)."""
-    scores = query @ key.transpose(2, 3) * scaling
+    scores = (query * scaling) @ key.transpose(2, 3)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    # torch's kernels add up in float32 whatever the dtype. Autocast would have float32 tensors written and converted back as
+    # well, which in training on a CPU takes as long as all the rest of attention.
+    with torch.autocast(scores.device.type, enabled=False):
+        weights = scores.softmax(dim=-1)
     return (F.dropout(weights, dropout, module.training) @ value).transpose(1, 2), weights
 
 

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from support import small_config
+from support import aligned, small_config
 from torch._dynamo.testing import CompileCounter
 
 from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification, VisualPerceiverModel
@@ -207,8 +207,9 @@ class TestTransformersIdiom:
         model.save_pretrained(tmp_path)
         again, report = VisualPerceiverForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        assert torch.equal(again.eval()(images).logits, model(images).logits)
-        base = VisualPerceiverModel.from_pretrained(tmp_path).eval()
+        again, model = aligned(again.eval()), aligned(model)
+        assert torch.equal(again(images).logits, model(images).logits)
+        base = aligned(VisualPerceiverModel.from_pretrained(tmp_path).eval())
         assert torch.equal(base(images).pooler_output, model.visual_perceiver(images).pooler_output)
 
     def test_flash_attention_is_asked_only_for_what_it_can_do(self, images):

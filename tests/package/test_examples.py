@@ -17,22 +17,32 @@ from hf_visual_perceiver.loading import default_model
 
 
 MODULES = [
+    "hf_visual_perceiver.adaptive_pipeline",
+    "hf_visual_perceiver.hub_errors",
+    "hf_visual_perceiver.hub_page",
     "hf_visual_perceiver.corruptions",
     "hf_visual_perceiver.difficulty",
     "hf_visual_perceiver.confusion",
     "hf_visual_perceiver.export",
     "hf_visual_perceiver.export_check",
+    "hf_visual_perceiver.attention_maps",
+    "hf_visual_perceiver.calibration",
+    "hf_visual_perceiver.cascade",
     "hf_visual_perceiver.metrics",
     "hf_visual_perceiver.robustness",
     "hf_visual_perceiver.modeling.configuration_visual_perceiver",
+    "hf_visual_perceiver.modeling.handler",
     "hf_visual_perceiver.modeling.fast_inference",
     "hf_visual_perceiver.modeling.macs",
     "hf_visual_perceiver.modeling.modeling_visual_perceiver",
     "hf_visual_perceiver.modeling.query_selection",
     "hf_visual_perceiver.modeling.ragged",
     "hf_visual_perceiver.modeling.timm_visual_perceiver",
+    "hf_visual_perceiver.publishing",
     "hf_visual_perceiver.training.campaign",
+    "hf_visual_perceiver.predictor",
     "hf_visual_perceiver.training.schedules",
+    "hf_visual_perceiver.timing",
 ]
 
 

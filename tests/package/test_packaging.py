@@ -38,6 +38,8 @@ def test_wheel_contents(wheel):
         "data/test.parquet",
         "model_cards/template.md",
         "checkpoints/visual_perceiver_nano_cifar10/model.safetensors",
+        "checkpoints/visual_perceiver_nano_cifar10/examples/000_cat.png",
+        "modeling/handler.py",
     } <= package
     assert not any("test_" in name for name in names)
     entry_points = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
@@ -70,27 +72,76 @@ def test_the_installed_wheel_works(wheel, tmp_path):
 REMOTE = ["configuration_visual_perceiver", "fast_inference", "modeling_visual_perceiver", "query_selection", "ragged"]
 
 
+HARMLESS = {
+    "collections",
+    "copy",
+    "dataclasses",
+    "itertools",
+    "numbers",
+    "operator",
+    "typing",
+}  # neither files nor sockets
+
+
+def imports(tree: ast.AST) -> tuple[set[str], set[str | None]]:
+    """The packages that a file imports, and the neighbours that it imports relatively."""
+    absolute, relative = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            absolute |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            absolute.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            relative.add(node.module)
+    return absolute, relative
+
+
+def calls(tree: ast.AST) -> set[str]:
+    """What a file calls, as it is written."""
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
 @pytest.mark.parametrize("name", REMOTE)
 def test_code_that_travels_with_weights_needs_torch_and_transformers_alone(name):
     tree = ast.parse((REPOSITORY / "modeling" / f"{name}.py").read_text())
-    imported = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            imported.add((node.module or "").split(".")[0])
-        elif isinstance(node, ast.ImportFrom):
-            assert node.module in REMOTE
-    harmless = {
-        "collections",
-        "copy",
-        "dataclasses",
-        "itertools",
-        "numbers",
-        "operator",
-        "typing",
-    }  # neither files nor sockets
-    assert imported <= {"torch", "transformers", "huggingface_hub", *harmless}
+    absolute, relative = imports(tree)
+    assert relative <= set(REMOTE)
+    assert absolute <= {"torch", "transformers", "huggingface_hub", *HARMLESS}
+    assert calls(tree).isdisjoint({"open", "exec", "eval", "compile", "__import__", "torch.load", "torch.save"})
+
+
+def test_the_endpoints_handler_needs_no_more_than_an_endpoint_has():
+    tree = ast.parse((REPOSITORY / "modeling" / "handler.py").read_text())
+    absolute, relative = imports(tree)
+    assert relative == set()  # it is loaded by its path, without a package around it
+    assert absolute <= {"torch", "transformers", "PIL", "base64", "binascii", "io", "pathlib", *HARMLESS}
+    # Images come in the request: it opens no file by name.
+    assert calls(tree).isdisjoint({"open", "exec", "eval", "compile", "__import__", "torch.load", "Path.open"})
+
+
+def test_remote_code_is_trusted_in_two_places_alone():
+    trusting = set()
+    for folder in ("hf_visual_perceiver", "modeling", "training", "benchmarks"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                    trusting.add(path.relative_to(REPOSITORY).as_posix())
+    # The check of the folder that its owner publishes, and the folder's own handler, which is itself such code.
+    assert trusting == {"hf_visual_perceiver/without_package.py", "modeling/handler.py"}
+
+
+def test_weights_are_read_from_safetensors_alone():
+    """`torch.load` runs what a pickle says; with weights_only it does not."""
+    for folder in ("hf_visual_perceiver", "modeling", "training"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                    "torch.load",
+                    "pickle.load",
+                    "pickle.loads",
+                ):
+                    safe = {k.arg: ast.unparse(k.value) for k in node.keywords}.get("weights_only")
+                    assert safe == "True", f"{path}:{node.lineno}"
 
 
 def test_the_checkpoints_code_is_the_packages():

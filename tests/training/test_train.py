@@ -491,7 +491,11 @@ class TestMistakes:
         # What is not finite took no checkpoint's place.
         run = RunFolder(tmp_path / "run")
         assert run.saved_steps() == [2]
-        assert json.loads(run.failure_file.read_text())["complete_checkpoints"] == [2]
+        report = json.loads(run.failure_file.read_text())
+        assert report["complete_checkpoints"] == [2]
+        weights = load_file(tmp_path / "run" / report["weights"])
+        assert "visual_perceiver.cross_attention.queries" in weights
+        assert not all(value.isfinite().all() for value in weights.values())
         assert not (tmp_path / "run" / "model").exists()
 
     def test_the_command_says_it_in_one_line(self, tmp_path, recipe_file):

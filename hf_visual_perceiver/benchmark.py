@@ -1,0 +1,309 @@
+"""Time and memory of a checkpoint on this machine: every budget, in each form of the model, side by side."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+from .evaluation import PAPER_QUERIES, OperatingPoint
+from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
+from .plots import save_figure
+from .timing import interleaved, matmul_peak, median_ratio, page_faults, peak_memory
+
+
+FORMS = ("eager", "optimized", "compiled")
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another network to time beside the model's forms: what it does with a batch, and its cost for one image."""
+
+    run: Callable[[torch.Tensor], Any]
+    macs: int | None = None
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """One form of the model, at one setting and batch size. Ratios are medians over repetitions."""
+
+    batch_size: int
+    form: str  # of FORMS, with its dtype; or a rival
+    setting: str
+    queries: float | None  # mean over the batch
+    macs: float | None  # mean per image, by `count_macs`, also where folding spares some
+    ms: float  # of the batch
+    images_per_second: float
+    relative_time: float | None  # to all queries in the same form
+    relative_to_fixed: float | None  # of selection, to the nearest fixed K in the same form
+    relative_to_first: float  # to the first form at the same setting; a rival to all queries of the first form
+    share_of_peak: float | None  # of the machine's measured matrix products in the same dtype
+    peak_mb: float  # of the tensors made in the forward
+    page_faults: int | None  # in one forward
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An operating point on a given batch."""
+
+    point: OperatingPoint
+    queries: float
+    macs: float
+    nearest: OperatingPoint | None = None  # of selection: the fixed K that is nearest to what it keeps
+
+    @classmethod
+    def fixed(cls, config: VisualPerceiverConfig, K: int) -> "Setting":
+        """The first K queries of every image."""
+        return cls(OperatingPoint(K), K, count_macs(config, K))
+
+    @classmethod
+    @torch.inference_mode()
+    def selected(cls, model: VisualPerceiverForImageClassification, pixels: torch.Tensor, t: float) -> "Setting":
+        """What the threshold keeps of these images."""
+        Q = model.config.num_queries
+        counts = model(pixels, num_active_queries=Q, dqs_threshold=t).active_queries.sum(1).tolist()
+        mean = statistics.fmean(counts)
+        macs = statistics.fmean(count_macs(model.config, k, Q) for k in counts)
+        return cls(OperatingPoint(None, t), mean, macs, OperatingPoint(max(1, round(mean))))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is timed, and which other runs its row is relative to."""
+
+    form: str
+    setting: str
+    call: Callable[[], Any]
+    dtype: torch.dtype
+    first: str
+    queries: float | None = None
+    macs: float | None = None
+    full: str | None = None
+    fixed: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.form}, {self.setting}"
+
+
+def forms_of(
+    model: VisualPerceiverForImageClassification, forms: Sequence[str], dtypes: Sequence[torch.dtype]
+) -> dict[str, tuple[Any, torch.dtype]]:
+    """The model in several forms and dtypes, by name.
+
+    Raises:
+        ValueError: If a form is not known.
+    """
+    result: dict[str, tuple[Any, torch.dtype]] = {}
+    for dtype in dtypes:
+        for form in forms:
+            if form not in FORMS:
+                raise ValueError(f"Expected forms among {', '.join(FORMS)}, got {form!r}.")
+            name = f"{form} {str(dtype).removeprefix('torch.')}"
+            if form == "optimized":
+                result[name] = (model.optimize_for_inference(dtype), dtype)
+                continue
+            copy = VisualPerceiverForImageClassification(model.config)
+            copy.load_state_dict(model.state_dict())
+            copy = copy.to(model.device, dtype).eval()
+            result[name] = (torch.compile(copy) if form == "compiled" else copy, dtype)
+    if not result:
+        raise ValueError("Expected at least one form and one dtype, got none.")
+    return result
+
+
+def benchmark(
+    model: VisualPerceiverForImageClassification,
+    images: torch.Tensor,
+    batch_sizes: Sequence[int],
+    thresholds: Sequence[float] = (),
+    forms: Sequence[str] = ("eager", "optimized"),
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    repetitions: int = 7,
+    rivals: dict[str, Rival] | None = None,
+    budgets: Sequence[int] | None = None,
+    progress: bool = True,
+) -> list[BenchmarkRow]:
+    """Time every setting of every form in turn, repetition after repetition.
+
+    Args:
+        model: In float32, on the device to measure.
+        images: (n, C, H, W), normalised; repeated for larger batches.
+        batch_sizes: Each is measured by itself.
+        thresholds: t to measure, each beside the fixed K that is nearest to what it keeps on the batch.
+        forms: Of `FORMS`.
+        dtypes: Each form is measured in each.
+        repetitions: Of all settings.
+        rivals: Other networks, by name; they are timed in the first dtype.
+        budgets: K to measure, beside all queries; None is the paper's.
+        progress: Show a bar.
+
+    Raises:
+        ValueError: If an argument is out of its range, or a batch does not fit in memory (with the size that might).
+    """
+    for batch_size in batch_sizes:
+        if batch_size < 1:
+            raise ValueError(f"Expected a batch size of at least 1, got {batch_size}.")
+    contenders, device = forms_of(model, forms, dtypes), model.device
+    measured = []
+    for batch_size in batch_sizes:
+        pixels = images.repeat(-(-batch_size // len(images)), 1, 1, 1)[:batch_size].to(device)
+        try:
+            runs = plan(model, pixels, contenders, budgets or PAPER_QUERIES, thresholds, rivals or {})
+            times = interleaved({r.name: r.call for r in runs}, repetitions, device, f"batch {batch_size}", progress)
+            faults = {r.name: page_faults(r.call) for r in runs}
+            memory = {r.name: peak_memory(r.call, device) / 1e6 for r in runs}
+        except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one
+            if "memory" not in str(error):
+                raise
+            raise ValueError(
+                f"Expected a batch of {batch_size} to fit in memory, which it does not; try {max(1, batch_size // 4)}."
+            ) from error
+        measured.append((batch_size, runs, times, memory, faults))
+    # Last, because its large products would change how the allocator treats what comes after.
+    peaks = {dtype: matmul_peak(model.config, device, dtype) for dtype in dtypes}
+    return [
+        _row(batch_size, run, times, memory[run.name], faults[run.name], peaks[run.dtype])
+        for batch_size, runs, times, memory, faults in measured
+        for run in runs
+    ]
+
+
+def _row(
+    batch_size: int, run: Run, times: dict[str, list[float]], peak_mb: float, faults: int | None, peak: float
+) -> BenchmarkRow:
+    own, seconds = times[run.name], statistics.median(times[run.name])
+    return BenchmarkRow(
+        batch_size=batch_size,
+        form=run.form,
+        setting=run.setting,
+        queries=run.queries,
+        macs=run.macs,
+        ms=1000 * seconds,
+        images_per_second=batch_size / seconds,
+        relative_time=None if run.full is None else median_ratio(own, times[run.full]),
+        relative_to_fixed=None if run.fixed is None else median_ratio(own, times[run.fixed]),
+        relative_to_first=median_ratio(own, times[run.first]),
+        share_of_peak=None if run.macs is None else run.macs * batch_size / seconds / peak,
+        peak_mb=peak_mb,
+        page_faults=faults,
+    )
+
+
+def plan(
+    model: VisualPerceiverForImageClassification,
+    pixels: torch.Tensor,
+    contenders: dict[str, tuple[Any, torch.dtype]],
+    budgets: Sequence[int],
+    thresholds: Sequence[float],
+    rivals: dict[str, Rival],
+) -> list[Run]:
+    """What is to be timed on a batch: all settings of each form, then the rivals."""
+    config = model.config
+    Q = config.num_queries
+    settings = {str(OperatingPoint(K)): Setting.fixed(config, K) for K in sorted({*(K for K in budgets if K < Q), Q})}
+    for t in thresholds:
+        selection = Setting.selected(model, pixels, t)
+        assert selection.nearest is not None
+        K = selection.nearest.num_active_queries or Q
+        settings.setdefault(str(selection.nearest), Setting.fixed(config, K))
+        settings[str(selection.point)] = selection
+    full, first = str(OperatingPoint(Q)), next(iter(contenders))
+    runs = []
+    for form, (network, dtype) in contenders.items():
+        converted = pixels.to(dtype)
+        for name, setting in settings.items():
+            K = setting.point.num_active_queries or Q
+            call = partial(network, converted, num_active_queries=K, dqs_threshold=setting.point.dqs_threshold)
+            runs.append(
+                Run(
+                    form,
+                    name,
+                    call,
+                    dtype,
+                    f"{first}, {name}",
+                    setting.queries,
+                    setting.macs,
+                    full=f"{form}, {full}",
+                    fixed=None if setting.nearest is None else f"{form}, {setting.nearest}",
+                )
+            )
+    dtype = contenders[first][1]
+    for form, rival in rivals.items():
+        call = partial(rival.run, pixels.to(dtype))
+        runs.append(Run(form, "all", call, dtype, f"{first}, {full}", macs=rival.macs))
+    return runs
+
+
+def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
+    """The rows of one batch size, for the terminal."""
+    table = Table(title=f"batch {rows[0].batch_size}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    headers = (
+        "form",
+        "setting",
+        "queries",
+        "MACs (M)",
+        "ms",
+        "images/s",
+        "relative",
+        "to fixed K",
+        "to the first form",
+    )
+    for header in (*headers, "of peak", "MB", "page faults"):
+        table.add_column(header, justify="left" if header in ("form", "setting") else "right", no_wrap=True)
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before is not None and before.form != row.form:
+            table.add_section()
+        table.add_row(
+            row.form,
+            row.setting,
+            _number(row.queries, ".1f"),
+            _number(None if row.macs is None else row.macs / 1e6, ".1f"),
+            f"{row.ms:.2f}",
+            f"{row.images_per_second:,.0f}",
+            _number(row.relative_time, ".3f"),
+            _number(row.relative_to_fixed, ".3f"),
+            f"{row.relative_to_first:.3f}",
+            _number(row.share_of_peak, ".0%"),
+            f"{row.peak_mb:.1f}",
+            _number(row.page_faults, ",d"),
+        )
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def plot_benchmark(rows: Sequence[BenchmarkRow], path: str | Path) -> None:
+    """Plot time against multiply-accumulates, both relative to all queries, a panel for each batch size."""
+    sizes = list(dict.fromkeys(row.batch_size for row in rows))
+    figure = Figure(figsize=(max(4 * len(sizes), 6), 5), layout="constrained")
+    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+        axes.plot([0, 1], [0, 1], color="0.8", label="time falls with MACs")
+        of_size = [row for row in rows if row.batch_size == size and row.relative_time is not None]
+        for number, form in enumerate(dict.fromkeys(row.form for row in of_size)):
+            of_form = [row for row in of_size if row.form == form]
+            full = max(row.macs or 0 for row in of_form if row.relative_to_fixed is None)
+            for selected, style in ((False, "o-"), (True, "s")):
+                chosen = sorted(
+                    (row.macs / full, row.relative_time)
+                    for row in of_form
+                    if (row.relative_to_fixed is not None) == selected and row.macs and row.relative_time
+                )
+                if chosen:
+                    label = f"{form}, per image (t)" if selected else form
+                    axes.plot(*zip(*chosen, strict=True), style, color=f"C{number}", label=label, markersize=5)
+        axes.set_title(f"batch {size}", fontsize=10)
+        axes.set_xlabel("MACs, relative to all queries")
+        axes.set_ylabel("time, relative to all queries")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    save_figure(figure, path)

@@ -1,0 +1,153 @@
+"""`visual-perceiver calibrate`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .calibration import (
+    Calibration,
+    Target,
+    calibrate,
+    candidate_points,
+    small_set_warning,
+    target_value,
+    write_operating_point,
+)
+from .evaluation import OperatingPoint, Row
+from .loading import choose_device, default_dataset, default_model, load_model
+from .options import (
+    BatchSizeOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    SplitOption,
+    dataset_label,
+    model_label,
+)
+from .training.conditions import measurement_conditions
+from .training.data import load_images
+from .training.files import check_writable, write_json
+
+
+def calibrate_command(
+    target_macs: Annotated[
+        float | None, typer.Option(help="At most this fraction of the MACs that all queries take.")
+    ] = None,
+    target_ms: Annotated[
+        float | None, typer.Option(help="At most this many ms per image, here and at --batch-size.")
+    ] = None,
+    max_accuracy_drop: Annotated[
+        float | None, typer.Option(help="At most this many percentage points below all queries.")
+    ] = None,
+    search: Annotated[
+        str, typer.Option(help="What to choose: queries (K), threshold (t), or both (t among the first K).")
+    ] = "queries",
+    num_active_queries: Annotated[
+        list[int] | None, typer.Option(help="K to try instead of --search's own; repeat for several.")
+    ] = None,
+    dqs_threshold: Annotated[
+        list[float] | None, typer.Option(help="t to try, at every K given; repeat for several.")
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Make it the default in the model folder's config.json.")
+    ] = False,
+    model: ModelOption = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Labelled images that the model was not trained on: Hub id, folder of parquet files, or imagefolder; "
+            "by default the sample that ships."
+        ),
+    ] = None,
+    split: SplitOption = "test",
+    max_images: Annotated[int | None, typer.Option(min=2, help="Only the last so many images of the split.")] = None,
+    batch_size: BatchSizeOption = 256,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    json_file: JsonOption = None,
+) -> None:
+    """Choose K or t for a budget or an accuracy, and report what it does on images that it was not chosen on."""
+    console, messages = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
+    # What could fail at the end fails now.
+    target = Target.from_options(target_macs, target_ms, max_accuracy_drop)
+    name = model or default_model()
+    if write and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"Expected --write to go with a model folder, got {name!r}.")
+    if json_file:
+        check_writable(json_file)
+    network = load_model(name, choose_device(device), dtype)
+    points = candidate_points(network.config, search, target)
+    if num_active_queries or dqs_threshold:
+        budgets: list[int | None] = [*num_active_queries] if num_active_queries else [None]
+        thresholds: list[float | None] = [*dqs_threshold] if dqs_threshold else [None]
+        points = [OperatingPoint(K, t) for K in budgets for t in thresholds]
+    data = load_images(dataset or default_dataset(), split)
+    if max_images is not None:
+        data = data.subset(slice(-max_images, None))
+    if warning := small_set_warning(len(data)):
+        messages.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    result = calibrate(network, data, target, points, batch_size, progress=messages.is_terminal)
+    conditions = measurement_conditions(
+        next(network.parameters()).device,
+        dtype=dtype,
+        attention=network.config._attn_implementation,
+        batch_size=batch_size,
+        images=len(data),
+        model=model_label(name),
+        dataset=dataset_label(dataset),
+        split=split,
+    )
+    console.print(calibration_table(result))
+    for line in calibration_lines(result):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if json_file:
+        write_json(json_file, {"conditions": conditions, **result.to_dict()})
+    if write:
+        write_operating_point(name, result.point)
+        console.print(f"Written to {Path(name) / 'config.json'}: {result.point}", highlight=False, markup=False)
+
+
+def calibration_table(result: Calibration) -> Table:
+    """What the chosen point did where it was chosen and elsewhere, beside all queries."""
+    table = Table(title=f"{result.point}: {result.target}", title_justify="left", box=box.SIMPLE_HEAD)
+    for header in ("setting", "images", "queries", "MACs (M)", "of all", "ms/image", "accuracy (%)"):
+        table.add_column(header, justify="left" if header in ("setting", "images") else "right", no_wrap=True)
+    rows: list[tuple[str, str, Row]] = [
+        (str(result.point), "it was chosen on", result.chosen_on),
+        (str(result.point), "held out", result.achieved),
+        ("all queries", "held out", result.full),
+    ]
+    for setting, images, row in rows:
+        table.add_row(
+            setting,
+            images,
+            f"{row.queries_mean:.2f}",
+            f"{row.macs / 1e6:.2f}",
+            f"{row.macs / result.full.macs:.3f}",
+            f"{row.ms_per_image:.3f}",
+            f"{100 * row.accuracy:.2f}",
+        )
+    return table
+
+
+def calibration_lines(result: Calibration) -> list[str]:
+    """What to expect, in words."""
+    low, high = (100 * x for x in result.accuracy_interval)
+    drop_low, drop_high = result.drop_interval
+    lines = [
+        f"Expected accuracy {100 * result.achieved.accuracy:.2f} % (95 %: {low:.2f} to {high:.2f}), "
+        f"{result.drop:.2f} points below all queries (95 %, paired: {drop_low:.2f} to {drop_high:.2f}).",
+    ]
+    if not result.met:
+        value = target_value(result.achieved, result.full, result.target.kind)
+        lines.append(
+            f"On the held-out images the target, {result.target}, is missed: {value:.3g}. "
+            "More images, or a target with a margin, hold better."
+        )
+    return lines

@@ -1,0 +1,93 @@
+"""`visual-perceiver publish`."""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from huggingface_hub import HfApi
+from huggingface_hub.utils import disable_progress_bars
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .hub_page import describe_point
+from .publishing import Plan, Published, prepare, upload
+
+
+def publish_command(
+    folder: Annotated[Path, typer.Argument(help="The checkpoint's folder; it is not changed.")],
+    repo_id: Annotated[str, typer.Argument(help="Where to on the Hub: namespace/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository for its owner's eyes.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch to commit to; created if it is not there.")] = "main",
+    tag: Annotated[str | None, typer.Option(help="Tag of the commit; by default the next of v1, v2, ...")] = None,
+    operating_point: Annotated[
+        str | None,
+        typer.Option(help='What the published model does unless told otherwise: "k=16", "dqs=0.8", "k=32,dqs=0.8".'),
+    ] = None,
+    space: Annotated[
+        str | None, typer.Option(help="Id of a Space that shows the model; the card points to it.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show; contact nobody.")] = False,
+) -> None:
+    """Put a checkpoint on the Hub: checked in transformers and timm, one commit, a tag.
+
+    The check runs the folder's own code, in a process of its own without this package, a token or the Hub.
+    """
+    # Not a terminal, no width: lines are then as long as they need.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    api = HfApi(library_name="hf_visual_perceiver")
+    try:
+        with tempfile.TemporaryDirectory(prefix="visual-perceiver-publish-") as scratch:
+            stage = Path(scratch, "repository")
+            stage.mkdir()
+            plan = prepare(folder, repo_id, stage, operating_point=operating_point, space=space, endpoint=api.endpoint)
+            _show_plan(console, plan, repo_id)
+            if dry_run:
+                console.print("Dry run: nothing was sent.")
+                return
+            published = upload(plan, repo_id, private=private, revision=revision, tag=tag, api=api)
+    except KeyboardInterrupt as interrupt:
+        # The message says what was under way, and what is left to do.
+        print(f"error: {str(interrupt) or 'interrupted. The same command tries again.'}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    _show_published(console, published)
+
+
+def _show_plan(console: Console, plan: Plan, repo_id: str) -> None:
+    ways = ", ".join(f"{way} ({difference:.1g})" for way, difference in plan.differences.items())
+    console.print(f"Loads alike everywhere; largest difference of a logit: {ways}.", highlight=False)
+    console.print(f"By default it uses {describe_point(plan.config)}.", highlight=False)
+    table = Table(title=f"to {repo_id}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("file", overflow="fold")
+    table.add_column("size", justify="right")
+    for name, size in plan.sizes.items():
+        table.add_row(escape(name), _bytes(size))
+    table.add_section()
+    table.add_row(f"{len(plan.sizes)} files", _bytes(sum(plan.sizes.values())))
+    console.print(table)
+
+
+def _show_published(console: Console, published: Published) -> None:
+    done = "Published" if published.changed else "Nothing changed since"
+    seen = ", private" if published.private else ""
+    lines = f"""{done} {published.tag} (commit {published.commit[:7]}{seen}): {published.url}
+
+    from transformers import AutoModelForImageClassification
+    model = AutoModelForImageClassification.from_pretrained(
+        "{published.repo_id}", revision="{published.tag}", trust_remote_code=True
+    )
+
+    import hf_visual_perceiver, timm
+    model = timm.create_model("hf-hub:{published.repo_id}@{published.tag}", pretrained=True)"""
+    console.print(lines, markup=False, highlight=False, soft_wrap=True)
+
+
+def _bytes(size: int) -> str:
+    if size < 1_000:
+        return f"{size} B"
+    return f"{size / 1e3:,.1f} kB" if size < 1_000_000 else f"{size / 1e6:,.2f} MB"

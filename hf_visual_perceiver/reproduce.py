@@ -1,0 +1,161 @@
+"""The paper's tables and figures beside ours, from whatever checkpoints exist.
+
+python -m hf_visual_perceiver.reproduce --output-dir outputs/paper
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+import transformers
+import typer
+from rich.console import Console
+
+from . import paper
+from .loading import SAMPLE, choose_device, default_dataset, shipped
+from .options import (
+    BatchSizeOption,
+    DatasetNameOption,
+    DatasetOption,
+    DeviceOption,
+    DtypeOption,
+    SplitOption,
+    dataset_label,
+)
+from .reproduce_measure import Measurements, measure, read_checkpoints
+from .reproduce_sections import PICTURES, SECTIONS, difference_from_paper
+from .training.data import load_images
+from .training.files import folder_written_aside, write_json, write_text
+
+
+messages = Console(stderr=True)
+
+
+def write_report(found: Measurements, output_dir: Path, command: Sequence[str]) -> Path:
+    """Write paper.md, its pictures in paper/, and what was measured as paper/measurements.json.
+
+    Args:
+        found: What was measured; its conditions name the dataset.
+        output_dir: Made if it is missing; what an earlier report left in its paper/ is replaced.
+        command: That measured it.
+
+    Returns:
+        The report.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with folder_written_aside(output_dir / PICTURES) as pictures:
+        sections = [section(found, pictures) for section in SECTIONS]
+        write_json(pictures / "measurements.json", _plain(found))
+    report = output_dir / "paper.md"
+    write_text(report, "\n\n".join([_introduction(found, command), *sections]) + "\n")
+    return report
+
+
+def _introduction(found: Measurements, command: Sequence[str]) -> str:
+    c = found.conditions
+    conditions = ", ".join(
+        f"{key.replace('_', ' ')} {value}" for key, value in c.items() if key not in ("dataset", "split", "images")
+    )
+    others = [
+        role
+        for role, network in found.networks.items()
+        if difference_from_paper(network.config, sum(p.numel() for p in network.parameters()) / 1e6)
+    ]
+    warning = (
+        f"**Not a repetition of the paper's experiment**: {', '.join(others)} is not the paper's network, as the next section "
+        "says, and what loses to the paper is printed with the rest.\n\n"
+        if others
+        else ""
+    )
+    return (
+        "# The paper's tables and figures, and ours\n\n"
+        f"{paper.CITATION}. Columns and dashed curves called *paper* repeat its printed numbers (CIFAR-10, all 10,000 test "
+        f"images); all others were measured on {len(found.data):,} images of {c['dataset']}, split {c['split']}, by\n\n"
+        f"    {shlex.join(command)}\n\n"
+        f"{warning}Conditions: {conditions}. The seed is that of the random subsets; each checkpoint is one training run."
+    )
+
+
+def _plain(found: Measurements) -> dict[str, Any]:
+    """The numbers behind the report, for JSON."""
+    selection = found.selection
+    return {
+        "conditions": found.conditions,
+        "missing": found.missing,
+        "query_masking": found.query_masking.to_dict() if found.query_masking else None,
+        "specialists": {str(K): asdict(row) for K, row in found.specialists.items()},
+        "robustness": found.robustness and found.robustness.to_dict(),
+        "random_subsets": [asdict(row) for row in found.random_subsets],
+        "selection": selection
+        and {"threshold": selection.threshold, "counts": selection.counts.tolist(), "example": selection.example},
+        "attention": {role: maps.round(6).tolist() for role, maps in found.attention.items()},
+    }
+
+
+def command(
+    output_dir: Annotated[Path, typer.Option(help="For paper.md and its pictures in paper/.")] = Path("outputs/paper"),
+    config: Annotated[
+        Path | None, typer.Option(help="YAML that names the checkpoints; by default the one that ships.")
+    ] = None,
+    dataset: DatasetOption = None,
+    dataset_name: DatasetNameOption = None,
+    split: SplitOption = "test",
+    batch_size: BatchSizeOption = 256,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="Of the random subsets.")] = 0,
+    image: Annotated[int, typer.Option(help="Index of the image whose similarities are shown.")] = 0,
+    robustness_images: Annotated[
+        int, typer.Option(min=0, help="Images, evenly spaced, to measure under corruptions too; 0 for none.")
+    ] = 100,
+    robustness_severity: Annotated[list[int], typer.Option(help="1 to 5; repeat for several.")] = [1, 3, 5],  # noqa: B006
+) -> None:
+    """The paper's tables and figures beside ours, from the checkpoints that exist."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"Expected a folder for the report, got the file {str(output_dir)!r}.")
+    checkpoints = read_checkpoints(config or shipped("reproduce.yaml"))
+    for role, name in checkpoints.missing.items():
+        messages.print(f"missing: {role}" + (f", {name}" if name else ""), markup=False, highlight=False)
+    data = load_images(dataset or default_dataset(), split)
+    chosen = choose_device(device)
+    called = dataset_label(dataset, dataset_name)
+    found = measure(
+        checkpoints,
+        data,
+        batch_size,
+        chosen,
+        dtype,
+        seed,
+        image,
+        messages.is_terminal,
+        robustness_images,
+        robustness_severity,
+        conditions={"dataset": called, "split": split},
+    )
+    parts = ["python", "-m", "hf_visual_perceiver.reproduce"]
+    parts += ["--config", str(config)] if config else []
+    parts += ["--dataset", called] if called != SAMPLE else []
+    parts += ["--split", split, "--batch-size", str(batch_size), "--device", chosen, "--dtype", dtype]
+    parts += ["--seed", str(seed), "--image", str(image), "--robustness-images", str(robustness_images)]
+    parts += [word for severity in robustness_severity for word in ("--robustness-severity", str(severity))]
+    typer.echo(f"Report: {write_report(found, output_dir, parts)}")
+
+
+def main() -> None:
+    """Run the command; what is wrong with the input is said in one line, without a traceback."""
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        typer.run(command)
+    except (ValueError, OSError) as error:
+        messages.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

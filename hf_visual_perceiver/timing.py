@@ -1,0 +1,154 @@
+"""How time and memory are measured: side by side, in turns, with the conditions of the machine."""
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .modeling import VisualPerceiverConfig
+from .modeling.fast_inference import FusedLinear
+
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for an accelerator; a CPU is never ahead."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]],
+    repetitions: int,
+    device: torch.device,
+    title: str = "",
+    progress: bool = True,
+) -> dict[str, list[float]]:
+    """Seconds of each run, one repetition of all after the other, so that what slows the machine slows all alike.
+
+    Args:
+        runs: What to time, by name; each is run once before, untimed.
+        repetitions: At least 1.
+        device: Where they run.
+        title: Of the progress bar.
+        progress: Show it.
+
+    Raises:
+        ValueError: If there are no repetitions.
+
+    Example:
+        >>> times = interleaved({"sum": lambda: torch.ones(10).sum()}, 3, torch.device("cpu"), progress=False)
+        >>> len(times["sum"])
+        3
+    """
+    if repetitions < 1:
+        raise ValueError(f"Expected at least 1 repetition, got {repetitions}.")
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in track(range(repetitions + 1), title, console=Console(stderr=True), disable=not progress):
+        for name, run in runs.items():
+            synchronise(device)
+            began = time.perf_counter()
+            run()
+            synchronise(device)
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def median_ratio(seconds: list[float], reference: list[float]) -> float:
+    """The median of the ratios of the same repetition."""
+    return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
+
+
+@torch.inference_mode()
+def matmul_peak(config: VisualPerceiverConfig, device: torch.device, dtype: torch.dtype) -> float:
+    """The most multiply-accumulates/s that any linear of the trunk's shapes reaches, by whichever library is faster.
+
+    Of products of 256 to 4,096 tokens with the weights of a block's four linears, and of a large square one.
+    """
+    D, M, best = config.hidden_size, config.intermediate_size, 0.0
+    shapes = [(rows, *weight) for rows in (256, 1024, 4096) for weight in ((D, 3 * D), (D, D), (D, M), (M, D))]
+    for rows, width, out in [*shapes, (2048, 2048, 2048)]:
+        x, weight, bias = (torch.randn(s, device=device, dtype=dtype) for s in ((rows, width), (out, width), (out,)))
+        fused = FusedLinear(weight, bias, dtype)
+        runs = {"torch": partial(F.linear, x, weight, bias), "fused": partial(fused, x)}
+        fastest = min(min(times) for times in interleaved(runs, 10, device, progress=False).values())
+        best = max(best, rows * width * out / fastest)
+    return best
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes of tensors made inside that were alive at once.
+
+    Example:
+        >>> with PeakMemory() as memory:
+        ...     for _ in range(3):
+        ...         x = torch.zeros(100)
+        >>> memory.peak
+        800
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata in self.known or storage._cdata in inputs:
+                continue
+            self.known.add(storage._cdata)
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        return result
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.alive -= size
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(values)
+    # oneDNN's own tensors, which hold packed weights, have no storage.
+    return [x for x in leaves if isinstance(x, torch.Tensor) and x.layout == torch.strided]
+
+
+@torch.inference_mode()
+def page_faults(run: Callable[[], Any]) -> int | None:
+    """How often the system had to provide a page of memory during a run; None where it does not say (Windows)."""
+    if resource is None:
+        return None
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@torch.inference_mode()
+def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes of tensors that a run has alive at once, beyond those that exist already."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with PeakMemory() as memory:
+        run()
+    return memory.peak

@@ -1,0 +1,68 @@
+"""Load a checkpoint's folder as somebody does who has transformers but not this package, and print what came out.
+
+Run as source text in a process of its own (`folder_check.py` does), so it imports nothing of this package:
+
+    python -c "$(cat without_package.py)" FOLDER INPUTS OUTPUTS
+
+INPUTS is a safetensors file with `pixel_values`; its metadata hold the operating points. OUTPUTS receives the logits.
+"""
+
+import base64
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+class Hidden:
+    """Finds nothing of this package and of timm, whether they are installed or not."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.split(".")[0] in ("hf_visual_perceiver", "timm"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def main(folder: str, inputs: str, outputs: str) -> None:
+    """Compute the logits of every operating point, and let the folder's handler.py answer a request."""
+    sys.meta_path.insert(0, Hidden())  # type: ignore[arg-type]
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+    with safe_open(inputs, "pt") as file:
+        pixels, points = file.get_tensor("pixel_values"), json.loads(file.metadata()["points"])
+        torch.set_num_threads(int(file.metadata()["threads"]))  # as the process that it is compared with
+    # The user asked for this folder to be published; whether its code works is what is being found out.
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    height, width = model.config.image_height_width
+    picture = Image.new("RGB", (width + 7, height + 3), (200, 120, 40))
+    if tuple(processor(images=picture, return_tensors="pt")["pixel_values"].shape[2:]) != (height, width):
+        raise ValueError(f"Expected the folder's processor to make {height}x{width} images.")
+    with torch.no_grad():
+        logits = {str(i): model(pixels, **point).logits for i, point in enumerate(points)}
+        if not torch.equal(model.head(base(pixels, **points[0]).pooler_output), logits["0"]):
+            raise ValueError("Expected AutoModel and AutoModelForImageClassification to hold the same weights.")
+    save_file(logits, outputs)
+
+    # As an Inference Endpoint loads it.
+    spec = importlib.util.spec_from_file_location("handler.EndpointHandler", Path(folder) / "handler.py")
+    assert spec is not None
+    assert spec.loader is not None
+    handler = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(handler)
+    png = io.BytesIO()
+    picture.save(png, "png")
+    request = {"inputs": base64.b64encode(png.getvalue()).decode(), "parameters": {"num_active_queries": 1}}
+    answer = handler.EndpointHandler(folder)(request)
+    if answer[0]["queries_used"] != 1:
+        raise ValueError(f"Expected handler.py to use one query when asked to, got {answer[0]}.")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

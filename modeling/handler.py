@@ -1,0 +1,131 @@
+"""Serve the folder that this file lies in as a Hugging Face Inference Endpoint.
+
+The endpoint loads this file by its path and calls `EndpointHandler(folder)` once, then the object for every request:
+
+    {"inputs": "<an image in base64>", "parameters": {"num_active_queries": 16, "dqs_threshold": 0.8, "top_k": 3}}
+
+It opens no file besides the folder's and no socket: images come in the request, never by address.
+"""
+
+import base64
+import binascii
+import io
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+
+# 100 MB once decoded. A small file can hold a huge image, so its size is looked at before it is decoded.
+MAX_PIXELS = 2**25
+
+
+class EndpointHandler:
+    """Classify the images of a request, at the compute budget that the request asks for.
+
+    Args:
+        path: The checkpoint's folder, on this machine.
+
+    Raises:
+        ValueError: If there is no such folder.
+    """
+
+    def __init__(self, path: str = ""):
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(f"Expected the folder of a checkpoint, got {str(path)!r}.")
+        # The endpoint already runs this file, which is the folder's own code: trusting its neighbours adds nothing.
+        self.model = AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True).eval()
+        self.processor = AutoImageProcessor.from_pretrained(path)
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def __call__(self, data: dict[str, Any]) -> list[Any]:
+        """Answer one request.
+
+        Args:
+            data: `inputs`: an image, or a list of images, each as base64 text, bytes or PIL image. `parameters`, all
+                optional: `num_active_queries`, `dqs_threshold` (by default those of config.json) and `top_k` (5).
+
+        Returns:
+            For one image its most probable labels, `[{"label": ..., "score": ..., "queries_used": ...}, ...]`; for a
+            list of images a list of these.
+
+        Raises:
+            ValueError: If the request is not as described; the endpoint answers it with the message and status 400.
+        """
+        if "inputs" not in data:
+            raise ValueError(f"Expected `inputs` in the request, got {sorted(data)}.")
+        K, t, top_k = read_parameters(data.get("parameters") or {})
+        inputs = data["inputs"]
+        images = [open_image(image) for image in (inputs if isinstance(inputs, list) else [inputs])]
+        if not images:
+            raise ValueError("Expected at least one image in `inputs`, got an empty list.")
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            output = self.model(pixels.to(self.model.device), num_active_queries=K, dqs_threshold=t)
+        scores, labels = output.logits.float().softmax(-1).topk(min(top_k, output.logits.shape[-1]))
+        used = output.active_queries.sum(1).tolist()
+        names = self.model.config.id2label
+        answers = [
+            [{"label": names[i], "score": p, "queries_used": used[b]} for p, i in zip(*row, strict=True)]
+            for b, row in enumerate(zip(scores.tolist(), labels.tolist(), strict=True))
+        ]
+        return answers if isinstance(inputs, list) else answers[0]
+
+
+def read_parameters(parameters: dict[str, Any]) -> tuple[int | None, float | None, int]:
+    """(K, t, top_k) of a request. Parameters in an address's query are text, so text that is a number is taken.
+
+    Example:
+        >>> read_parameters({"dqs_threshold": "0.8"})
+        (None, 0.8, 5)
+    """
+    if unknown := sorted(set(parameters) - {"num_active_queries", "dqs_threshold", "top_k"}):
+        raise ValueError(f"Expected `parameters` among num_active_queries, dqs_threshold and top_k, got {unknown}.")
+    values: dict[str, Any] = {"num_active_queries": None, "dqs_threshold": None, "top_k": 5}
+    for name, value in parameters.items():
+        number = float if name == "dqs_threshold" else int
+        try:
+            values[name] = number(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise ValueError(f"Expected `{name}` to be a number, got {value!r}.") from error
+    top_k = values["top_k"]
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+        raise ValueError(f"Expected `top_k` to be an integer of at least 1, got {top_k!r}.")
+    return values["num_active_queries"], values["dqs_threshold"], top_k
+
+
+def open_image(image: Any) -> Image.Image:
+    """An upright RGB image of base64 text, bytes, a binary file or a PIL image.
+
+    Raises:
+        ValueError: If it is no image, is damaged, or has more than `MAX_PIXELS` pixels.
+    """
+    if isinstance(image, str):
+        try:
+            image = base64.b64decode(image.partition("base64,")[2] or image, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(f"Expected an image in base64, got text that is not: {error}.") from error
+    if isinstance(image, bytes):
+        image = io.BytesIO(image)
+    if isinstance(image, Image.Image):
+        return _decode(image)
+    if not hasattr(image, "read"):
+        raise ValueError(f"Expected an image as base64 text, bytes or PIL image, got {type(image).__name__}.")
+    return _read(image)
+
+
+def _read(file: BinaryIO) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return _decode(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"damaged, or no image: {error}") from error
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"Expected an image of at most {MAX_PIXELS:,} pixels, got {width}x{height}.")
+    return ImageOps.exif_transpose(image).convert("RGB")  # upright, as transformers' pipelines take it

@@ -1,0 +1,129 @@
+"""handler.py, in this process; tests/package/test_hub.py loads it as an Inference Endpoint does."""
+
+import base64
+import io
+import struct
+import zlib
+
+import pytest
+import torch
+from PIL import Image
+
+from hf_visual_perceiver.loading import default_model
+from hf_visual_perceiver.modeling.handler import MAX_PIXELS, EndpointHandler, open_image, read_parameters
+from hf_visual_perceiver.training.folder import create_image_processor
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    return EndpointHandler(default_model())
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+def header_of_a_png(width: int, height: int) -> bytes:
+    """A file of 45 bytes that says it is an image of this size."""
+    fields = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    end = struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + fields + struct.pack(">I", zlib.crc32(fields)) + end
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.randint(0, 256, (3, 40, 30, 3), generator=generator, dtype=torch.uint8)
+    return [Image.fromarray(pixels.numpy()) for pixels in noise]
+
+
+@pytest.mark.parametrize("point", [{}, {"num_active_queries": 3}, {"num_active_queries": 40, "dqs_threshold": 0.8}])
+def test_answers_are_the_models(endpoint, pictures, trained, point):
+    answers = endpoint({"inputs": pictures, "parameters": {**point, "top_k": 10}})
+    pixels = create_image_processor(trained.config)(images=pictures, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        output = trained(pixels, **point)
+    for b, answer in enumerate(answers):
+        assert [a["queries_used"] for a in answer] == [output.active_queries[b].sum().item()] * 10
+        expected = output.logits[b].softmax(-1)
+        assert [a["score"] for a in answer] == sorted((a["score"] for a in answer), reverse=True)
+        for a in answer:
+            assert a["score"] == pytest.approx(expected[trained.config.label2id[a["label"]]].item(), abs=1e-5)
+
+
+def test_every_form_of_an_image_is_the_same_image(endpoint, pictures):
+    data = png(pictures[0])
+    text = base64.b64encode(data).decode()
+    forms = [pictures[0], data, io.BytesIO(data), text, f"data:image/png;base64,{text}", pictures[0].convert("RGBA")]
+    answers = [endpoint({"inputs": form}) for form in forms]
+    assert all(answer == answers[0] for answer in answers)
+    assert len(answers[0]) == 5
+    # A list stays a list, whatever its length.
+    assert endpoint({"inputs": [text]}) == [answers[0]]
+
+
+def test_a_photo_is_turned_upright():
+    image = Image.new("RGB", (4, 2))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    file = io.BytesIO()
+    image.save(file, "jpeg", exif=exif)
+    assert open_image(file.getvalue()).size == (2, 4)
+
+
+def test_parameters_of_an_address_are_text():
+    assert read_parameters({"num_active_queries": "16", "dqs_threshold": "0.8", "top_k": "2"}) == (16, 0.8, 2)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({}, "Expected `inputs` in the request"),
+        ({"image": "x"}, r"Expected `inputs` in the request, got \['image'\]"),
+        ({"inputs": []}, "at least one image"),
+        ({"inputs": 3}, "as base64 text, bytes or PIL image, got int"),
+        ({"inputs": "http://127.0.0.1/cat.png"}, "Expected an image in base64"),
+        ({"inputs": "/etc/passwd"}, "damaged, or no image|Expected an image in base64"),
+        ({"inputs": b"no image"}, "damaged, or no image"),
+        ({"inputs": "PICTURE", "parameters": {"num_active_queries": 0}}, r"integer in \[1, 64\], got 0"),
+        ({"inputs": "PICTURE", "parameters": {"num_active_queries": 2.5}}, r"integer in \[1, 64\], got 2.5"),
+        ({"inputs": "PICTURE", "parameters": {"dqs_threshold": "nan"}}, "at least -1, got nan"),
+        ({"inputs": "PICTURE", "parameters": {"dqs_threshold": "high"}}, "`dqs_threshold` to be a number, got 'high'"),
+        ({"inputs": "PICTURE", "parameters": {"top_k": 0}}, "`top_k` to be an integer of at least 1, got 0"),
+        ({"inputs": "PICTURE", "parameters": {"temperature": 1}}, r"got \['temperature'\]"),
+    ],
+)
+def test_bad_requests(endpoint, pictures, request_, message):
+    if request_.get("inputs") == "PICTURE":
+        request_ = {**request_, "inputs": pictures[0]}
+    with pytest.raises(ValueError, match=message):
+        endpoint(request_)
+
+
+def test_a_truncated_image(endpoint, pictures):
+    with pytest.raises(ValueError, match="damaged, or no image"):
+        endpoint({"inputs": png(pictures[0])[:900]})
+
+
+@pytest.mark.parametrize(("width", "height"), [(MAX_PIXELS + 1, 1), (8000, 5000)])
+def test_a_small_file_with_a_huge_image_is_not_decoded(width, height):
+    with pytest.raises(ValueError, match=rf"at most 33,554,432 pixels, got {width}x{height}"):
+        open_image(header_of_a_png(width, height))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_pillow_refuses_is_refused():
+    with pytest.raises(ValueError, match=r"decompression bomb"):
+        open_image(header_of_a_png(60000, 60000))
+
+
+def test_the_limit_itself_is_an_image():
+    open_image(Image.new("L", (MAX_PIXELS // 4096, 4096)))
+
+
+@pytest.mark.parametrize("path", ["", "somebody/perceiver", "docs"])
+def test_only_a_folder_is_served(path):
+    with pytest.raises(ValueError, match="Expected the folder of a checkpoint"):
+        EndpointHandler(path)

@@ -1,0 +1,134 @@
+"""Time and memory are measured side by side; what they come out as is not tested."""
+
+import json
+
+import pytest
+import torch
+from support import run, small_config
+
+from hf_visual_perceiver import VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.benchmark import Rival, benchmark, benchmark_table, forms_of, plot_benchmark
+from hf_visual_perceiver.timing import PeakMemory, interleaved, matmul_peak, median_ratio, page_faults, peak_memory
+
+
+CPU = torch.device("cpu")
+
+
+def test_runs_are_interleaved():
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = interleaved(runs, 3, CPU, progress=False)
+    assert calls == list("ab" * 4)  # the first round warms up
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
+    with pytest.raises(ValueError, match="Expected at least 1 repetition, got 0"):
+        interleaved(runs, 0, CPU)
+
+
+def test_ratios_are_of_the_same_repetition():
+    # The machine was ten times slower in the second repetition, for both.
+    assert median_ratio([1, 10, 1], [2, 20, 2]) == 0.5
+    assert median_ratio([1, 30, 2], [2, 20, 2]) == 1
+
+
+def test_peak_memory_counts_what_is_alive_together():
+    with PeakMemory() as memory:
+        a = torch.ones(1000)
+        b = a + 1
+        del a
+        c = b * 2
+        b.add_(1)  # in place: nothing new
+        c.view(10, 100)  # a view: nothing new
+    assert memory.peak == 2 * 4000
+    assert memory.alive == 2 * 4000
+
+
+def test_memory_falls_with_the_queries(model, images):
+    few, many = (peak_memory(lambda K=K: model(images, num_active_queries=K), CPU) for K in (2, 12))
+    assert few < many
+
+
+def test_page_faults():
+    faults = page_faults(lambda: bytearray(2**26).count(1))
+    assert faults is None or faults >= 2**26 // 2**21  # pages of at most 2 MiB
+    assert not page_faults(lambda: None)
+
+
+def test_peak_is_a_rate():
+    assert matmul_peak(small_config(), CPU, torch.float32) > 1e8
+
+
+@pytest.fixture(scope="module")
+def rows():
+    torch.manual_seed(0)
+    model = VisualPerceiverForImageClassification(small_config()).eval()
+    images = torch.randn(4, 3, 16, 16)
+    rival = Rival(lambda pixels: pixels.sum(), macs=7)
+    return benchmark(
+        model, images, [2, 6], [0.9], repetitions=2, rivals={"sum": rival}, budgets=[1, 64], progress=False
+    )
+
+
+def test_rows(rows):
+    assert {row.batch_size for row in rows} == {2, 6}
+    assert {row.form for row in rows} == {"eager float32", "optimized float32", "sum"}
+    config = small_config()
+    for row in rows:
+        assert row.images_per_second == pytest.approx(1000 * row.batch_size / row.ms)
+        if row.setting.startswith("K = "):
+            assert row.macs == count_macs(config, int(row.queries))
+            assert row.relative_to_fixed is None
+        if row.setting == "K = 12":
+            assert row.relative_time == 1
+        if row.form == "eager float32":
+            assert row.relative_to_first == 1
+        if row.setting == "t = 0.9":
+            assert 1 <= row.queries <= 12
+            assert row.relative_to_fixed > 0
+        if row.form == "sum":
+            assert row.relative_time is None
+            assert row.macs == 7
+    # K beyond Q is Q.
+    assert "K = 64" not in {row.setting for row in rows}
+
+
+def test_table_and_plot(rows, tmp_path):
+    table = benchmark_table(rows[:3])
+    assert table.row_count == 3
+    plot_benchmark(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_forms_agree(model, images):
+    forms = forms_of(model, ["eager", "optimized"], [torch.float32, torch.bfloat16])
+    assert list(forms) == ["eager float32", "optimized float32", "eager bfloat16", "optimized bfloat16"]
+    with torch.no_grad():
+        expected = model(images).logits
+        for network, dtype in forms.values():
+            logits = network(images.to(dtype)).logits.float()
+            assert (logits - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.1) * expected.abs().max()
+    with pytest.raises(ValueError, match="Expected forms among eager, optimized, compiled, got 'fast'"):
+        forms_of(model, ["fast"], [torch.float32])
+
+
+def test_a_batch_that_does_not_fit(model, images):
+    def full(pixels):
+        raise RuntimeError("not enough memory: you tried to allocate 99 bytes")
+
+    with pytest.raises(ValueError, match="Expected a batch of 8 to fit in memory, which it does not; try 2"):
+        benchmark(model, images, [8], repetitions=1, rivals={"huge": Rival(full)}, progress=False)
+    with pytest.raises(ValueError, match="Expected a batch size of at least 1, got 0"):
+        benchmark(model, images, [0], progress=False)
+
+
+def test_command(tmp_path):
+    result = run(
+        *("visual-perceiver", "benchmark", "--batch-size", 2, "--repetitions", 1, "--num-active-queries", 4),
+        *("--dtype", "float32", "--json", tmp_path / "b.json", "--plot", tmp_path / "b.png"),
+        env={"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "optimized float32" in result.stdout
+    assert "threads 1" in result.stdout
+    settings = {row["setting"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
+    assert {"K = 4", "K = 64", "t = 0.8"} <= settings
+    assert (tmp_path / "b.png").exists()
