@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from hf_visual_perceiver.cli import app
 from hf_visual_perceiver.export import export_onnx, export_program, export_timm, quantise, trace
 from hf_visual_perceiver.export_check import check_export, check_quantised, clear_threshold
-from hf_visual_perceiver.export_comparison import compare_exports
+from hf_visual_perceiver.export_comparison import compare_exports, comparison_points
 from hf_visual_perceiver.exported import METADATA_KEY, OnnxClassifier, load_exported
 from hf_visual_perceiver.loading import default_dataset, default_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs
@@ -64,6 +64,12 @@ def small():
 @pytest.fixture(scope="module")
 def small_folder(small, tmp_path_factory):
     return save_folder(small, tmp_path_factory.mktemp("folders") / "small")
+
+
+def fixed_at(path, K):
+    classifier = OnnxClassifier(path)
+    classifier.num_active_queries = K
+    return classifier
 
 
 def names(folder):
@@ -209,6 +215,10 @@ def test_int8_resembles_and_is_small(int8, exported, trained, data):
         assert 0.9 <= quantised.same_answer <= 1
         assert quantised.megabytes < onnx.megabytes
     other = VisualPerceiverForImageClassification(small_config()).eval()
+    with pytest.raises(ValueError, match=r"Expected K = 4, which is fixed in k4.onnx, got 5"):
+        comparison_points({"PyTorch": trained, "k4.onnx": fixed_at(exported, 4)}, 64, [5], None)
+    with pytest.raises(ValueError, match="Expected files with the same K fixed"):
+        comparison_points({name: fixed_at(exported, K) for name, K in (("a", 4), ("b", 5))}, 64, None, None)
     with pytest.raises(ValueError, match="its label_names is another"):
         compare_exports(other, [exported], data, progress=False)
 
