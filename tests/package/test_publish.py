@@ -511,7 +511,7 @@ def test_a_real_ctrl_c(hub, small, tmp_path):
         "import sys; from functools import partial; from hf_visual_perceiver import cli, publish_command as c;"
         "c.prepare = partial(c.prepare, check=lambda stage: {}); sys.argv = ['visual-perceiver', *sys.argv[1:]]; cli.main()"
     )
-    hub.fail(*UPLOAD, delay=30)
+    hub.fail(*UPLOAD, delay=15)
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "writer", "HF_HUB_DISABLE_XET": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", code, "publish", small, REPO],
@@ -527,7 +527,7 @@ def test_a_real_ctrl_c(hub, small, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=150)
     finally:
         process.kill()
     assert process.returncode == 130
