@@ -123,10 +123,16 @@ def normalised(x: torch.Tensor, eps: float) -> torch.Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax(scale q k^T) v, by what is fastest: (n, H, L_q, d), (n, H, L, d) x 2 -> (n, H, L_q, d)."""
-    # torch's fused attention on CPUs is slower in bf16 than three plain operations.
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, recurring: bool = True
+) -> torch.Tensor:
+    """softmax(scale q k^T) v, by what is fastest: (n, H, L_q, d), (n, H, L, d) x 2 -> (n, H, L_q, d).
+
+    `recurring` says that the next batch will have these shapes again.
+    """
+    # torch's fused attention on CPUs is slower in bf16 than three plain operations, for whose products oneDNN however
+    # compiles code for each new shape.
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and recurring:
         return (query @ key.transpose(-2, -1)).mul_(scale).softmax(-1) @ value
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
@@ -138,6 +144,7 @@ class Group:
     first: int
     images: int
     length: int
+    recurring: bool = False  # whether the next batch will have such a group again
 
     @property
     def rows(self) -> slice:
@@ -155,7 +162,8 @@ class FusedBlock:
 
     def __call__(self, x: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
         qkv = self.qkv(normalised(x, self.eps))  # (T, 3 D)
-        y = torch.empty_like(x)
+        # Rows that belong to no image hold numbers too, or they could slow the arithmetic down.
+        y = torch.empty_like(x) if groups[-1].rows.stop == len(x) else torch.zeros_like(x)
         for group in groups:
             n, L = group.images, group.length
             parts = qkv[group.rows].view(n, L, 3, self.heads, -1)
@@ -164,7 +172,7 @@ class FusedBlock:
                 target.copy_(parts[:, :, 2])
             else:
                 query, key, value = parts.permute(2, 0, 3, 1, 4).unbind()  # (n, H, L, d)
-                target.copy_(attention(query, key, value, self.scale).transpose(1, 2))
+                target.copy_(attention(query, key, value, self.scale, group.recurring).transpose(1, 2))
         return self.mlp(self.proj.plus(y, x))
 
 
@@ -191,14 +199,11 @@ class FoldedReading:
         self.value = (value * gain).transpose(1, 2).to(dtype).contiguous()  # (H, D, d)
         self.value_bias = bias[:, None].to(dtype)  # (H, 1, d)
 
-    def read(self, tokens: torch.Tensor, K: int) -> torch.Tensor:
-        """Weighted means of the normalised tokens: (n, N, D) -> (H, n, K, D)."""
-        z = normalised(tokens, self.eps)[:, None]  # (n, 1, N, D)
-        if self.heads == 1:
-            query = self.scorers[None, :, :K].expand(z.shape[0], -1, -1, -1)  # (n, 1, K, D)
-            return attention(query, z, z, 1.0).transpose(0, 1)
-        weights = (z @ self.scorers[:, :K].transpose(1, 2)).softmax(-2)  # (n, 1, N, D) x (H, D, K) -> (n, H, N, K)
-        return (weights.transpose(2, 3) @ z).transpose(0, 1)  # (n, H, K, D) -> (H, n, K, D)
+    def read(self, tokens: torch.Tensor, K: int, recurring: bool = True) -> torch.Tensor:
+        """Weighted means of the normalised tokens: (n, N, D) -> (H, n, K, D); `recurring` as for `attention`."""
+        z = normalised(tokens, self.eps)[:, None].expand(-1, self.heads, -1, -1)  # (n, H, N, D)
+        query = self.scorers[None, :, :K].expand(z.shape[0], -1, -1, -1)  # (n, H, K, D)
+        return attention(query, z, z, 1.0, recurring).transpose(0, 1)
 
     def values(self, read: torch.Tensor) -> torch.Tensor:
         """softmax(q k^T / sqrt(d)) v of what was read: (H, n, K, D) -> (n, K, D)."""
@@ -256,12 +261,12 @@ class FastPerceiver:
         """As `__call__`, for images whose cross-attention outputs are in memory together; the second is (B, K)."""
         B = pixel_values.shape[0]
         if threshold is None:
-            size, pooled = max(1, self.tokens_per_chunk // K), []
+            size, reads = max(1, self.tokens_per_chunk // K), []
             y = torch.cat([part.flatten(0, 1) for part in self.read(pixel_values, K)])  # (B K, D)
             for part in y.split(size * K):
                 n = part.shape[0] // K
-                pooled.append(self.process(part, self.queries[:K].repeat(n, 1), [Group(0, n, K)]))
-            return torch.cat(pooled), torch.ones(B, K, dtype=torch.bool, device=y.device)
+                reads.append(self.process(part, self.queries[:K].repeat(n, 1), [Group(0, n, K, recurring=True)]))
+            return self.decode(torch.cat(reads, dim=1)), torch.ones(B, K, dtype=torch.bool, device=y.device)
         masks, kept = [], []
         for part in self.read(pixel_values, K):
             masks.append(select_queries(part, threshold, self.config.dqs_reference))
@@ -272,12 +277,16 @@ class FastPerceiver:
         # The row of each kept query in y.
         row = (lengths.cumsum(0) - lengths)[:, None] + keep.cumsum(1) - 1  # (B, K)
         lengths, order = lengths.sort(stable=True)
-        result = y.new_empty(B, y.shape[-1])
+        reads = []
         for first, last, groups in chunks(lengths.tolist(), self.tokens_per_chunk):
             chosen = order[first:last]
             mask = keep[chosen]
-            result[chosen] = self.process(y[row[chosen][mask]], self.queries[mask.nonzero()[:, 1]], groups)
-        return result, keep
+            rows, query = row[chosen][mask], mask.nonzero()[:, 1]
+            # oneDNN compiles code for each new number of rows, which takes longer than to compute some in vain.
+            spare = (0, rounded_up(len(rows), self.tokens_per_chunk) - len(rows))
+            reads.append(self.process(y[F.pad(rows, spare)], self.queries[F.pad(query, spare)], groups))
+        pooled = self.decode(torch.cat(reads, dim=1))
+        return torch.empty_like(pooled).index_copy_(0, order, pooled), keep
 
     def read(self, pixel_values: torch.Tensor, K: int) -> Iterator[torch.Tensor]:
         """Cross-attention outputs of the first K queries, (n, K, D) of n images at a time."""
@@ -289,17 +298,36 @@ class FastPerceiver:
             yield self.reading.values(self.reading.read(self.patches(patches).add_(self.positions), K))
 
     def process(self, y: torch.Tensor, queries: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
-        """From cross-attention outputs of a packed batch, (T, D), to what the output query reads, (n, D)."""
+        """What the decoder's query reads, (H, n, 1, D), from cross-attention outputs of a packed batch, (T, D).
+
+        Rows after those of the last group belong to no image.
+        """
         x = self.reading_mlp(self.reading_proj.plus(y, queries))
         for block in self.blocks:
             x = block(x, groups)
-        read = torch.cat(
-            [self.decoding.read(x[group.rows].view(group.images, group.length, -1), 1) for group in groups], dim=1
-        )  # (H, n, 1, D)
-        pooled = self.decoding.values(read).squeeze(1)  # (n, D)
+        reads = [
+            self.decoding.read(x[group.rows].view(group.images, group.length, -1), 1, group.recurring)
+            for group in groups
+        ]
+        return torch.cat(reads, dim=1)
+
+    def decode(self, read: torch.Tensor) -> torch.Tensor:
+        """The rest of the decoder and the norm: (H, B, 1, D) -> (B, D)."""
+        pooled = self.decoding.values(read).squeeze(1)  # (B, D)
         pooled = self.decoding_proj.plus(pooled, self.output_query.expand_as(pooled).contiguous())
         weight, bias, eps = self.norm
         return F.layer_norm(self.decoding_mlp(pooled), weight.shape, weight, bias, eps)
+
+
+def rounded_up(tokens: int, tokens_per_chunk: int) -> int:
+    """A number of rows of which there are few: the next multiple of a sixteenth of a chunk.
+
+    Example:
+        >>> rounded_up(1000, 1024), rounded_up(70, 1024)
+        (1024, 128)
+    """
+    step = max(1, tokens_per_chunk // 16)
+    return -(-tokens // step) * step
 
 
 def chunks(lengths: Sequence[int], tokens_per_chunk: int) -> Iterator[tuple[int, int, list[Group]]]:
