@@ -246,7 +246,7 @@ def info(model: ModelOption = None, json_file: JsonOption = None) -> None:
     macs = {budget: count_macs(config, budget) for budget in budgets}
     evaluation = _read_json(Path(name) / "evaluation.json", Evaluation.from_dict)
     for line in _read_json(Path(name) / "training.json", training_lines) or []:
-        console.print(f"- {line}", highlight=False, markup=False)
+        console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
     if evaluation is not None:
         console.print(evaluation_table(evaluation))
         console.print(conditions_line(evaluation.conditions), style="dim", highlight=False)

@@ -509,6 +509,8 @@ def test_a_real_ctrl_c(hub, small, tmp_path):
     """SIGINT to the command while the weights are on their way; then the command again."""
     code = (
         "import sys; from functools import partial; from hf_visual_perceiver import cli, publish_command as c;"
+        # Where the tests run in a shell's background, SIGINT is ignored, also by the processes they start.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "c.prepare = partial(c.prepare, check=lambda stage: {}); sys.argv = ['visual-perceiver', *sys.argv[1:]]; cli.main()"
     )
     hub.fail(*UPLOAD, delay=15)
