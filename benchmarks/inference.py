@@ -28,7 +28,7 @@ from hf_visual_perceiver.training.files import write_json
 console = Console(width=150)
 
 
-def timm_vit(config: VisualPerceiverConfig) -> VisionTransformer:
+def timm_vit(config: VisualPerceiverConfig, drop_path_rate: float = 0.0) -> VisionTransformer:
     """timm's ViT of the same width, depth and number of tokens."""
     return VisionTransformer(
         img_size=config.image_size,
@@ -40,6 +40,7 @@ def timm_vit(config: VisualPerceiverConfig) -> VisionTransformer:
         mlp_ratio=config.intermediate_size / config.hidden_size,
         class_token=False,
         global_pool="avg",
+        drop_path_rate=drop_path_rate,
     )
 
 

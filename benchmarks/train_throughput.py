@@ -18,13 +18,13 @@ import numpy as np
 import torch
 import typer
 from accelerate import Accelerator
+from inference import timm_vit, vit_macs
 from PIL import Image, ImageOps
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from timm.data import Mixup, auto_augment, create_loader
 from timm.loss import SoftTargetCrossEntropy
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
@@ -132,18 +132,7 @@ class _Pictures(torch.utils.data.Dataset):
 def plain_timm(recipe: Recipe, data: ImageDataset, accelerator: Accelerator, workers: int) -> Contender:
     """timm's ViT of the same width, depth and number of tokens, with timm's loader, augmentation, mixing and averaging."""
     device, config, a = accelerator.device, recipe.model_config(num_labels=len(data.label_names)), recipe.augmentation
-    model = VisionTransformer(
-        img_size=32,
-        patch_size=4,
-        num_classes=len(data.label_names),
-        embed_dim=config.hidden_size,
-        depth=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        mlp_ratio=config.intermediate_size / config.hidden_size,
-        class_token=False,
-        global_pool="avg",
-        drop_path_rate=config.drop_path_rate,
-    ).to(device)
+    model = timm_vit(config, config.drop_path_rate).to(device)
     optimizer = create_optimizer_v2(
         model, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
@@ -188,10 +177,9 @@ def plain_timm(recipe: Recipe, data: ImageDataset, accelerator: Accelerator, wor
         optimizer.zero_grad()
         average.update(model, step=step)
 
-    N, D, M = 64, config.hidden_size, config.intermediate_size
-    blocks = config.num_hidden_layers * (N * (4 * D**2 + 2 * D * M) + 2 * N**2 * D)
-    macs = N * 48 * D + blocks + D * len(data.label_names)
-    return Contender("timm's ViT, plain loop", macs, {"data": load, "network": network_part, "update": update})
+    return Contender(
+        "timm's ViT, plain loop", vit_macs(config), {"data": load, "network": network_part, "update": update}
+    )
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, synchronise: Callable[[], None]) -> float:

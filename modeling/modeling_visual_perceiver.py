@@ -118,7 +118,7 @@ def eager_attention(
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     # torch's kernels add up in float32 whatever the dtype. Autocast would have float32 tensors written and converted back as
-    # well, which in training on a CPU takes as long as all the rest of attention.
+    # well.
     with torch.autocast(scores.device.type, enabled=False):
         weights = scores.softmax(dim=-1)
     return (F.dropout(weights, dropout, module.training) @ value).transpose(1, 2), weights

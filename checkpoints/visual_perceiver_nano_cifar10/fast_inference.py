@@ -1,6 +1,6 @@
 """The network as fewer, larger operations, for inference on CPUs; the numbers stay those of the modules it is made from.
 
-What is done, and why, in the order of what it gained (docs/cpu.md has the measurements):
+What is done, and why (docs/cpu.md says more):
 
 - Chunks. A batch goes through the trunk a few thousand tokens at a time, so that activations stay in the cache and the
   allocator hands out the same memory again, instead of fresh pages for each large tensor.
