@@ -217,7 +217,7 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
         f"Recipe: {facts['recipe_name']} (recipe.yaml in the checkpoint's folder), {recipe['steps']:,} steps of "
         f"{recipe['batch_size']} images{'' if epochs is None else f' ({epochs:.1f} epochs)'}, "
         f"K by the schedule {recipe['queries']['schedule']}"
-        + (f", {teacher['distillation']} distillation from {_teacher_name(teacher['model'])}." if teacher else "."),
+        + (f", {teacher['distillation']} distillation from {_run_name(teacher['model'])}." if teacher else "."),
         f"Seed: {recipe['seed']}, one run; what another seed would give was not measured.",
         f"Hardware: {c['hardware']}, {facts['processes']} process(es)"
         + (f" of {c['threads']} thread(s)" if "threads" in c else "")
@@ -226,16 +226,31 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
         f"Versions: torch {c['torch']}, transformers {c['transformers']}, timm {c['timm']}"
         + (f"; this folder was written at commit {c['commit']}." if "commit" in c else "."),
     ]
+    if recipe.get("initial_model"):
+        lines.insert(1, f"Began with: the weights of {_run_name(recipe['initial_model'])}{_earlier_stage(facts)}.")
     if facts["validation_accuracy"]:
         accuracies = ", ".join(f"{100 * a:.2f} % (K = {k})" for k, a in facts["validation_accuracy"].items())
         lines.append(f"Validation accuracy at the end: {accuracies}.")
     return lines
 
 
-def _teacher_name(model: str) -> str:
+def _run_name(model: str) -> str:
     """A Hub id's or folder's own name; the folder `model` of a run is called as the run."""
     path = Path(model)
     return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def _earlier_stage(facts: dict[str, Any]) -> str:
+    """How the network that a run began with was trained, as far as its folder said it."""
+    earlier = facts.get("earlier_training")
+    if earlier is None:
+        return ""
+    recipe, seed = earlier["recipe"], earlier["recipe"]["seed"]
+    return (
+        f", trained by {earlier['recipe_name']}: {recipe['steps']:,} steps of {recipe['batch_size']} images, K by the schedule "
+        f"{recipe['queries']['schedule']}, seed {seed}, {earlier['training_hours']:.2f} hours on {earlier['conditions']['hardware']}"
+        + (f" (itself begun with {_run_name(recipe['initial_model'])})" if recipe.get("initial_model") else "")
+    )
 
 
 def selection_verdict(evaluation: Evaluation) -> str:

@@ -58,6 +58,7 @@ class Recipe:
 
     architecture: str  # one of modeling.ARCHITECTURES
     config: dict[str, Any] = field(default_factory=dict)  # overrides of the architecture's config
+    initial_model: str | None = None  # a folder or Hub id whose weights the run begins with; None is random weights
     attention: str | None = None  # sdpa, eager or flash_attention_2; None is transformers' choice
 
     dataset: str = "uoft-cs/cifar10"  # Hub id, folder of parquet files, or imagefolder

@@ -39,6 +39,7 @@ from hf_visual_perceiver.training.data import (
     share_of_batch,
 )
 from hf_visual_perceiver.training.folder import save_folder
+from hf_visual_perceiver.training.initial import earlier_training, load_initial_weights
 from hf_visual_perceiver.training.objective import Objective
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
 from hf_visual_perceiver.training.schedules import Schedule, create_schedule, describe, step_macs
@@ -99,6 +100,11 @@ def train(
         )
     source = open_data(recipe, accelerator.device, accelerator.process_index, accelerator.num_processes)
     network = create_model(recipe, source.label_names)
+    fresh: list[str] = []
+    earlier: dict[str, Any] | None = None
+    if recipe.initial_model is not None and not (resume and run.saved_steps()):
+        fresh = load_initial_weights(network, recipe.initial_model)
+        earlier = earlier_training(recipe.initial_model)
     schedule = create_schedule(recipe.queries, network.config.num_queries, recipe.seed, recipe.steps)
     check_batch(recipe, schedule, accelerator.num_processes)
     size, preprocessing = network.config.image_height_width, network.config.timm_pretrained_cfg
@@ -130,6 +136,8 @@ def train(
             f"Each process uses {torch.get_num_threads()} of its {cores} cores; "
             f"`accelerate launch --num_cpu_threads_per_process {cores}` uses all."
         )
+    if fresh and accelerator.is_main_process:
+        console.print(f"{recipe.initial_model} has other labels: the head begins with random weights.")
     # Everything above raises if the recipe does not fit; from here on the folder is written to.
     _main_process_alone(accelerator, lambda: run.start(recipe))
     accelerator.init_trackers("hf_visual_perceiver", config={"recipe": recipe_name, "seed": recipe.seed})
@@ -158,6 +166,7 @@ def train(
         else:
             apply_state(state, facts, model, optimizer, average and average.module)
         source.load_state_dict(facts["data"])
+        earlier = facts.get("earlier_training")
         if accelerator.scaler is not None and facts["scaler"]:
             accelerator.scaler.load_state_dict(facts["scaler"])
     if accelerator.is_main_process and resume:
@@ -170,6 +179,7 @@ def train(
         if apart:
             accelerator.save_state(str(run.apart(step)))
         state, facts = ({}, {}) if apart else gather_state(model, optimizer, average and average.module)
+        facts["earlier_training"] = earlier  # kept here, as a run may go on where the folder it began with is not
         facts["data"] = gather_object([batches.state_dict(step)])
         facts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         _main_process_alone(accelerator, lambda: run.save(state, facts, step, recipe.keep_checkpoints))
@@ -259,7 +269,7 @@ def train(
         curves = run.path / "curves.png"
         plot_curves(run.entries(), curves)
         if finished:
-            write_model(recipe, recipe_name, run, final, source, schedule, accelerator)
+            write_model(recipe, recipe_name, run, final, source, schedule, accelerator, earlier)
             console.print(f"The trained model is in {run.model}, the curves in {curves}.", soft_wrap=True)
         else:
             console.print(
@@ -327,6 +337,7 @@ def write_model(
     source: TrainingData,
     schedule: Schedule,
     accelerator: Accelerator,
+    earlier: dict[str, Any] | None = None,
 ) -> None:
     """Write the trained model with the facts of its training to the run's `model` folder."""
     # With the dataset's public name: where it lies on this machine helps nobody.
@@ -348,6 +359,8 @@ def write_model(
         },
         "conditions": measurement_conditions(accelerator.device),
     }
+    if earlier is not None:
+        facts["earlier_training"] = earlier
     files = {
         "training.json": json.dumps(facts, indent=2) + "\n",
         "recipe.yaml": yaml.safe_dump(values, sort_keys=False),

@@ -1,0 +1,63 @@
+"""Begin a run with the weights of another: fine-tuning, or a second stage of training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig
+
+from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
+
+
+@torch.no_grad()
+def load_initial_weights(model: VisualPerceiverForImageClassification, source: str) -> list[str]:
+    """Give `model` the weights of a checkpoint; its head stays fresh if the checkpoint has other labels.
+
+    Args:
+        model: The network to train, changed in place.
+        source: A folder or Hub id of a Visual Perceiver with a classifier, of the same sizes.
+
+    Returns:
+        The names of the weights that were not taken: none, or those of the head.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or it is of another kind or size; `model` is then unchanged.
+
+    Example:
+        >>> from hf_visual_perceiver import VisualPerceiverConfig, default_model
+        >>> config = VisualPerceiverConfig.from_pretrained(default_model(), num_labels=5)
+        >>> load_initial_weights(VisualPerceiverForImageClassification(config), str(default_model()))
+        ['head.weight', 'head.bias']
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type != model.config.model_type:
+            raise ValueError(f"it is a model of type {config.model_type}")
+        trained = VisualPerceiverForImageClassification.from_pretrained(source)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"Expected `initial_model` to be a folder or Hub id of a Visual Perceiver, got {source!r}: {reason}"
+        ) from error
+    weights = trained.state_dict()
+    same_labels = trained.config.id2label == model.config.id2label
+    fresh = [] if same_labels else [name for name in weights if name.startswith("head.")]
+    own = {name: value for name, value in model.state_dict().items() if name not in fresh}
+    taken = {name: value for name, value in weights.items() if name not in fresh}
+    for name in sorted(own.keys() | taken.keys()):
+        expected, given = (list(x[name].shape) if name in x else None for x in (own, taken))
+        if expected != given:
+            raise ValueError(
+                f"Expected `initial_model` to have the sizes of the recipe's `architecture` and `config`, got {name} of shape "
+                f"{given} for {expected} in {Path(source).name}."
+            )
+    model.load_state_dict(taken, strict=False)
+    return fresh
+
+
+def earlier_training(source: str) -> dict[str, Any] | None:
+    """The training.json of a folder that a run begins with, as this package writes it; None if there is none."""
+    file = Path(source) / "training.json"
+    return json.loads(file.read_text()) if file.is_file() else None
