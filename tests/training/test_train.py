@@ -251,7 +251,7 @@ class TestPieces:
         assert_same_run(tmp_path / "whole", tmp_path / "pieces")
 
     def test_a_state_that_is_kept_apart(self, tmp_path, monkeypatch):
-        """As with DeepSpeed, which is not here to try."""
+        """As with DeepSpeed, which is not among the dependencies; by hand it was tried for real."""
         recipe = small_recipe(ema_decay=None)
         train(recipe, tmp_path / "whole")
         monkeypatch.setattr(train_module, "keeps_state_apart", lambda accelerator: True)
