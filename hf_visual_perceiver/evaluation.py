@@ -174,9 +174,7 @@ def evaluate(
     measured = measure_points(model, data, list(dict.fromkeys([*points, all_queries])), batch_size, progress)
     measured_under = measurement_conditions(
         model.device,
-        dtype=str(model.dtype).removeprefix("torch."),
-        attention=config._attn_implementation if isinstance(model, VisualPerceiverForImageClassification) else None,
-        form="optimized" if isinstance(model, OptimizedVisualPerceiver) else None,
+        **form_of(model),
         batch_size=batch_size,
         images=len(data),
         **(conditions or {}),
@@ -184,6 +182,13 @@ def evaluate(
     full = next(m for m in measured if m.point == all_queries)
     confusion = Confusion.of(config.label_names, full.labels, full.predictions)
     return Evaluation([m.row(model) for m in measured if m.point in points], measured_under, confusion)
+
+
+def form_of(model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver) -> dict[str, str]:
+    """The dtype, and attention or "optimized", of a model, for the conditions of a measurement."""
+    optimized = isinstance(model, OptimizedVisualPerceiver)
+    form = {"form": "optimized"} if optimized else {"attention": str(model.config._attn_implementation)}
+    return {"dtype": str(model.dtype).removeprefix("torch."), **form}
 
 
 def measure_points(

@@ -12,8 +12,8 @@ from rich.progress import Progress
 
 from .corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from .difficulty import Difficulty, measure_difficulty
-from .evaluation import OperatingPoint, forward_at, labels_of_model
-from .modeling import VisualPerceiverForImageClassification
+from .evaluation import OperatingPoint, form_of, forward_at, labels_of_model
+from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification
 from .training.conditions import measurement_conditions
 from .training.data import ImageDataset, normalise, pixels_of_size
 
@@ -147,7 +147,7 @@ def robustness_points(
 
 
 def measure_robustness(
-    model: VisualPerceiverForImageClassification,
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
     data: ImageDataset,
     points: Sequence[OperatingPoint] | None = None,
     corruptions: Sequence[str] = tuple(CORRUPTIONS),
@@ -177,7 +177,7 @@ def measure_robustness(
     Raises:
         ValueError: If the dataset's labels are not the model's, or an argument is out of its range.
     """
-    config, parameter = model.config, next(model.parameters())
+    config = model.config
     points = robustness_points(config.num_queries) if points is None else list(dict.fromkeys(points))
     corruptions, severities = list(dict.fromkeys(corruptions)), sorted(set(severities))
     _check(model, points, corruptions, severities, max_images, batch_size)
@@ -202,7 +202,7 @@ def measure_robustness(
                 images = clean
                 if corruption != CLEAN:
                     images = corrupt(clean, corruption, severity, seed, [stride * place for place in places])
-                pixels = normalise(images, cfg["mean"], cfg["std"]).to(parameter.device, parameter.dtype)
+                pixels = normalise(images, cfg["mean"], cfg["std"]).to(model.device, model.dtype)
                 for number, point in enumerate(points):
                     logits, active = forward_at(model, pixels, point)
                     right[kind, number, here] = logits.argmax(-1).cpu().numpy() == labels[here]
@@ -230,9 +230,8 @@ def measure_robustness(
         if point.dqs_threshold is not None and point.num_active_queries is None
     ]
     measured_under = measurement_conditions(
-        parameter.device,
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        attention=config._attn_implementation,
+        model.device,
+        **form_of(model),
         batch_size=batch_size,
         images=count,
         images_in_split=len(data),
@@ -243,7 +242,7 @@ def measure_robustness(
 
 
 def _check(
-    model: VisualPerceiverForImageClassification,
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
     points: list[OperatingPoint],
     corruptions: list[str],
     severities: list[int],

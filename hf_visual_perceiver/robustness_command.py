@@ -11,13 +11,14 @@ from rich.table import Table
 
 from .corruptions import CORRUPTIONS, SEVERITIES
 from .difficulty import difficulty_verdict
-from .loading import choose_device, default_dataset, default_model, load_model
+from .loading import choose_device, default_dataset, default_model, load_model, load_optimized
 from .options import (
     BatchSizeOption,
     DatasetNameOption,
     DatasetOption,
     DeviceOption,
     DtypeOption,
+    FastOption,
     JsonOption,
     ModelOption,
     SplitOption,
@@ -48,6 +49,7 @@ def robustness_command(
     batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
+    fast: FastOption = False,
     json_file: JsonOption = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Write robustness.md, its pictures and robustness.json into this folder.")
@@ -61,7 +63,7 @@ def robustness_command(
         check_writable(json_file)
     if output_dir:
         output_dir.mkdir(parents=True, exist_ok=True)
-    network = load_model(name, choose_device(device), dtype)
+    network = (load_optimized if fast else load_model)(name, choose_device(device), dtype)
     result = measure_robustness(
         network,
         load_images(data_name, split),

@@ -293,6 +293,7 @@ def robustness_command_line(result: Robustness) -> str:
         parts += [word for t in thresholds for word in ("--dqs-threshold", f"{t:g}")]
     parts += ["--max-images", str(c["images"])] if c["images"] < c["images_in_split"] else []
     parts += ["--seed", str(c["seed"]), "--batch-size", str(c["batch_size"]), "--dtype", c["dtype"]]
+    parts += ["--fast"] if c.get("form") == "optimized" else []
     return shlex.join(parts)
 
 

@@ -15,7 +15,7 @@ from hf_visual_perceiver.corruptions import CORRUPTIONS, corrupt
 from hf_visual_perceiver.difficulty import correlate, difficulty_verdict, measure_difficulty, spearman
 from hf_visual_perceiver.evaluation import OperatingPoint, evaluate
 from hf_visual_perceiver.robustness import Robustness, measure_robustness, read_robustness, robustness_points
-from hf_visual_perceiver.robustness_report import plot_contact_sheet, robustness_section
+from hf_visual_perceiver.robustness_report import plot_contact_sheet, robustness_command_line, robustness_section
 from hf_visual_perceiver.training.data import ImageDataset, load_images, normalise
 from hf_visual_perceiver.training.files import write_json
 from hf_visual_perceiver.training.folder import save_folder
@@ -246,8 +246,19 @@ def test_card_has_a_sentence_of_it(trained, data, result, tmp_path):
         write_card(folder, trained, measured)
 
 
+def test_the_optimised_form_measures_the_same(trained, data):
+    few = {"corruptions": ["fog"], "severities": [5], "max_images": 32, "progress": False}
+    plain, fast = (
+        measure_robustness(trained, data, **few),
+        measure_robustness(trained.optimize_for_inference(), data, **few),
+    )
+    assert plain.cells == fast.cells
+    assert (plain.conditions.get("form"), fast.conditions.get("form")) == (None, "optimized")
+    assert robustness_command_line(fast) == f"{robustness_command_line(plain)} --fast"
+
+
 def test_command(tmp_path):
-    few = ["--corruption", "fog", "--severity", 5, "--max-images", 20, "--dqs-threshold", 0.8]
+    few = ["--corruption", "fog", "--severity", 5, "--max-images", 20, "--dqs-threshold", 0.8, "--fast"]
     written = ["--json", tmp_path / "r.json", "--output-dir", tmp_path / "report"]
     done = run("visual-perceiver", "robustness", *few, *written, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

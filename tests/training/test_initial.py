@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import small_config
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_visual_perceiver.card import training_lines
@@ -14,7 +15,6 @@ from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.initial import load_initial_weights
 from hf_visual_perceiver.training.recipe import recipe_from_dict
 from hf_visual_perceiver.training.train import train
-from tests.support import small_config
 
 
 STAGE = {
@@ -88,7 +88,9 @@ def test_a_second_stage(tmp_path):
     facts = json.loads((second / "training.json").read_text())
     assert facts["earlier_training"]["recipe_name"] == "first.yaml"
     line = next(line for line in training_lines(facts) if line.startswith("Began with"))
-    assert "the weights of first, trained by first.yaml: 4 steps of 16 images, K by the schedule uniform, seed 0" in line
+    assert (
+        "the weights of first, trained by first.yaml: 4 steps of 16 images, K by the schedule uniform, seed 0" in line
+    )
 
 
 def test_a_hub_id_has_no_earlier_training():
