@@ -4,7 +4,6 @@ One process or many, CPU or GPU: accelerate decides. Everything random in a step
 step, so that a run in pieces, on whatever devices, is one run.
 """
 
-import contextlib
 import json
 import logging
 import math
@@ -17,10 +16,9 @@ import typer
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch.distributed.tensor import DTensor
@@ -38,12 +36,15 @@ from hf_visual_perceiver.training.data import (
     seed_everything,
     share_of_batch,
 )
+from hf_visual_perceiver.training.distributed import all_finite, gathered, keeps_state_apart, main_process_alone
+from hf_visual_perceiver.training.factory import create_model, create_optimizer
 from hf_visual_perceiver.training.folder import save_folder
 from hf_visual_perceiver.training.initial import earlier_training, load_initial_weights
 from hf_visual_perceiver.training.objective import Objective
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
 from hf_visual_perceiver.training.schedules import Schedule, create_schedule, describe, step_macs
-from hf_visual_perceiver.training.state import apply_state, gather_state, gather_weights
+from hf_visual_perceiver.training.state import apply_state, gather_state
+from hf_visual_perceiver.training.step import check_batch, forward_backward
 from hf_visual_perceiver.training.stopping import StopRequest, Stopwatch
 from hf_visual_perceiver.training.teacher import FrozenTeacher, load_teacher
 
@@ -86,7 +87,7 @@ def train(
     accelerator = Accelerator(mixed_precision=precision, log_with=_tracker(recipe.tracker), project_dir=str(run.path))
     if slow_bf16 and accelerator.is_main_process:
         console.print("This CPU does not compute in bf16, which would be slow: float32 it is.")
-    _main_process_alone(accelerator, lambda: run.check(recipe, resume, allow_recipe_change))
+    main_process_alone(accelerator, lambda: run.check(recipe, resume, allow_recipe_change))
     if resume and run.finished(recipe.steps):
         if accelerator.is_main_process:
             console.print(f"The run is finished; its model is in {run.model}.")
@@ -139,7 +140,7 @@ def train(
     if fresh and accelerator.is_main_process:
         console.print(f"{recipe.initial_model} has other labels: the head begins with random weights.")
     # Everything above raises if the recipe does not fit; from here on the folder is written to.
-    _main_process_alone(accelerator, lambda: run.start(recipe))
+    main_process_alone(accelerator, lambda: run.start(recipe))
     accelerator.init_trackers("hf_visual_perceiver", config={"recipe": recipe_name, "seed": recipe.seed})
     if recipe.compile:
         for layer in network.visual_perceiver.layers:
@@ -182,7 +183,7 @@ def train(
         facts["earlier_training"] = earlier  # kept here, as a run may go on where the folder it began with is not
         facts["data"] = gather_object([batches.state_dict(step)])
         facts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        _main_process_alone(accelerator, lambda: run.save(state, facts, step, recipe.keep_checkpoints))
+        main_process_alone(accelerator, lambda: run.save(state, facts, step, recipe.keep_checkpoints))
 
     def evaluate(step: int) -> None:
         budgets = recipe.evaluate_queries or [network.config.num_queries]
@@ -280,55 +281,6 @@ def train(
     return run.model if finished else None
 
 
-def forward_backward(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    pixel_values: torch.Tensor,
-    targets: torch.Tensor,
-    subsets: list[QuerySubset],
-    schedule: Schedule,
-    recipe: Recipe,
-    teacher: FrozenTeacher | None = None,
-    average: ModelEmaV3 | None = None,
-) -> torch.Tensor:
-    """Gradients of one step's loss, in micro-batches if the recipe says so; returns the (2,) losses of `Objective`."""
-    objective: Any = accelerator.unwrap_model(model)
-    B = len(pixel_values)
-    size = recipe.micro_batch_size or B
-    losses = torch.zeros(2, device=pixel_values.device)
-    for first in range(0, B, size):
-        part = slice(first, min(first + size, B))
-        taught = averaged = None
-        with accelerator.autocast(), torch.no_grad():
-            if teacher is not None:
-                taught = teacher(pixel_values[part])
-            if average is not None and schedule.distils and recipe.students.teacher == "ema":
-                averaged = average.module(pixel_values[part], num_active_queries=subsets[0].num_active_queries).logits
-        # Processes exchange gradients once, with the last part.
-        last = part.stop == B
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            parts = model(pixel_values[part], targets[part], subsets, schedule.distils, taught, averaged)
-            share = (part.stop - first) / B
-            accelerator.backward(objective.total_loss(parts) * share)
-        losses += parts.detach() * share
-    return losses
-
-
-def check_batch(recipe: Recipe, schedule: Schedule, num_processes: int) -> None:
-    """Raise a `ValueError` unless the batch can be split in the schedule's groups by each process and micro-batch."""
-    multiple = 2 * num_processes * schedule.groups
-    if recipe.batch_size % multiple:
-        raise ValueError(
-            f"Expected `batch_size` to be a multiple of {multiple} (pairs of images x processes x groups of the schedule), "
-            f"got {recipe.batch_size}."
-        )
-    if recipe.micro_batch_size is not None and recipe.micro_batch_size % schedule.groups:
-        raise ValueError(
-            f"Expected `micro_batch_size` to be a multiple of the schedule's {schedule.groups} groups, "
-            f"got {recipe.micro_batch_size}."
-        )
-
-
 def write_model(
     recipe: Recipe,
     recipe_name: str,
@@ -368,19 +320,6 @@ def write_model(
     save_folder(model, run.model, files)
 
 
-def _main_process_alone(accelerator: Accelerator, act: Any) -> None:
-    """Act in the main process while the others wait; what it raises, all raise."""
-    verdict: list[Exception | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            act()
-        except (ValueError, OSError) as error:
-            verdict = [error]
-    broadcast_object_list(verdict)
-    if verdict[0] is not None:
-        raise verdict[0]
-
-
 def _fail(
     accelerator: Accelerator,
     run: RunFolder,
@@ -393,63 +332,11 @@ def _fail(
     report = {"step": step, "K": describe(subsets), "problem": problem, "complete_checkpoints": run.saved_steps()}
     # Of weights that FSDP has split no process has all.
     split = any(isinstance(parameter, DTensor) for parameter in network.parameters())
-    _main_process_alone(accelerator, lambda: run.write_failure(report, None if split else network.state_dict()))
+    main_process_alone(accelerator, lambda: run.write_failure(report, None if split else network.state_dict()))
     raise FloatingPointError(
         f"{problem} at step {step} with K = {report['K']}; complete checkpoints: "
         f"{report['complete_checkpoints'] or 'none'}. Details: {run.failure_file}"
     )
-
-
-def keeps_state_apart(accelerator: Accelerator) -> bool:
-    """Whether the optimiser keeps its state itself, in files of its own: DeepSpeed's, which splits it over the processes."""
-    return accelerator.distributed_type == DistributedType.DEEPSPEED
-
-
-@torch.no_grad()
-def all_finite(accelerator: Accelerator, model: torch.nn.Module) -> bool:
-    """Whether every weight of every process is finite."""
-    # Of a parameter that FSDP has split, each process looks at its part.
-    parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
-    finite = torch.stack([part.isfinite().all() for part in parts]).all()
-    return accelerator.reduce(finite.float(), "sum").item() == accelerator.num_processes
-
-
-def gathered(
-    model: torch.nn.Module, network: VisualPerceiverForImageClassification
-) -> VisualPerceiverForImageClassification:
-    """`network` with the weights of a model that FSDP has split; every process has to call this."""
-    weights = gather_weights(model)
-    network.load_state_dict({name.removeprefix("network."): value for name, value in weights.items()})
-    return network.to(next(iter(weights.values())).device)
-
-
-def create_model(recipe: Recipe, label_names: list[str]) -> VisualPerceiverForImageClassification:
-    """The recipe's model with seeded weights, for these labels."""
-    seed_everything(recipe.seed)
-    config = recipe.model_config(
-        id2label=dict(enumerate(label_names)), label2id={name: i for i, name in enumerate(label_names)}
-    )
-    model = VisualPerceiverForImageClassification(config)
-    if recipe.attention is not None:
-        try:
-            model.set_attn_implementation(recipe.attention)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"Cannot use `attention` {recipe.attention!r}: {error}") from error
-        if model.config._attn_implementation != recipe.attention:  # older transformers only warn
-            raise ValueError(f"Cannot use `attention` {recipe.attention!r}: transformers does not know it.")
-    return model
-
-
-def create_optimizer(model: VisualPerceiverForImageClassification, recipe: Recipe) -> torch.optim.Optimizer:
-    """timm's optimiser of that name; biases, norms, positions and queries are not decayed, as timm does for its models."""
-    spared = {name for name, _ in model.named_parameters() if name.endswith(("queries", "position_embeddings"))}
-    groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=spared)
-    try:
-        return create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=0.0)
-    except (ValueError, KeyError, AssertionError) as error:
-        raise ValueError(
-            f"Expected `optimizer` to be a name of timm's optimisers, got {recipe.optimizer!r}."
-        ) from error
 
 
 @torch.no_grad()

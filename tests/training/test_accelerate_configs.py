@@ -18,9 +18,9 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from support import REPOSITORY, small_config
 
 from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageClassification
+from hf_visual_perceiver.training.distributed import all_finite, gathered
 from hf_visual_perceiver.training.objective import Objective
 from hf_visual_perceiver.training.state import apply_state, gather_state
-from hf_visual_perceiver.training.train import all_finite, gathered
 
 
 FOLDER = REPOSITORY / "training" / "accelerate"

@@ -14,8 +14,8 @@ from hf_visual_perceiver.training.folder import save_folder
 from hf_visual_perceiver.training.objective import Objective, distillation_loss, student_loss
 from hf_visual_perceiver.training.recipe import StudentLoss, TeacherLoss, load_recipe
 from hf_visual_perceiver.training.schedules import create_schedule
+from hf_visual_perceiver.training.step import forward_backward
 from hf_visual_perceiver.training.teacher import load_teacher
-from hf_visual_perceiver.training.train import forward_backward
 
 
 LABELS = [f"LABEL_{i}" for i in range(5)]
