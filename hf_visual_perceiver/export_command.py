@@ -20,11 +20,10 @@ from .options import (
     DatasetOption,
     JsonOption,
     ModelOption,
-    SplitOption,
     dataset_label,
     model_label,
 )
-from .training.data import load_images
+from .splits import load_split
 from .training.files import check_writable, write_json
 
 
@@ -95,7 +94,7 @@ def compare_exports_command(
     model: ModelOption = None,
     dataset: DatasetOption = None,
     dataset_name: DatasetNameOption = None,
-    split: SplitOption = "test",
+    split: Annotated[str, typer.Option(help='Split of the dataset, or a part of it such as "train[-5000:]".')] = "test",
     num_active_queries: Annotated[
         list[int] | None,
         typer.Option(help="K to measure; repeat. By default 8, 16, 32 and all, or what a file has fixed."),
@@ -115,7 +114,7 @@ def compare_exports_command(
     if any(path.suffix == ".onnx" for path in files):
         require("onnxruntime")
     name, data_name = model or default_model(), dataset or default_dataset()
-    data = load_images(data_name, split)
+    data = load_split(data_name, split)
     result = compare_exports(
         load_model(name),
         files,
