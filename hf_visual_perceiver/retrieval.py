@@ -53,10 +53,7 @@ def knn_classify(
         >>> knn_classify(torch.tensor([[5.0, 1.0]]), gallery, torch.tensor([2, 2, 0]), num_classes=3, neighbours=2)
         tensor([2])
     """
-    if not 1 <= neighbours <= len(gallery):
-        raise ValueError(f"Expected neighbours in [1, {len(gallery)}], the gallery's images, got {neighbours}.")
-    if not temperature > 0:
-        raise ValueError(f"Expected a positive temperature, got {temperature}.")
+    check_vote(neighbours, temperature, len(gallery))
     gallery = F.normalize(gallery.float(), dim=-1)
     votes = []
     for part in queried.split(1024):  # the cosines of all pairs may not fit in memory
@@ -65,6 +62,14 @@ def knn_classify(
         weights = ((cosines - cosines[:, :1]) / temperature).exp()
         votes.append(weights.new_zeros(len(part), num_classes).scatter_add_(1, labels[nearest], weights))
     return torch.cat(votes).argmax(-1)
+
+
+def check_vote(neighbours: int, temperature: float, images: int) -> None:
+    """Raise a `ValueError` unless `knn_classify` can count votes so in a gallery of so many images."""
+    if not 1 <= neighbours <= images:
+        raise ValueError(f"Expected neighbours in [1, {images}], the gallery's images, got {neighbours}.")
+    if not temperature > 0:
+        raise ValueError(f"Expected a positive temperature, got {temperature}.")
 
 
 @dataclass(frozen=True)
@@ -200,8 +205,7 @@ def measure_retrieval(
             f"Expected the same classes in gallery and queried images, got {', '.join(gallery.label_names[:10])} "
             f"and {', '.join(queried.label_names[:10])}."
         )
-    if not 1 <= neighbours <= len(gallery):
-        raise ValueError(f"Expected neighbours in [1, {len(gallery)}], the gallery's images, got {neighbours}.")
+    check_vote(neighbours, temperature, len(gallery))
     both = list(dict.fromkeys([*points, full]))
     known, _ = compute_features(model, gallery, both, feature, batch_size, "gallery" if progress else None)
     asked, counts = compute_features(
