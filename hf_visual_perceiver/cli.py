@@ -25,6 +25,7 @@ from .card_command import card_command
 from .comparison import compare_runs, plot_comparison
 from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
 from .export_command import compare_exports_command, export_command
+from .knn_command import knn_command
 from .loading import choose_device, default_dataset, default_model, load_model, load_optimized
 from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
 from .modeling.handler import open_image
@@ -271,6 +272,7 @@ app.command("compare-exports")(compare_exports_command)
 app.command("publish")(publish_command)
 app.command("attention-maps")(attention_maps_command)
 app.command("calibrate")(calibrate_command)
+app.command("knn")(knn_command)
 
 
 def _read_json(path: Path, convert: Callable[[dict[str, Any]], T]) -> T | None:

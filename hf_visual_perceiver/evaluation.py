@@ -14,7 +14,13 @@ from rich.progress import track
 
 from .confusion import Confusion
 from .metrics import Accuracy
-from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
+from .modeling import (
+    OptimizedVisualPerceiver,
+    VisualPerceiverConfig,
+    VisualPerceiverForImageClassification,
+    VisualPerceiverModel,
+    count_macs,
+)
 from .training.conditions import measurement_conditions
 from .training.data import ImageDataset, normalise, pixels_of_size
 
@@ -93,7 +99,7 @@ class Measurement:
             queries_std=float(self.queries.std()),
             queries_min=int(self.queries.min()),
             queries_max=int(self.queries.max()),
-            macs=_mean_macs(model, self.queries, self.point),
+            macs=mean_macs(model.config, self.queries, self.point),
             accuracy=score["accuracy"],
             standard_error=score["standard_error"],
             ms_per_image=1000 * float(np.median(self.seconds)),
@@ -242,7 +248,7 @@ def measure_points(
 
 
 def pixel_batches(
-    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver | VisualPerceiverModel,
     data: ImageDataset,
     batch_size: int,
     description: str | None = None,
@@ -296,25 +302,27 @@ def _timed_forward(
     return time.perf_counter() - began, logits, active
 
 
-@torch.inference_mode()
 def forward_at(model: Any, pixels: torch.Tensor, point: OperatingPoint) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (B, labels) and active queries (B, Q) at an operating point, whatever the checkpoint's own."""
+    output = output_at(model, pixels, point)
+    return output.logits, output.active_queries
+
+
+@torch.inference_mode()
+def output_at(model: Any, pixels: torch.Tensor, point: OperatingPoint) -> Any:
+    """What a model, with or without a head, returns at an operating point, whatever the checkpoint's own."""
     # None means the checkpoint's default to `forward`, but all queries, or no selection, here.
     default = model.config.dqs_threshold
     model.config.dqs_threshold = None
     try:
         K = model.config.num_queries if point.num_active_queries is None else point.num_active_queries
-        output = model(pixels, num_active_queries=K, dqs_threshold=point.dqs_threshold)
-        return output.logits, output.active_queries
+        return model(pixels, num_active_queries=K, dqs_threshold=point.dqs_threshold)
     finally:
         model.config.dqs_threshold = default
 
 
-def _mean_macs(
-    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver, counts: np.ndarray, point: OperatingPoint
-) -> float:
-    """Mean over images; with selection, reading and comparing all candidates counts too."""
-    config = model.config
+def mean_macs(config: VisualPerceiverConfig, counts: np.ndarray, point: OperatingPoint) -> float:
+    """Mean over images that used `counts` queries; with selection, reading and comparing all candidates counts too."""
     K = config.num_queries if point.num_active_queries is None else point.num_active_queries
     candidates = None if point.dqs_threshold is None else K
     values, images = np.unique(counts, return_counts=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .evaluation import OperatingPoint
 from .export import FORMATS, check_output, export_onnx, export_program, export_timm, require
-from .export_comparison import ExportComparison, compare_exports
+from .export_comparison import ExportComparison, ExportRow, compare_exports
 from .loading import default_dataset, default_model, load_config, load_model
 from .options import (
     BatchSizeOption,
@@ -20,11 +20,10 @@ from .options import (
     DatasetOption,
     JsonOption,
     ModelOption,
-    SplitOption,
     dataset_label,
     model_label,
 )
-from .training.data import load_images
+from .splits import load_split
 from .training.files import check_writable, write_json
 
 
@@ -95,7 +94,7 @@ def compare_exports_command(
     model: ModelOption = None,
     dataset: DatasetOption = None,
     dataset_name: DatasetNameOption = None,
-    split: SplitOption = "test",
+    split: Annotated[str, typer.Option(help='Split of the dataset, or a part of it such as "train[-5000:]".')] = "test",
     num_active_queries: Annotated[
         list[int] | None,
         typer.Option(help="K to measure; repeat. By default 8, 16, 32 and all, or what a file has fixed."),
@@ -103,6 +102,7 @@ def compare_exports_command(
     dqs_threshold: Annotated[list[float] | None, typer.Option(help="t to measure with all queries; repeat.")] = None,
     max_images: Annotated[int | None, typer.Option(min=1, help="At most so many images.")] = None,
     batch_size: BatchSizeOption = 64,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in markdown.")] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Accuracy and time of exported files beside PyTorch's, on the same batches in turn.
@@ -115,7 +115,7 @@ def compare_exports_command(
     if any(path.suffix == ".onnx" for path in files):
         require("onnxruntime")
     name, data_name = model or default_model(), dataset or default_dataset()
-    data = load_images(data_name, split)
+    data = load_split(data_name, split)
     result = compare_exports(
         load_model(name),
         files,
@@ -130,28 +130,51 @@ def compare_exports_command(
             "split": split,
         },
     )
-    console.print(comparison_table(result))
+    if markdown:
+        console.print(comparison_markdown(result), markup=False, highlight=False, soft_wrap=True)
+    else:
+        console.print(comparison_table(result))
     console.print(", ".join(f"{key} {value}" for key, value in result.conditions.items()), style="dim", highlight=False)
     if json_file:
         write_json(json_file, result.to_dict())
 
 
+COLUMNS = ("setting", "form", "MB", "accuracy (%)", "same answer (%)", "queries", "ms/image", "time")
+
+
+def comparison_cells(row: ExportRow) -> list[str]:
+    """What `COLUMNS` name, of one row."""
+    return [
+        str(OperatingPoint(row.num_active_queries, row.dqs_threshold)),
+        row.form,
+        f"{row.megabytes:.2f}",
+        f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}",
+        f"{100 * row.same_answer:.2f}",
+        f"{row.queries_mean:.2f}",
+        f"{row.ms_per_image:.3f}",
+        f"{row.relative_time:.2f}",
+    ]
+
+
 def comparison_table(result: ExportComparison) -> Table:
     """One section for each operating point."""
     table = Table(title="exported, side by side", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in ("setting", "form", "MB", "accuracy (%)", "same answer (%)", "queries", "ms/image", "time"):
-        table.add_column(header, justify="left" if header in ("setting", "form") else "right", no_wrap=header != "form")
+    for header in COLUMNS:
+        left = header in COLUMNS[:2]
+        table.add_column(
+            header,
+            justify="left" if left else "right",
+            no_wrap=header != "form",
+            overflow="fold" if left else "ellipsis",
+        )
     for row, after in zip(result.rows, [*result.rows[1:], None], strict=True):
-        point = OperatingPoint(row.num_active_queries, row.dqs_threshold)
         table.add_row(
-            str(point),
-            escape(row.form),
-            f"{row.megabytes:.2f}",
-            f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}",
-            f"{100 * row.same_answer:.2f}",
-            f"{row.queries_mean:.2f}",
-            f"{row.ms_per_image:.3f}",
-            f"{row.relative_time:.2f}",
-            end_section=after is not None and after.form == result.rows[0].form,
+            *map(escape, comparison_cells(row)), end_section=after is not None and after.form == result.rows[0].form
         )
     return table
+
+
+def comparison_markdown(result: ExportComparison) -> str:
+    """The table for documents."""
+    lines = [COLUMNS, ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2), *map(comparison_cells, result.rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

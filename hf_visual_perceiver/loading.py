@@ -64,6 +64,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Visual
             # Mismatches are reported below with both shapes.
             name,
             dtype=getattr(torch, dtype),
+            use_safetensors=True,  # transformers would go on to a pickle
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -90,7 +91,7 @@ def load_config(name: str) -> VisualPerceiverConfig:
         ValueError: If there is no such checkpoint, or it holds another kind of model.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask, on a terminal
     except (OSError, ValueError, HFValidationError, HfHubHTTPError, StrictDataclassError) as error:
         raise ValueError(f"Expected a folder or Hub id of a checkpoint, got {name!r}: {_first_line(error)}") from error
     if not isinstance(config, VisualPerceiverConfig):

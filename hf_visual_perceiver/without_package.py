@@ -37,8 +37,8 @@ def main(folder: str, inputs: str, outputs: str) -> None:
         pixels, points = file.get_tensor("pixel_values"), json.loads(file.metadata()["points"])
         torch.set_num_threads(int(file.metadata()["threads"]))  # as the process that it is compared with
     # The user asked for this folder to be published; whether its code works is what is being found out.
-    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
-    base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, use_safetensors=True).eval()
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True, use_safetensors=True).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
     height, width = model.config.image_height_width
     picture = Image.new("RGB", (width + 7, height + 3), (200, 120, 40))

@@ -74,6 +74,8 @@ class VisualPerceiverConfig(PreTrainedConfig):
     model_type = "visual_perceiver"
     # Written to config.json for timm, and rebuilt from the fields below.
     timm_keys: ClassVar[tuple[str, ...]] = ("architecture", "model_args", "num_classes", "num_features")
+    # transformers' Trainer hands every other output to `compute_metrics`, which expects the logits.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["active_queries"]
 
     image_size: int | list[int] | tuple[int, int] = 32  # pixels, or (height, width)
     patch_size: int = 4  # pixels

@@ -36,7 +36,8 @@ class EndpointHandler:
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"Expected the folder of a checkpoint, got {str(path)!r}.")
         # The endpoint already runs this file, which is the folder's own code: trusting its neighbours adds nothing.
-        self.model = AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True).eval()
+        model = AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True, use_safetensors=True)
+        self.model = model.eval()
         self.processor = AutoImageProcessor.from_pretrained(path)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 

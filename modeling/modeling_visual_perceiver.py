@@ -641,6 +641,7 @@ class OptimizedVisualPerceiver(nn.Module):
 
     def __init__(self, parts: PerceiverParts, head: nn.Module, dtype: torch.dtype | None, tokens_per_chunk: int):
         super().__init__()
+        check_linears(parts)
         self.config, self.engine = parts.config, FastPerceiver(parts, dtype, tokens_per_chunk)
         self.dtype, self.device = self.engine.dtype, self.engine.queries.device
         self.head = copy.deepcopy(head).requires_grad_(False)
@@ -677,6 +678,10 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
         >>> model(torch.zeros(2, 3, 32, 32), num_active_queries=8).logits.shape
         torch.Size([2, 10])
     """
+
+    # The loss is a mean over the batch. Otherwise transformers' Trainer takes it for a share of what it accumulates, and
+    # does not divide it by the number of batches.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: VisualPerceiverConfig):
         super().__init__(config)
@@ -756,7 +761,8 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
             tokens_per_chunk: Tokens that go through the trunk together; a larger batch goes in pieces.
 
         Raises:
-            ValueError: If `tokens_per_chunk` is less than 1.
+            ValueError: If `tokens_per_chunk` is less than 1, or a linear has been replaced, as an adapter does until it is
+                merged.
 
         Example:
             >>> model = VisualPerceiverForImageClassification(VisualPerceiverConfig(num_labels=10)).eval()
@@ -765,6 +771,16 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
             torch.Size([2, 10])
         """
         return OptimizedVisualPerceiver(self.visual_perceiver, self.head, dtype, tokens_per_chunk)
+
+
+def check_linears(parts: PerceiverParts) -> None:
+    """Raise a `ValueError` if a linear is of another class: its `weight` alone, which is what is copied, does not say what it does."""
+    assert isinstance(parts, nn.Module)
+    names = {"query", "key_value", "qkv", "proj", "fc1", "fc2"}
+    for path, module in parts.named_modules():
+        if path.rpartition(".")[2] in names and not isinstance(module, nn.Linear):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise ValueError(f"Expected plain linears, got {kind} at {path}; merge adapters before optimising.")
 
 
 def check_labels(labels: torch.Tensor, num_labels: int) -> None:

@@ -60,6 +60,44 @@ def test_intermediates(nano):
         nano.forward_intermediates(x, output_fmt="NCHW")
 
 
+@pytest.mark.parametrize("point", [{}, {"num_active_queries": 6}, {"dqs_threshold": 0.6}])
+@torch.no_grad()
+def test_intermediates_keep_timms_contract(folder, point):
+    model, x = timm.create_model(folder, pretrained=True).eval(), torch.randn(3, 3, 32, 32)
+    final, every = model.forward_intermediates(x, **point)
+    assert len(every) == 6
+    torch.testing.assert_close(final, model.forward_features(x, **point), rtol=0, atol=0)
+    removed = every[0].eq(0).all(-1)  # (B, K)
+    assert bool(removed.any()) == ("dqs_threshold" in point)
+    for tokens in (*every, final):
+        assert torch.equal(tokens.eq(0).all(-1), removed)
+    # The last n, chosen ones, from the end; and without the blocks after the last.
+    for indices, blocks in ((2, [4, 5]), ([0, 3], [0, 3]), ([-6, -2], [0, 4])):
+        for early in (False, True):
+            some = model.forward_intermediates(x, indices, intermediates_only=True, stop_early=early, **point)
+            assert [torch.equal(a, every[i]) for a, i in zip(some, blocks, strict=True)] == [True] * len(blocks)
+    # What the decoder reads, where a query is.
+    normed = model.forward_intermediates(x, [1], norm=True, intermediates_only=True, **point)[0]
+    expected = torch.where(removed[..., None], 0.0, model.decoder.norm_inputs(every[1]))
+    torch.testing.assert_close(normed, expected, rtol=0, atol=1e-6)
+    named = model.forward_intermediates(x, [1], output_dict=True, **point)
+    assert set(named) == {"image_features", "image_intermediates"}
+    assert torch.equal(named["image_features"], final)
+    alone = model.forward_intermediates(x, [1], output_dict=True, intermediates_only=True, **point)
+    assert set(alone) == {"image_intermediates"}
+
+
+@torch.no_grad()
+def test_features_only_takes_the_budget_when_it_is_made(folder):
+    model, x = timm.create_model(folder, pretrained=True).eval(), torch.randn(2, 3, 32, 32)
+    for point in ({}, {"num_active_queries": 6}, {"dqs_threshold": 0.6}):
+        getter = timm.create_model(folder, pretrained=True, features_only=True, out_indices=(0, 2), **point).eval()
+        assert getter.feature_info.channels() == [96, 96]
+        expected = model.forward_intermediates(x, [0, 2], intermediates_only=True, **point)
+        for a, b in zip(getter(x), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
 def test_weight_decay_spares_what_has_no_scale(nano):
     names = dict(nano.named_parameters())
     assert nano.no_weight_decay() <= set(names)

@@ -236,6 +236,16 @@ def test_int8_on_the_command_line(small_folder, tmp_path):
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
     assert [row["form"] == "PyTorch" for row in rows] == [True, False, True, False]
     assert f"{100 * rows[1]['accuracy']:.2f} ±" in compared.output
+    part = ["--split", "test[:40]", "--num-active-queries", "3", "--dqs-threshold", "0.5", "--markdown"]
+    written = CliRunner().invoke(app, ["compare-exports", *files, *part])
+    assert written.exit_code == 0, written.exception
+    header, rule, *lines = [line for line in written.output.splitlines() if line.startswith("|")]
+    assert header.startswith("| setting | form | MB | accuracy (%) |")
+    assert rule.count("|") == header.count("|")
+    again = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert [row["accuracy"] for row in again] == [row["accuracy"] for row in rows]  # the same images
+    for line, row in zip(lines, again, strict=True):
+        assert f"| {row['form']} | {row['megabytes']:.2f} | {100 * row['accuracy']:.2f} ±" in line
 
 
 def test_a_wrong_graph_is_not_kept(small, tmp_path, monkeypatch):

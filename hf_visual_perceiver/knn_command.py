@@ -1,0 +1,106 @@
+"""`visual-perceiver knn`."""
+
+import sys
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .evaluation import OperatingPoint
+from .loading import choose_device, default_dataset, default_model, load_model
+from .options import (
+    BatchSizeOption,
+    DatasetNameOption,
+    DatasetOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    dataset_label,
+    model_label,
+)
+from .retrieval import FEATURES, Retrieval, measure_retrieval, retrieval_points
+from .splits import load_splits
+from .training.files import check_writable, write_json
+
+
+def knn_command(
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    dataset_name: DatasetNameOption = None,
+    gallery_split: Annotated[
+        str, typer.Option(help='Images to search in, such as "train" or "train[:10000]".')
+    ] = "train",
+    split: Annotated[str, typer.Option(help='Images to search for, such as "test" or "train[-5000:]".')] = "test",
+    num_active_queries: Annotated[
+        list[int] | None, typer.Option(help="K to measure; repeat for several. By default 4, 16 and all.")
+    ] = None,
+    dqs_threshold: Annotated[
+        list[float] | None, typer.Option(help="t to measure with all queries; repeat for several.")
+    ] = None,
+    feature: Annotated[str, typer.Option(help=f"{' or '.join(FEATURES)}.")] = "pooled",
+    neighbours: Annotated[int, typer.Option(help="k.")] = 20,
+    temperature: Annotated[float, typer.Option(help="A neighbour votes with exp(cosine / this).")] = 0.07,
+    batch_size: BatchSizeOption = 256,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    json_file: JsonOption = None,
+) -> None:
+    """Retrieval: images classified by their nearest neighbours in a gallery, by the features of AutoModel, at every budget.
+
+    The checkpoint's own classes play no part, so the dataset may have others.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if json_file:
+        check_writable(json_file)
+    name, data_name = model or default_model(), dataset or default_dataset()
+    network = load_model(name, choose_device(device), dtype).visual_perceiver
+    points = retrieval_points(network.config.num_queries, num_active_queries, dqs_threshold)
+    for point in points:
+        network.config.operating_point(point.num_active_queries, point.dqs_threshold)
+    gallery, queried = load_splits(data_name, gallery_split, split, apart=True)
+    result = measure_retrieval(
+        network,
+        gallery,
+        queried,
+        points,
+        feature=feature,
+        neighbours=neighbours,
+        temperature=temperature,
+        batch_size=batch_size,
+        progress=sys.stderr.isatty(),
+        conditions={
+            "dtype": dtype,
+            "model": model_label(name),
+            "dataset": dataset_label(dataset, dataset_name),
+            "gallery": gallery_split,
+            "queried": split,
+        },
+    )
+    console.print(retrieval_table(result))
+    console.print(
+        ", ".join(f"{key} {value}" for key, value in result.conditions.items()),
+        style="dim",
+        highlight=False,
+        markup=False,
+    )
+    if json_file:
+        write_json(json_file, result.to_dict())
+
+
+def retrieval_table(result: Retrieval) -> Table:
+    """One line for each operating point."""
+    table = Table(title="nearest neighbours", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in ("setting", "queries", "MACs (M)", "gallery alike (%)", "gallery at all queries (%)"):
+        table.add_column(header, justify="left" if header == "setting" else "right", no_wrap=True)
+    for row in result.rows:
+        table.add_row(
+            str(OperatingPoint(row.num_active_queries, row.dqs_threshold)),
+            f"{row.queries_mean:.2f}",
+            f"{row.macs / 1e6:.2f}",
+            f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}",
+            f"{100 * row.full_gallery_accuracy:.2f} ± {100 * row.full_gallery_standard_error:.2f}",
+        )
+    return table

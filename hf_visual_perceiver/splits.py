@@ -1,0 +1,63 @@
+"""Parts of a dataset's splits, named as the `datasets` library names them: `train[-5000:]`."""
+
+import re
+from itertools import combinations
+
+from .training.data import ImageDataset, load_images
+
+
+SPLIT = re.compile(r"([^\[\]]+)(?:\[(-?\d+)?:(-?\d+)?\])?")
+
+
+def parse_split(split: str) -> tuple[str, slice]:
+    """The name of a split, and which of its images are meant.
+
+    Raises:
+        ValueError: If it is neither a name nor a name with a slice in brackets.
+
+    Example:
+        >>> parse_split("train[-5000:]")
+        ('train', slice(-5000, None, None))
+        >>> parse_split("test")
+        ('test', slice(None, None, None))
+    """
+    match = SPLIT.fullmatch(split)
+    if match is None:
+        raise ValueError(f'Expected a split such as "test", "train[:10000]" or "train[-5000:]", got {split!r}.')
+    name, start, stop = match.groups()
+    return name, slice(start and int(start), stop and int(stop))
+
+
+def load_split(dataset: str, split: str) -> ImageDataset:
+    """`load_images` of a split or of a part of it, also where the dataset is a folder.
+
+    Raises:
+        ValueError: As `load_images`; and if the part has no images.
+    """
+    return load_splits(dataset, split)[0]
+
+
+def load_splits(dataset: str, *splits: str, apart: bool = False) -> list[ImageDataset]:
+    """Several parts of a dataset; each split is loaded once.
+
+    Args:
+        dataset: As in `load_images`.
+        splits: What to load.
+        apart: No image may be in two of them.
+
+    Raises:
+        ValueError: As `load_images`; if a part has no images; if `apart` and two overlap.
+    """
+    parts = [parse_split(split) for split in splits]
+    whole = {name: load_images(dataset, name) for name in dict.fromkeys(name for name, _ in parts)}
+    ranges = [range(len(whole[name]))[part] for name, part in parts]
+    for split, (name, _), indices in zip(splits, parts, ranges, strict=True):
+        if not indices:
+            raise ValueError(f"Expected images in {split} of {dataset}, which has {len(whole[name]):,} in {name}.")
+    for i, j in combinations(range(len(parts)), 2) if apart else ():
+        shared = range(max(ranges[i].start, ranges[j].start), min(ranges[i].stop, ranges[j].stop))
+        if parts[i][0] == parts[j][0] and shared:
+            raise ValueError(
+                f"Expected splits without common images, got {splits[i]} and {splits[j]}, which share {len(shared):,}."
+            )
+    return [whole[name].subset(part) for name, part in parts]
