@@ -42,7 +42,9 @@ def build_app(demo: Demo) -> gr.Blocks:
         try:
             picture = look(path)
         except (OSError, ValueError) as error:
-            return show_message(f"Cannot read this file as an image: {error}", wrong=True), show_tradeoff(demo, curves, None)
+            return show_message(f"Cannot read this file as an image: {error}", wrong=True), show_tradeoff(
+                demo, curves, None
+            )
         # At 1 nothing is dropped, so that comparing the queries is spared.
         answer = demo.answer(picture, int(num_active_queries), None if dqs_threshold >= 1 else dqs_threshold)
         return show_answer(demo, picture, answer), show_tradeoff(demo, curves, answer)
@@ -103,10 +105,10 @@ def build_app(demo: Demo) -> gr.Blocks:
 
 def launch(app: gr.Blocks, host: str | None = None, port: int | None = None, **options: Any) -> Any:
     """Serve the app: on 127.0.0.1 unless `host`, or a Space's environment, says otherwise."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from elsewhere
-    theme = gr.themes.Default(primary_hue="orange", **fonts).set(
-        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
-    )
+    # Fonts that every machine has: none are fetched from elsewhere.
+    theme = gr.themes.Default(
+        primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    ).set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     return app.launch(
         server_name=host,
         server_port=port,
@@ -114,7 +116,7 @@ def launch(app: gr.Blocks, host: str | None = None, port: int | None = None, **o
         max_file_size=FILE_SIZE,
         theme=theme,
         css_paths=[Path(__file__).with_name("style.css")],
-        footer_links=["gradio"],
+        footer_links=["api", "gradio", "settings"],
         run_history=False,
         ssr_mode=False,
         **options,

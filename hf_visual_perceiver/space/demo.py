@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 
-from ..evaluation import Evaluation, OperatingPoint, read_evaluation
+from ..evaluation import Evaluation, read_evaluation
 from ..hub_page import EXAMPLES, PICTURES
 from ..loading import load_model
 from ..modeling import VisualPerceiverForImageClassification, count_macs
@@ -219,7 +219,9 @@ class Demo:
             if (row.num_active_queries or Q, row.dqs_threshold) == (num_active_queries, dqs_threshold):
                 return Expected(row.macs, row.accuracy, measured=True)
         if dqs_threshold is None:
-            known = sorted((row.num_active_queries or Q, row.macs, row.accuracy) for row in rows if row.dqs_threshold is None)
+            known = sorted(
+                (row.num_active_queries or Q, row.macs, row.accuracy) for row in rows if row.dqs_threshold is None
+            )
             at: float = num_active_queries
         elif num_active_queries == Q:
             known = sorted(
@@ -240,6 +242,8 @@ class Demo:
 
     def _view(self, pixels: torch.Tensor) -> Image.Image:
         """The normalised pixels as an image again."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.processor.image_mean, self.processor.image_std))
+        mean, std = (
+            torch.tensor(values)[:, None, None] for values in (self.processor.image_mean, self.processor.image_std)
+        )
         colours = (pixels[0].float().cpu() * std + mean).clamp(0, 1)  # (3, H, W)
         return Image.fromarray((255 * colours).round().byte().permute(1, 2, 0).numpy())

@@ -46,13 +46,19 @@ def show_numbers(answer: Answer) -> str:
     asked = f"all {Q} queries asked{dropped}" if K == Q else f"the first {K} asked{dropped}"
     tiles = [
         ("Queries used", f"{used}", f"of {Q}", used / Q, asked),
-        ("Multiply-accumulates", f"{100 * share:.0f} %", "of the full network's", share, f"{answer.macs / 1e6:,.1f} of {answer.full_macs / 1e6:,.1f} million"),
+        (
+            "Multiply-accumulates",
+            f"{100 * share:.0f}\u00a0%",
+            "of the full network's",
+            share,
+            f"{answer.macs / 1e6:,.1f} of {answer.full_macs / 1e6:,.1f} million",
+        ),
         (
             "Time",
-            f"{100 * answer.relative_time:.0f} %",
+            f"{100 * answer.relative_time:.0f}\u00a0%",
             "of the full network's",
             answer.relative_time,
-            f"{1e3 * answer.seconds:,.1f} ms against {1e3 * answer.full_seconds:,.1f} ms here, one image, {repetitions}",
+            f"of {1e3 * answer.full_seconds:,.1f} ms here, for one image; {repetitions}",
         ),
     ]
     return f'<div class="vp-tiles">{"".join(_tile(*tile) for tile in tiles)}</div>'
@@ -61,7 +67,7 @@ def show_numbers(answer: Answer) -> str:
 def _tile(title: str, number: str, unit: str, share: float, detail: str) -> str:
     return (
         f'<div class="vp-tile"><div class="vp-title">{title}</div>'
-        f'<div><span class="vp-number">{number}</span> {unit}</div>'
+        f'<div><span class="vp-number">{number}</span> <span class="vp-unit">{unit}</span></div>'
         f'<div class="vp-bar"><i style="width:{100 * min(1, share):.1f}%"></i></div>'
         f'<div class="vp-detail">{detail}</div></div>'
     )
@@ -89,7 +95,11 @@ def show_queries(picture: Picture, answer: Answer) -> str:
     columns = math.ceil(math.sqrt(Q))
     cells = "".join(_cell(picture, answer, i) for i in range(Q))
     used = int(answer.active.sum())
-    legend = [("vp-kept", f"used: {used}"), ("vp-dropped", f"dropped by t: {K - used}"), ("vp-beyond", f"beyond K: {Q - K}")]
+    legend = [
+        ("vp-kept", f"used: {used}"),
+        ("vp-dropped", f"dropped by t: {K - used}"),
+        ("vp-beyond", f"beyond K: {Q - K}"),
+    ]
     items = "".join(f'<span><i class="{kind}"></i>{text}</span>' for kind, text in legend)
     view = _address(ImageOps.grayscale(picture.view).point(_squeeze))
     return (
@@ -120,7 +130,7 @@ def show_pictures(picture: Picture, answer: Answer) -> str:
     width, height = picture.view.size
     return (
         f'<div class="vp-pictures"><figure><img src="{_address(picture.view)}" alt="">'
-        f"<figcaption>what the model sees: {width} × {height} pixels</figcaption></figure>"
+        f"<figcaption>what the model sees: {width} by {height} pixels</figcaption></figure>"
         f'<figure class="vp-together" style="--vp-view:url({_address(ImageOps.grayscale(picture.view).point(_squeeze))})">'
         f'<img src="{together}" alt=""><figcaption>what the used queries read, added up</figcaption></figure></div>'
     )
@@ -129,7 +139,7 @@ def show_pictures(picture: Picture, answer: Answer) -> str:
 def attention_overlay(attention: np.ndarray) -> Image.Image:
     """One pixel for each patch, the more opaque the more is read there; (h, w) weights, on a scale to their maximum."""
     alpha = np.uint8(np.round(235 * attention / max(float(attention.max()), 1e-12)))
-    colour = np.broadcast_to(np.uint8(ATTENTION), (*attention.shape, 3))
+    colour = np.broadcast_to(np.array(ATTENTION, np.uint8), (*attention.shape, 3))
     return Image.fromarray(np.dstack([colour, alpha]))
 
 
