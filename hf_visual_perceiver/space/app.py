@@ -42,9 +42,10 @@ def build_app(demo: Demo) -> gr.Blocks:
         try:
             picture = look(path)
         except (OSError, ValueError) as error:
-            return show_message(f"Cannot read this file as an image: {error}", wrong=True), show_tradeoff(
-                demo, curves, None
-            )
+            # What the reading of a file reports names where it lies on this machine.
+            damaged = isinstance(error, OSError) or error.__cause__ is not None
+            reason = "It is damaged, or no image that can be read here." if damaged else str(error)
+            return show_message(f"Cannot show this file. {reason}", wrong=True), show_tradeoff(demo, curves, None)
         # At 1 nothing is dropped, so that comparing the queries is spared.
         answer = demo.answer(picture, int(num_active_queries), None if dqs_threshold >= 1 else dqs_threshold)
         return show_answer(demo, picture, answer), show_tradeoff(demo, curves, answer)

@@ -61,6 +61,7 @@ class Answer:
         dqs_threshold: t; None is without selection.
         probabilities: (labels,).
         active: (Q,) bool, the queries used.
+        nearest: (Q,) of each query, which of those that selection compares it with has read the most similar; 0 of the first.
         macs: Multiply-accumulates; with t they include reading and comparing all K.
         full_macs: Those of all queries.
         seconds: Median over repetitions.
@@ -73,6 +74,7 @@ class Answer:
     dqs_threshold: float | None
     probabilities: np.ndarray
     active: np.ndarray
+    nearest: np.ndarray
     macs: int
     full_macs: int
     seconds: float
@@ -200,6 +202,7 @@ class Demo:
             dqs_threshold=t,
             probabilities=self._probabilities(output.logits),
             active=active,
+            nearest=self._nearest(picture.similarities, active),
             macs=count_macs(self.config, int(active.sum()), None if t is None else K),
             full_macs=count_macs(self.config, self.config.num_queries),
             seconds=statistics.median(seconds["setting"]),
@@ -239,6 +242,12 @@ class Demo:
 
     def _probabilities(self, logits: torch.Tensor) -> np.ndarray:
         return logits[0].float().softmax(-1).cpu().numpy()
+
+    def _nearest(self, similarities: np.ndarray, active: np.ndarray) -> np.ndarray:
+        compared = np.tri(len(active), k=-1, dtype=bool)  # with earlier ones
+        if self.config.dqs_reference == "kept":
+            compared &= active
+        return np.where(compared, similarities, -2).argmax(1)
 
     def _view(self, pixels: torch.Tensor) -> Image.Image:
         """The normalised pixels as an image again."""

@@ -17,6 +17,8 @@ from .demo import Answer, Demo, Expected, Picture
 # Okabe and Ito's orange, which the colour-blind tell from grey; the style sheet has it too.
 ATTENTION = (230, 159, 0)
 LABELS = 5
+# Columns of queries in which their numbers can still be read; pointing at one says its number anyway.
+LEGIBLE = 10
 # Where the grey of a picture lies, so that orange stands out from it, white or black.
 GREY = (40, 170)
 
@@ -93,6 +95,7 @@ def show_queries(picture: Picture, answer: Answer) -> str:
     """Each query's attention over the picture; those that are not used are grey, and say why when pointed at."""
     Q, K = len(answer.active), answer.num_active_queries
     columns = math.ceil(math.sqrt(Q))
+    dense = " vp-dense" if columns > LEGIBLE else ""
     cells = "".join(_cell(picture, answer, i) for i in range(Q))
     used = int(answer.active.sum())
     legend = [
@@ -104,7 +107,7 @@ def show_queries(picture: Picture, answer: Answer) -> str:
     view = _address(ImageOps.grayscale(picture.view).point(_squeeze))
     return (
         f'<h3>What each of the {Q} queries reads</h3><p class="vp-legend">{items}</p>'
-        f'<div class="vp-grid" style="--vp-columns:{columns};--vp-view:url({view})">{cells}</div>'
+        f'<div class="vp-grid{dense}" style="--vp-columns:{columns};--vp-view:url({view})">{cells}</div>'
     )
 
 
@@ -113,7 +116,7 @@ def _cell(picture: Picture, answer: Answer, i: int) -> str:
         return f'<div class="vp-query vp-beyond" title="Query {i + 1} is beyond K."><span>{i + 1}</span></div>'
     title = f"Query {i + 1} is used."
     if i:
-        nearest = int(picture.similarities[i, :i].argmax())
+        nearest = int(answer.nearest[i])
         cosine = f"{picture.similarities[i, nearest]:.2f}"
         title = f"Query {i + 1} is used. Of the earlier ones, it reads most like query {nearest + 1} (cosine {cosine})."
         if not answer.active[i]:
