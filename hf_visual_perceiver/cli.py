@@ -45,6 +45,7 @@ from .options import (
 from .plots import check_picture, plot_tradeoff
 from .publish_command import publish_command
 from .robustness_command import robustness_command
+from .space.command import demo_app_command
 from .training.data import load_images
 from .training.files import check_writable, write_json
 from .training.folder import create_image_processor
@@ -270,6 +271,7 @@ app.command("card")(card_command)
 app.command("export")(export_command)
 app.command("compare-exports")(compare_exports_command)
 app.command("publish")(publish_command)
+app.command("demo-app")(demo_app_command)
 app.command("attention-maps")(attention_maps_command)
 app.command("calibrate")(calibrate_command)
 app.command("knn")(knn_command)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from .evaluation import Evaluation
@@ -10,17 +11,23 @@ from .training.files import written_aside
 
 def plot_tradeoff(evaluation: Evaluation, path: str | Path) -> None:
     """Plot accuracy against mean MACs: one curve for Query Masking, one for Dynamic Query Selection."""
+    save_figure(tradeoff_figure(evaluation), path)
+
+
+def tradeoff_figure(evaluation: Evaluation) -> Figure:
+    """The figure of `plot_tradeoff`."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    masking = [row for row in evaluation.rows if row.dqs_threshold is None]
-    selection = [row for row in evaluation.rows if row.dqs_threshold is not None]
-    for rows, label, marker, offset in (
-        (masking, "first K queries (Query Masking)", "o", (4, -12)),
-        (selection, "Dynamic Query Selection, threshold t", "s", (-4, 8)),
+    masking, selection = (
+        sorted((row for row in evaluation.rows if (row.dqs_threshold is not None) == selects), key=lambda row: row.macs)
+        for selects in (False, True)
+    )
+    for rows, others, label, marker in (
+        (masking, selection, "first K queries (Query Masking)", "o"),
+        (selection, masking, "Dynamic Query Selection, threshold t", "s"),
     ):
         if not rows:
             continue
-        rows = sorted(rows, key=lambda row: row.macs)
         axes.errorbar(
             [row.macs / 1e6 for row in rows],
             [100 * row.accuracy for row in rows],
@@ -31,8 +38,19 @@ def plot_tradeoff(evaluation: Evaluation, path: str | Path) -> None:
         )
         for row in rows:
             text = f"{row.dqs_threshold:g}" if row.dqs_threshold is not None else f"{row.num_active_queries}"
-            place = (row.macs / 1e6, 100 * row.accuracy)
-            axes.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=8)
+            # On the side that the other curve is not on.
+            above = bool(others) and row.accuracy > np.interp(
+                row.macs, [other.macs for other in others], [other.accuracy for other in others]
+            )
+            axes.annotate(
+                text,
+                (row.macs / 1e6, 100 * row.accuracy),
+                xytext=(-4, 5) if above else (4, -5),
+                textcoords="offset points",
+                ha="right" if above else "left",
+                va="bottom" if above else "top",
+                fontsize=8,
+            )
     axes.set_xlabel("multiply-accumulates per image (millions)")
     axes.set_ylabel("accuracy (%)")
     images = evaluation.conditions.get("images")
@@ -41,7 +59,7 @@ def plot_tradeoff(evaluation: Evaluation, path: str | Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    save_figure(figure, path)
+    return figure
 
 
 def check_picture(path: Path) -> None:

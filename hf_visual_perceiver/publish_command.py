@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .hub_page import describe_point
+from .hub_page import describe_point, read_card
 from .publishing import Plan, Published, prepare, upload
+from .space.repository import PublishedSpace, check_space, space_files, upload_space
 
 
 def publish_command(
@@ -28,7 +29,8 @@ def publish_command(
         typer.Option(help='What the published model does unless told otherwise: "k=16", "dqs=0.8", "k=32,dqs=0.8".'),
     ] = None,
     space: Annotated[
-        str | None, typer.Option(help="Id of a Space that shows the model; the card points to it.")
+        str | None,
+        typer.Option(help="namespace/name of a Space to make, which shows the model; its card points there."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show; contact nobody.")] = False,
 ) -> None:
@@ -46,29 +48,44 @@ def publish_command(
             stage = Path(scratch, "repository")
             stage.mkdir()
             plan = prepare(folder, repo_id, stage, operating_point=operating_point, space=space, endpoint=api.endpoint)
-            _show_plan(console, plan, repo_id)
+            _show_plan(console, plan)
+            _show_files(console, repo_id, plan.sizes)
+            if space:
+                _show_files(console, f"the Space {space}", _by_folder(space_files(repo_id, revision)))
             if dry_run:
                 console.print("Dry run: nothing was sent.")
                 return
+            if space:
+                check_space(space, private, api)
             published = upload(plan, repo_id, private=private, revision=revision, tag=tag, api=api)
+            _show_published(console, published)
+            if space:
+                state = f"{repo_id} is published; its card points to the Space. The same command goes on."
+                license = str(read_card(plan.stage / "README.md").data.to_dict()["license"])
+                files = space_files(repo_id, published.commit, license)
+                _show_space(
+                    console, upload_space(files, space, f"Show {published.tag}", state, private=private, api=api)
+                )
     except KeyboardInterrupt as interrupt:
         # The message says what was under way, and what is left to do.
         print(f"error: {str(interrupt) or 'interrupted. The same command tries again.'}", file=sys.stderr)
         raise typer.Exit(130) from None
-    _show_published(console, published)
 
 
-def _show_plan(console: Console, plan: Plan, repo_id: str) -> None:
+def _show_plan(console: Console, plan: Plan) -> None:
     ways = ", ".join(f"{way} ({difference:.1g})" for way, difference in plan.differences.items())
     console.print(f"Loads alike everywhere; largest difference of a logit: {ways}.", highlight=False)
     console.print(f"By default it uses {describe_point(plan.config)}.", highlight=False)
-    table = Table(title=f"to {repo_id}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _show_files(console: Console, where: str, sizes: dict[str, int]) -> None:
+    table = Table(title=f"to {where}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("file", overflow="fold")
     table.add_column("size", justify="right")
-    for name, size in plan.sizes.items():
+    for name, size in sizes.items():
         table.add_row(escape(name), _bytes(size))
     table.add_section()
-    table.add_row(f"{len(plan.sizes)} files", _bytes(sum(plan.sizes.values())))
+    table.add_row("all", _bytes(sum(sizes.values())))
     console.print(table)
 
 
@@ -85,6 +102,27 @@ def _show_published(console: Console, published: Published) -> None:
     import hf_visual_perceiver, timm
     model = timm.create_model("hf-hub:{published.repo_id}@{published.tag}", pretrained=True)"""
     console.print(lines, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_space(console: Console, space: PublishedSpace) -> None:
+    done = "Published the Space" if space.changed else "Nothing changed in the Space"
+    token = (
+        "It is private: for a private model, add a token that may read it as its secret HF_TOKEN."
+        if space.private
+        else ""
+    )
+    console.print(
+        f"{done} (commit {space.commit[:7]}): {space.url}", token, markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def _by_folder(files: dict[str, bytes]) -> dict[str, int]:
+    """Sizes of the files at the top, and of each folder as a whole."""
+    sizes: dict[str, int] = {}
+    for name, data in files.items():
+        top, slash, _ = name.partition("/")
+        sizes[top + slash] = sizes.get(top + slash, 0) + len(data)
+    return sizes
 
 
 def _bytes(size: int) -> str:

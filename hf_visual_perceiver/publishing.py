@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import requires
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 from huggingface_hub.utils import validate_repo_id
@@ -93,7 +93,7 @@ def prepare(
         repo_id: "namespace/name".
         stage: An empty folder.
         operating_point: What the published config.json shall carry, see `parse_operating_point`; None leaves it.
-        space: Id of a Space for the card to point to.
+        space: Id of the Space for the card to point to.
         endpoint: Address of the Hub.
         check: Called with the stage; raises a `ValueError` if it does not load everywhere alike.
 
@@ -259,13 +259,17 @@ def _model_there(api: HfApi, repo_id: str, commit: str, there: dict[str, RepoFil
 
 
 def _same(path: Path, entry: RepoFile) -> bool:
+    with path.open("rb") as file:
+        return is_on_hub(file, path.stat().st_size, entry)
+
+
+def is_on_hub(file: BinaryIO, size: int, entry: RepoFile) -> bool:
     """Whether a file has the content of one on the Hub, which names contents by git's hash, or sha256 in LFS."""
-    if path.stat().st_size != entry.size:
+    if size != entry.size:
         return False
     digest = hashlib.sha1(b"blob %d\0" % entry.size) if entry.lfs is None else hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
+    while block := file.read(2**20):
+        digest.update(block)
     return digest.hexdigest() == (entry.blob_id if entry.lfs is None else entry.lfs.sha256)
 
 

@@ -1,4 +1,5 @@
-"""A Hub on this machine, for tests: model repositories that huggingface_hub creates, fills, tags and reads, and faults on request.
+"""A Hub on this machine, for tests: repositories of models and Spaces that huggingface_hub creates, fills, tags and reads, and
+faults on request.
 
 It speaks the part of the Hub's HTTP interface that huggingface_hub uses, keeps everything in memory and binds to 127.0.0.1
 alone. `python tests/hub_server.py` runs one to try by hand (`HF_ENDPOINT=http://127.0.0.1:PORT HF_TOKEN=writer`).
@@ -41,6 +42,7 @@ class Commit:
 @dataclass
 class Repository:
     private: bool = False
+    sdk: str | None = None  # of a Space
     commits: dict[str, Commit] = field(default_factory=dict)  # in the order in which they were made
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -73,10 +75,14 @@ class Fault:
     drop_after: bool = False  # do the work, then cut the connection instead of answering
     corrupt: bool = False  # change a byte of the body on its way
     delay: float = 0.0  # seconds
+    skip: int = 0  # requests to let pass first
     times: int = 10**9
 
     def __call__(self, method: str, path: str) -> bool:
         if self.times > 0 and method == self.method and re.search(self.path, path):
+            if self.skip > 0:
+                self.skip -= 1
+                return False
             self.times -= 1
             return True
         return False
@@ -91,7 +97,7 @@ class Hub:
     users = {"writer": "somebody", "reader": "reader"}
 
     def __init__(self) -> None:
-        self.repositories: dict[str, Repository] = {}
+        self.repositories: dict[str, Repository] = {}  # by id; a Space's begins with spaces/
         self.blobs: dict[str, bytes] = {}  # LFS contents by sha256
         self.faults: list[Fault] = []
         self.requests: list[str] = []  # "METHOD /path"
@@ -162,8 +168,11 @@ class Handler(BaseHTTPRequestHandler):
                 raise RefusedError(fault.status, fault.message, **fault.reply)
             for method, pattern, action in ROUTES:
                 if method == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, path)):
+                    groups = match.groupdict()
+                    if (groups.pop("kind", None) or "").startswith("spaces"):
+                        groups["repo"] = f"spaces/{groups['repo']}"
                     with self.hub.lock:
-                        reply = action(self, body, **match.groupdict())
+                        reply = action(self, body, **groups)
                     break
             else:
                 raise RefusedError(404, f"no route for {self.command} {path}")
@@ -211,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _repository(self, repo: str, write: bool = False) -> Repository:
         repository = self.hub.repositories.get(repo)
-        if write and repo.split("/")[0] != self._user():
+        if write and namespace(repo) != self._user():
             raise RefusedError(403, f"You don't have the rights to write to {repo}")
         if repository is None or (repository.private and not self._owns(repo)):
             raise RefusedError(404, "Repository not found", "RepoNotFound")
@@ -219,7 +228,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _owns(self, repo: str) -> bool:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        return self.hub.users.get(token) == repo.split("/")[0]
+        return self.hub.users.get(token) == namespace(repo)
 
     def _commit_at(self, repository: Repository, revision: str) -> tuple[str, Commit]:
         sha = repository.resolve(revision)
@@ -234,25 +243,29 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self, body: bytes) -> object:
         wanted, user = json.loads(body), self._user()
-        repo = f"{wanted.get('organization') or user}/{wanted['name']}"
-        if repo.split("/")[0] != user:
+        kind = wanted.get("type") or "model"
+        if kind == "space" and not wanted.get("sdk"):
+            raise RefusedError(400, "a Space needs an sdk")
+        place = f"{wanted.get('organization') or user}/{wanted['name']}"
+        if namespace(place) != user:
             raise RefusedError(
-                403, f"You don't have the rights to create a model under the namespace {repo.split('/')[0]}"
+                403, f"You don't have the rights to create a {kind} under the namespace {namespace(place)}"
             )
+        repo = f"spaces/{place}" if kind == "space" else place
         if repo in self.hub.repositories:
-            raise RefusedError(409, "You already created this model repo", url=f"{self.hub.url}/{repo}")
+            raise RefusedError(409, f"You already created this {kind} repo", url=f"{self.hub.url}/{repo}")
         private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
-        repository = self.hub.repositories[repo] = Repository(private)
+        repository = self.hub.repositories[repo] = Repository(private, wanted.get("sdk"))
         repository.commit("main", {".gitattributes": File(b"*.safetensors filter=lfs\n", False)}, "initial commit")
-        return {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo}
+        return {"url": f"{self.hub.url}/{repo}", "name": place, "id": place}
 
     def info(self, body: bytes, repo: str, revision: str = "main") -> object:
         repository = self._repository(repo)
         sha, commit = self._commit_at(repository, revision)
         siblings = [{"rfilename": path} for path in commit.files]
         return {
-            "id": repo,
-            "modelId": repo,
+            "id": repo.removeprefix("spaces/"),
+            "modelId": repo.removeprefix("spaces/"),
             "sha": sha,
             "private": repository.private,
             "siblings": siblings,
@@ -389,25 +402,32 @@ class Handler(BaseHTTPRequestHandler):
         return file
 
 
+def namespace(repo: str) -> str:
+    """Whose it is."""
+    return repo.removeprefix("spaces/").split("/")[0]
+
+
 REPO = r"(?P<repo>[^/]+/[^/]+)"
+API = f"/api/(?P<kind>models|spaces)/{REPO}"
+PAGE = f"/(?P<kind>spaces/)?{REPO}"
 REVISION = r"(?P<revision>[^/]+)"
 ROUTES = [
     ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/repos/create", Handler.create),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
-    ("GET", f"/api/models/{REPO}", Handler.info),
-    ("GET", f"/api/models/{REPO}/revision/{REVISION}", Handler.info),
-    ("GET", f"/api/models/{REPO}/refs", Handler.refs),
-    ("GET", f"/api/models/{REPO}/commits/{REVISION}", Handler.commits),
-    ("GET", f"/api/models/{REPO}/tree/{REVISION}", Handler.tree),
-    ("GET", f"/api/models/{REPO}/tree/{REVISION}/(?P<folder>.+)", Handler.tree),
-    ("POST", f"/api/models/{REPO}/preupload/{REVISION}", Handler.preupload),
-    ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    ("GET", f"{API}", Handler.info),
+    ("GET", f"{API}/revision/{REVISION}", Handler.info),
+    ("GET", f"{API}/refs", Handler.refs),
+    ("GET", f"{API}/commits/{REVISION}", Handler.commits),
+    ("GET", f"{API}/tree/{REVISION}", Handler.tree),
+    ("GET", f"{API}/tree/{REVISION}/(?P<folder>.+)", Handler.tree),
+    ("POST", f"{API}/preupload/{REVISION}", Handler.preupload),
+    ("POST", rf"{PAGE}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", Handler.lfs_put),
-    ("POST", f"/api/models/{REPO}/commit/{REVISION}", Handler.commit),
-    ("POST", f"/api/models/{REPO}/tag/{REVISION}", Handler.tag),
-    ("POST", f"/api/models/{REPO}/branch/{REVISION}", Handler.branch),
-    ("GET", f"/{REPO}/resolve/{REVISION}/(?P<path>.+)", Handler.download),
+    ("POST", f"{API}/commit/{REVISION}", Handler.commit),
+    ("POST", f"{API}/tag/{REVISION}", Handler.tag),
+    ("POST", f"{API}/branch/{REVISION}", Handler.branch),
+    ("GET", f"{PAGE}/resolve/{REVISION}/(?P<path>.+)", Handler.download),
 ]
 
 

@@ -40,6 +40,8 @@ def test_wheel_contents(wheel):
         "checkpoints/visual_perceiver_nano_cifar10/model.safetensors",
         "checkpoints/visual_perceiver_nano_cifar10/examples/000_cat.png",
         "modeling/handler.py",
+        "space/app.py",
+        "space/style.css",
     } <= package
     assert not any("test_" in name for name in names)
     entry_points = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()

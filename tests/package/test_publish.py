@@ -27,6 +27,7 @@ from hf_visual_perceiver.hub_errors import explain
 from hf_visual_perceiver.loading import default_model, load_config, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.publishing import parse_operating_point, prepare
+from hf_visual_perceiver.space.repository import space_files
 from hf_visual_perceiver.training.folder import save_folder
 
 
@@ -558,6 +559,174 @@ def test_the_disk_is_full(hub, small, publish, monkeypatch, tmp_path):
     assert publish(small)[0] == 0
 
 
+# The Space, which comes after the model.
+
+SPACE = "somebody/demo"
+SPACE_COMMIT = ("POST", "^/api/spaces/.*/commit/")
+
+# Name in the table: (fault, Space, what is printed, whether the model is there, whether the Space's files are).
+SPACE_FAULTS = {
+    "Space: the Hub fails (500) before anything": (
+        ("GET", "^/api/spaces/", {"status": 500}),
+        SPACE,
+        "the Hub failed (500: as the test asked): try again later, while looking at the Space",
+        False,
+        False,
+    ),
+    "Space: no right to write there (403)": (None, "another/demo", "has no right to do this (403", True, False),
+    "Space: the Hub fails (500) when it is created": (
+        ("POST", "/repos/create", {"status": 500, "skip": 1}),  # the first is the model's
+        SPACE,
+        "the Hub failed (500: as the test asked): try again later, while creating the Space",
+        True,
+        False,
+    ),
+    "Space: the Hub fails (500) at its commit": (
+        (*SPACE_COMMIT, {"status": 500}),
+        SPACE,
+        "the Hub failed (500",
+        True,
+        False,
+    ),
+    "Space: too many requests (429)": ((*SPACE_COMMIT, {"status": 429}), SPACE, "too many requests (429", True, False),
+    "Space: connection cut before its commit": (
+        (*SPACE_COMMIT, {"drop": True}),
+        SPACE,
+        "the connection to",
+        True,
+        False,
+    ),
+    "Space: connection cut after its commit": (
+        (*SPACE_COMMIT, {"drop_after": True}),
+        SPACE,
+        "the connection to",
+        True,
+        True,
+    ),
+}
+
+
+class TestSpace:
+    def test_it_shows_the_published_commit(self, hub, small, publish):
+        code, out, err = publish(small, "--space", SPACE)
+        assert (code, err) == (0, "")
+        space, model = hub.repositories[f"spaces/{SPACE}"], hub.repositories[REPO]
+        assert (space.sdk, space.private) == ("gradio", False)
+        assert [c.title for c in space.commits.values()] == ["initial commit", "Show v1"]
+        # The very commit, so that another version of the model does not change the Space unasked.
+        expected = space_files(REPO, model.branches["main"])
+        assert {name: data for name, data in space.files().items() if name != ".gitattributes"} == expected
+        assert f"/spaces/{SPACE})" in model.files()["README.md"].decode()
+        assert f"{hub.url}/spaces/{SPACE}" in out
+        assert re.search(r"hf_visual_perceiver/ +\d+\.\d kB", out)
+        assert [r.split("/")[2] for r in hub.requests if "/commit/" in r] == ["models", "spaces"]
+
+        # The same again changes nothing.
+        assert "Nothing changed in the Space" in publish(small, "--space", SPACE)[1]
+        assert len(space.commits) == 2
+        # A new version of the model is shown. Sources that are gone go, what is not ours stays.
+        old = {"hf_visual_perceiver/old.py": File(b"", False), "notes.md": File(b"mine", False)}
+        space.commit("main", {**space.commits[space.branches["main"]].files, **old}, "by hand")
+        (small / "notes.txt").write_text("new")
+        assert publish(small, "--space", SPACE)[0] == 0
+        assert json.dumps(model.tags["v2"]) in space.files()["app.py"].decode()
+        assert "hf_visual_perceiver/old.py" not in space.files()
+        assert space.files()["notes.md"] == b"mine"
+
+    def test_a_dry_run_shows_it_and_contacts_nobody(self, hub, small, publish):
+        code, out, _ = publish(small, "--space", SPACE, "--dry-run")
+        assert (code, hub.requests) == (0, [])
+        assert f"to the Space {SPACE}" in out
+
+    def test_both_are_private(self, hub, small, publish):
+        _, out, _ = publish(small, "--space", SPACE, "--private")
+        assert hub.repositories[REPO].private
+        assert hub.repositories[f"spaces/{SPACE}"].private
+        assert "secret HF_TOKEN" in out
+
+    @pytest.mark.parametrize("fault", SPACE_FAULTS)
+    def test_faults(self, hub, small, publish, fault):
+        what, space, message, published, shown = SPACE_FAULTS[fault]
+        if what:
+            hub.fail(what[0], what[1], **what[2])
+        code, out, err = publish(small, "--space", space)
+        assert code == 1
+        assert err.startswith("error: ")
+        assert len(err.strip().splitlines()) == 1
+        assert message in err
+        assert ("is published" if published else "Nothing was sent.") in err
+        assert "The same command" in err
+        assert ("Published v1" in out) == published
+        self.check(hub, small, space, published, shown)
+        # And it can be repeated.
+        hub.faults.clear()
+        assert publish(small, "--space", SPACE)[0] == 0
+        self.check(hub, small, SPACE, True, True)
+        assert len(hub.repositories[f"spaces/{SPACE}"].commits) == 2
+
+    def check(self, hub, small, space, published, shown):
+        """The model is there with its tag or not at all; so are the Space's files, which come later."""
+        if published:
+            assert set(hub.repositories[REPO].files("v1")) >= set(contents(small))
+        else:
+            assert REPO not in hub.repositories
+        repository = hub.repositories.get(f"spaces/{space}")
+        files = set() if repository is None else set(repository.files()) - {".gitattributes"}
+        assert files == (set(space_files(REPO, "")) if shown else set())
+
+    def test_the_name_is_taken_by_another_space(self, hub, small, publish):
+        HfApi(endpoint=hub.url, token="writer").create_repo(SPACE, repo_type="space", space_sdk="gradio")
+        space = hub.repositories[f"spaces/{SPACE}"]
+        space.commit("main", {"app.py": File(b"print('precious')", False)}, "mine")
+        code, _, err = publish(small, "--space", SPACE)
+        assert code == 1
+        assert "the name is taken by another one" in err
+        assert space.files() == {"app.py": b"print('precious')"}
+        assert REPO not in hub.repositories  # found out before anything was sent
+        # One that was made on the Hub's page and holds nothing yet is taken over.
+        space.commit("main", {"README.md": File(b"new", False), ".gitattributes": File(b"", False)}, "fresh")
+        assert publish(small, "--space", SPACE)[0] == 0
+
+    def test_there_but_public(self, hub, small, publish):
+        HfApi(endpoint=hub.url, token="writer").create_repo(SPACE, repo_type="space", space_sdk="gradio")
+        code, _, err = publish(small, "--space", SPACE, "--private")
+        assert code == 1
+        assert f"Expected the Space {SPACE} to be private, but it is there and public" in err
+        assert REPO not in hub.repositories
+
+    def test_somebody_commits_meanwhile(self, hub, small, publish, monkeypatch):
+        original = HfApi.create_commit
+
+        def meanwhile(self, repo_id, *arguments, **options):
+            if repo_id == SPACE:
+                hub.repositories[f"spaces/{SPACE}"].commit("main", {"README.md": File(b"", False)}, "theirs")
+            return original(self, repo_id, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HfApi, "create_commit", meanwhile)
+            code, _, err = publish(small, "--space", SPACE)
+        assert code == 1
+        assert "something else is there already (412" in err
+        assert hub.repositories[f"spaces/{SPACE}"].files() == {"README.md": b""}
+        assert publish(small, "--space", SPACE)[0] == 0
+
+    def test_interrupted(self, hub, small, publish, monkeypatch):
+        original = HfApi.create_commit
+
+        def interrupt(self, repo_id, *arguments, **options):
+            if repo_id == SPACE:
+                raise KeyboardInterrupt
+            return original(self, repo_id, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HfApi, "create_commit", interrupt)
+            code, _, err = publish(small, "--space", SPACE)
+        assert code == 130
+        assert err.startswith(f"error: interrupted while committing to the Space {SPACE}. {REPO} is published")
+        self.check(hub, small, SPACE, True, False)
+        assert publish(small, "--space", SPACE)[0] == 0
+
+
 def test_a_token_is_never_printed(hub, small, publish):
     hub.users = {**Hub.users, "hf_verysecret": "somebody"}
     hub.fail(*COMMIT, status=400, message="bad request by hf_verysecret")
@@ -584,8 +753,12 @@ def test_the_table_in_the_documentation_has_these_rows():
         "Connection cut for a moment, slow Hub",
         "Folder not fit: pickles, a token in a file, no card",
         "Folder does not load everywhere alike",
+        "Space: name taken by another one",
+        "Space: `--private`, but there and public",
+        "Space: somebody commits meanwhile",
+        "Space: interrupted (Ctrl-C)",
     ]
-    assert sorted(rows) == sorted([*FAULTS, *others])
+    assert sorted(rows) == sorted([*FAULTS, *SPACE_FAULTS, *others])
 
 
 def test_reasons_are_one_line_each():
