@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from .evaluation import PAPER_QUERIES, OperatingPoint
+from .memory import fitting
 from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
 from .plots import save_figure
 from .timing import interleaved, matmul_peak, median_ratio, page_faults, peak_memory
@@ -145,7 +146,7 @@ def benchmark(
         progress: Show a bar.
 
     Raises:
-        ValueError: If an argument is out of its range, or a batch does not fit in memory (with the size that might).
+        ValueError: If an argument is out of its range, or a batch does not fit in memory (with a size that does).
     """
     for batch_size in batch_sizes:
         if batch_size < 1:
@@ -154,17 +155,19 @@ def benchmark(
     measured = []
     for batch_size in batch_sizes:
         pixels = images.repeat(-(-batch_size // len(images)), 1, 1, 1)[:batch_size].to(device)
-        try:
-            runs = plan(model, pixels, contenders, budgets or PAPER_QUERIES, thresholds, rivals or {})
+        planned = partial(
+            plan,
+            model,
+            contenders=contenders,
+            budgets=budgets or PAPER_QUERIES,
+            thresholds=thresholds,
+            rivals=rivals or {},
+        )
+        with fitting(lambda part: [run.call() for run in planned(part)], pixels):  # noqa: B023
+            runs = planned(pixels)
             times = interleaved({r.name: r.call for r in runs}, repetitions, device, f"batch {batch_size}", progress)
             faults = {r.name: page_faults(r.call) for r in runs}
             memory = {r.name: peak_memory(r.call, device) / 1e6 for r in runs}
-        except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one
-            if "memory" not in str(error):
-                raise
-            raise ValueError(
-                f"Expected a batch of {batch_size} to fit in memory, which it does not; try {max(1, batch_size // 4)}."
-            ) from error
         measured.append((batch_size, runs, times, memory, faults))
     # Last, because its large products would change how the allocator treats what comes after.
     peaks = {dtype: matmul_peak(model.config, device, dtype) for dtype in dtypes}

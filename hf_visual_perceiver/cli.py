@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -27,6 +28,7 @@ from .evaluation import Evaluation, OperatingPoint, default_points, evaluate
 from .export_command import compare_exports_command, export_command
 from .knn_command import knn_command
 from .loading import choose_device, default_dataset, default_model, load_model, load_optimized
+from .memory import fitting
 from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
 from .modeling.handler import open_image
 from .options import (
@@ -354,7 +356,10 @@ def classify(
     names = model.config.label_names
     pixels = create_image_processor(model.config)(images=list(images), return_tensors="pt")["pixel_values"]
     K, t = model.config.operating_point(num_active_queries, dqs_threshold)
-    output = model(pixels.to(model.device, model.dtype), num_active_queries=K, dqs_threshold=t)
+    pixels = pixels.to(model.device, model.dtype)
+    run = partial(model, num_active_queries=K, dqs_threshold=t)
+    with fitting(run, pixels):
+        output = run(pixels)
     probabilities, labels = output.logits.float().softmax(-1).topk(min(top_k, len(names)))
     return [
         {

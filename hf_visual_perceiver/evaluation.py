@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from .confusion import Confusion
+from .memory import fitting
 from .metrics import Accuracy
 from .modeling import (
     OptimizedVisualPerceiver,
@@ -303,20 +305,30 @@ def _timed_forward(
 
 
 def forward_at(model: Any, pixels: torch.Tensor, point: OperatingPoint) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, labels) and active queries (B, Q) at an operating point, whatever the checkpoint's own."""
+    """Logits (B, labels) and active queries (B, Q) at an operating point, whatever the checkpoint's own.
+
+    Raises:
+        ValueError: If the batch does not fit in memory; the message has a size that does.
+    """
     output = output_at(model, pixels, point)
     return output.logits, output.active_queries
 
 
 @torch.inference_mode()
 def output_at(model: Any, pixels: torch.Tensor, point: OperatingPoint) -> Any:
-    """What a model, with or without a head, returns at an operating point, whatever the checkpoint's own."""
+    """What a model, with or without a head, returns at an operating point, whatever the checkpoint's own.
+
+    Raises:
+        ValueError: As `forward_at`.
+    """
     # None means the checkpoint's default to `forward`, but all queries, or no selection, here.
     default = model.config.dqs_threshold
     model.config.dqs_threshold = None
     try:
         K = model.config.num_queries if point.num_active_queries is None else point.num_active_queries
-        return model(pixels, num_active_queries=K, dqs_threshold=point.dqs_threshold)
+        run = partial(model, num_active_queries=K, dqs_threshold=point.dqs_threshold)
+        with fitting(run, pixels):
+            return run(pixels)
     finally:
         model.config.dqs_threshold = default
 

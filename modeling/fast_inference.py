@@ -162,18 +162,24 @@ class FusedBlock:
 
     def __call__(self, x: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
         qkv = self.qkv(normalised(x, self.eps))  # (T, 3 D)
+        if len(groups) == 1 and groups[0].length > 1 and groups[0].rows.stop == len(x):
+            y = self.read(qkv, groups[0]).flatten(2).flatten(0, 1)  # on CPUs a view of what attention wrote
+            return self.mlp(self.proj.plus(y, x))
         # Rows that belong to no image hold numbers too, or they could slow the arithmetic down.
         y = torch.empty_like(x) if groups[-1].rows.stop == len(x) else torch.zeros_like(x)
         for group in groups:
-            n, L = group.images, group.length
-            parts = qkv[group.rows].view(n, L, 3, self.heads, -1)
-            target = y[group.rows].view(n, L, self.heads, -1)
-            if L == 1:  # a token alone reads itself
-                target.copy_(parts[:, :, 2])
+            target = y[group.rows].view(group.images, group.length, self.heads, -1)
+            if group.length == 1:  # a token alone reads itself
+                target.copy_(qkv[group.rows].view(group.images, 1, 3, self.heads, -1)[:, :, 2])
             else:
-                query, key, value = parts.permute(2, 0, 3, 1, 4).unbind()  # (n, H, L, d)
-                target.copy_(attention(query, key, value, self.scale, group.recurring).transpose(1, 2))
+                target.copy_(self.read(qkv[group.rows], group))
         return self.mlp(self.proj.plus(y, x))
+
+    def read(self, qkv: torch.Tensor, group: Group) -> torch.Tensor:
+        """Attention within the images of a group, from its rows (n L, 3 D): (n, L, H, d)."""
+        parts = qkv.view(group.images, group.length, 3, self.heads, -1)
+        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind()  # (n, H, L, d)
+        return attention(query, key, value, self.scale, group.recurring).transpose(1, 2)
 
 
 class FoldedReading:

@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_visual_perceiver import VisualPerceiverConfig
 from .fast_inference import TOKENS_PER_CHUNK, FastPerceiver
 from .query_selection import select_queries
-from .ragged import PackedLayout
+from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
 
 
 @dataclass
@@ -241,8 +241,56 @@ class MultiHeadAttention(nn.Module):
             attention: Callable = sdpa_attention
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        return attention(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
+        return attention(self, query, key, value, mask, dropout=self.attention_dropout, scaling=self.scaling)
+
+    @property
+    def attention_dropout(self) -> float:
+        """The probability to drop an attention weight at present."""
+        return self.config.attention_probs_dropout_prob if self.training else 0.0
+
+    def attend_packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout
+    ) -> torch.Tensor:
+        """Attend within each image of a packed batch; shapes as in `PackedLayout.attend`."""
+        if layout.backend == "varlen":
+            return layout.attend(self.attend_varlen, query, key, value)
+        return layout.attend(lambda q, k, v, mask: self.attend(q, k, v, mask)[0], query, key, value)
+
+    def attend_varlen(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_offsets: torch.Tensor,
+        key_offsets: torch.Tensor,
+        max_queries: int,
+        max_keys: int,
+    ) -> torch.Tensor:
+        """Attend within images of different lengths by one kernel, of torch or of a flash attention package.
+
+        Args:
+            query: (T_q, H, d).
+            key: (T, H, d).
+            value: (T, H, d).
+            query_offsets: (B + 1,) int32, where the queries of each image begin, and T_q.
+            key_offsets: (B + 1,) int32, likewise of keys and values.
+            max_queries: No image has more.
+            max_keys: No image has more.
+
+        Returns:
+            (T_q, H, d).
+        """
+        implementation = self.config._attn_implementation or "sdpa"
+        if "flash" not in implementation:
+            attention = torch_varlen_attention()
+            assert attention is not None, "resolve_backend has looked"
+            return attention(query, key, value, query_offsets, key_offsets, max_queries, max_keys)  # scales by d^-1/2
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, H, T, d), as if of one image
+        lengths = {"cu_seq_lens_q": query_offsets, "cu_seq_lens_k": key_offsets}
+        longest = {"max_length_q": max_queries, "max_length_k": max_keys}
+        settings = {"dropout": self.attention_dropout, "scaling": self.scaling}
+        return attention(self, query, key, value, None, **settings, **lengths, **longest)[0][0]
 
 
 class VisualPerceiverSelfAttention(MultiHeadAttention):
@@ -266,7 +314,7 @@ class VisualPerceiverSelfAttention(MultiHeadAttention):
             query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, H, K, d)
             y, weights = self.attend(query, key, value, mask, need_weights)
         else:
-            y, weights = layout.attend(lambda q, k, v: self.attend(q, k, v)[0], query, key, value), None
+            y, weights = self.attend_packed(query, key, value, layout), None
         return self.dropout(self.proj(y.flatten(-2))), weights
 
 
@@ -313,7 +361,7 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
             # A view: the projected queries are not copied for each image.
             y, weights = self.attend(query.expand(key.shape[0], -1, -1, -1), key, value, mask, need_weights)
         else:
-            y, weights = layout.attend(lambda q, k, v: self.attend(q, k, v)[0], query, key, value), None
+            y, weights = self.attend_packed(query, key, value, layout), None
         return y.flatten(-2), weights
 
     def finish(self, y: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
@@ -374,18 +422,18 @@ class ActiveTokens:
             return self.layout.unpack(self.tokens)
         return self.tokens if self.keep is None else self.tokens * self.keep[..., None]
 
-    def packed(self) -> "ActiveTokens":
-        """The packed form of dense tokens; packed ones stay as they are."""
+    def packed(self, backend: str = "grouped") -> "ActiveTokens":
+        """The packed form of dense tokens, for a ragged backend; packed ones stay as they are."""
         if self.layout is not None:
             return self
         assert self.keep is None, "the masked form is for reference and is not packed"
         B, K, _ = self.tokens.shape
-        return ActiveTokens(self.tokens.flatten(0, 1), layout=PackedLayout.prefix(B, K, self.tokens.device))
+        return ActiveTokens(self.tokens.flatten(0, 1), layout=PackedLayout.prefix(B, K, self.tokens.device, backend))
 
     @staticmethod
-    def join(batches: Sequence["ActiveTokens"]) -> "ActiveTokens":
+    def join(batches: Sequence["ActiveTokens"], backend: str = "grouped") -> "ActiveTokens":
         """Several batches as one packed batch, their images one after the other."""
-        batches = [batch.packed() for batch in batches]
+        batches = [batch.packed(backend) for batch in batches]
         layout = PackedLayout.join([batch.layout for batch in batches if batch.layout is not None])
         return ActiveTokens(torch.cat([batch.tokens for batch in batches]), layout=layout)
 
@@ -423,8 +471,43 @@ class PerceiverParts:
             config, 1, config.num_attention_heads
         )
         self.norm: nn.Module = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        # How images of different lengths share a batch: "packed", or "masked" (the reference, and for recorded outputs).
-        self.ragged_backend = "packed"
+        self._ragged_backend = "auto"
+
+    @property
+    def ragged_backend(self) -> str:
+        """How images that keep different numbers of queries share a batch, on this device, in this dtype or autocast.
+
+        `"varlen"`, `"grouped"` or `"masked"`; see `ragged.py`. `set_ragged_backend` asks for one of them.
+        """
+        return self.ragged_backend_for(self.cross_attention.queries)
+
+    def set_ragged_backend(self, backend: str = "auto") -> None:
+        """Choose how images that keep different numbers of queries share a batch; `"auto"` is the best that there is.
+
+        Raises:
+            ValueError: If there is no such backend, or not on the model's device.
+        """
+        check_backend(backend)
+        # Of the dtypes, the one that takes every backend: the model may yet run under autocast.
+        resolve_backend(backend, self.cross_attention.queries.device, torch.bfloat16)
+        self._ragged_backend = backend
+
+    def ragged_backend_for(self, tokens: torch.Tensor) -> str:
+        """`ragged_backend`, for tokens of this device and dtype.
+
+        Raises:
+            ValueError: If the backend that was asked for is not available there.
+        """
+        config, device = self.config, tokens.device
+        autocast = torch.is_autocast_enabled(device.type)
+        return resolve_backend(
+            self._ragged_backend,
+            device,
+            torch.get_autocast_dtype(device.type) if autocast else tokens.dtype,
+            config.hidden_size // config.num_attention_heads,
+            config.attention_probs_dropout_prob if self.training else 0.0,
+            config._attn_implementation or "sdpa",
+        )
 
     def read(
         self, pixel_values: torch.Tensor, K: int, interpolate_pos_encoding: bool = False, need_weights: bool = False
@@ -442,9 +525,10 @@ class PerceiverParts:
 
     def keep_queries(self, y: torch.Tensor, keep: torch.Tensor, masked: bool = False) -> ActiveTokens:
         """Finish the cross-attention block for the queries that `keep`, (B, K) bool, marks."""
-        if masked or self.ragged_backend == "masked":
+        backend = self.ragged_backend_for(y)
+        if masked or backend == "masked":
             return ActiveTokens(self.cross_attention.finish(y), keep)
-        layout = PackedLayout.from_mask(keep)
+        layout = PackedLayout.from_mask(keep, backend)
         return ActiveTokens(self.cross_attention.finish(layout.pack(y), layout.query), keep, layout)
 
     def draw_paths(self, active: ActiveTokens) -> Sequence[torch.Tensor | None]:
@@ -501,7 +585,7 @@ class PerceiverParts:
         x = (
             self.cross_attention.finish(y) if sum(counts) > B else None
         )  # more than B: some images are in several subsets
-        batches = []
+        batches, backend = [], self.ragged_backend_for(y)
         for subset in subsets:
             part = y[subset.images, : subset.num_active_queries]
             if x is None:
@@ -512,11 +596,14 @@ class PerceiverParts:
                 batches.append(ActiveTokens(finished))
             else:
                 keep = select_queries(part.detach(), subset.dqs_threshold, self.config.dqs_reference)
-                layout = PackedLayout.from_mask(keep)
+                if backend == "masked":
+                    batches.append(ActiveTokens(finished, keep))
+                    continue
+                layout = PackedLayout.from_mask(keep, backend)
                 batches.append(ActiveTokens(layout.pack(finished), keep, layout))
-        if not together or len(batches) == 1:
+        if not together or len(batches) == 1 or backend == "masked":
             return [self.decode(self.process(batch)) for batch in batches]
-        pooled = self.decode(self.process(ActiveTokens.join(batches)))
+        pooled = self.decode(self.process(ActiveTokens.join(batches, backend)))
         return list(pooled.split(counts))
 
     def decode(self, active: ActiveTokens) -> torch.Tensor:
@@ -689,6 +776,20 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
         self.visual_perceiver = VisualPerceiverModel(config)
         self.head = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels > 0 else nn.Identity()
         self.post_init()
+
+    @property
+    def ragged_backend(self) -> str:
+        """See `PerceiverParts.ragged_backend`.
+
+        Example:
+            >>> VisualPerceiverForImageClassification(VisualPerceiverConfig()).ragged_backend
+            'grouped'
+        """
+        return self.visual_perceiver.ragged_backend
+
+    def set_ragged_backend(self, backend: str = "auto") -> None:
+        """See `PerceiverParts.set_ragged_backend`."""
+        self.visual_perceiver.set_ragged_backend(backend)
 
     @can_return_tuple
     def forward(

@@ -165,7 +165,9 @@ class VisualPerceiverConfig(PreTrainedConfig):
         t = self.dqs_threshold if dqs_threshold is None else dqs_threshold
         K = Q if K is None else K
         try:
-            k = 0 if isinstance(K, bool) else operator.index(K)  # takes integers of every library, and no floats
+            # Integers of every library, and no floats. A compiler would take what `operator.index` gives for a constant,
+            # and compile anew for each K.
+            k = K if type(K) is int else 0 if isinstance(K, bool) else operator.index(K)
         except TypeError:
             k = 0
         if not 1 <= k <= Q:

@@ -70,6 +70,7 @@ def test_contents(folder):
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
+        "attention_groups.py",
         "configuration_visual_perceiver.py",
         "fast_inference.py",
         "modeling_visual_perceiver.py",

@@ -104,7 +104,7 @@ class TestDynamicQuerySelection:
         config = small_config()
         packed = VisualPerceiverForImageClassification(config)
         masked = copy.deepcopy(packed)
-        masked.visual_perceiver.ragged_backend = "masked"
+        masked.set_ragged_backend("masked")
         labels = torch.arange(8) % 5
         for model in (packed, masked):
             model(images, labels=labels, dqs_threshold=0.3).loss.backward()
@@ -128,8 +128,8 @@ class TestDynamicQuerySelection:
         torch.testing.assert_close(a.logits[order], b.logits, **close)
 
     def test_rows_of_removed_queries_are_zero(self, model, images):
-        for backend in ("packed", "masked"):
-            model.visual_perceiver.ragged_backend = backend
+        for backend in ("grouped", "masked"):
+            model.set_ragged_backend(backend)
             output = model.visual_perceiver(images, num_active_queries=10, dqs_threshold=0.3)
             used = output.last_hidden_state.ne(0).any(-1)
             assert torch.equal(used, output.active_queries[:, :10])
@@ -228,8 +228,8 @@ class TestTransformersIdiom:
         # One cross-attention head of width 384, as in the small architecture.
         fields = {"hidden_size": 384, "intermediate_size": 384, "num_attention_heads": 6}
         model = VisualPerceiverForImageClassification(small_config(**fields, initializer_range=0.1)).eval()
-        for backend in ("packed", "masked"):
-            model.visual_perceiver.ragged_backend = backend
+        for backend in ("grouped", "masked"):
+            model.set_ragged_backend(backend)
             for arguments in ({}, {"dqs_threshold": 0.5}):
                 model.set_attn_implementation("sdpa")
                 expected = model(images, **arguments).logits

@@ -110,11 +110,17 @@ def test_forms_agree(model, images):
         forms_of(model, ["fast"], [torch.float32])
 
 
-def test_a_batch_that_does_not_fit(model, images):
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DefaultCPUAllocator: not enough memory: 99 bytes"), torch.OutOfMemoryError("CUDA out")]
+)
+def test_a_batch_that_does_not_fit(model, images, error):
     def full(pixels):
-        raise RuntimeError("not enough memory: you tried to allocate 99 bytes")
+        if len(pixels) > 5:
+            raise error
 
-    with pytest.raises(ValueError, match="Expected a batch of 8 to fit in memory, which it does not; try 2"):
+    with pytest.raises(
+        ValueError, match="Expected a batch of 8 images to fit in the memory of cpu, which it does not; 4 would"
+    ):
         benchmark(model, images, [8], repetitions=1, rivals={"huge": Rival(full)}, progress=False)
     with pytest.raises(ValueError, match="Expected a batch size of at least 1, got 0"):
         benchmark(model, images, [0], progress=False)

@@ -32,6 +32,7 @@ MODULES = [
     "hf_visual_perceiver.retrieval",
     "hf_visual_perceiver.robustness",
     "hf_visual_perceiver.splits",
+    "hf_visual_perceiver.modeling.attention_groups",
     "hf_visual_perceiver.modeling.configuration_visual_perceiver",
     "hf_visual_perceiver.modeling.handler",
     "hf_visual_perceiver.modeling.fast_inference",

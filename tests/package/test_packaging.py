@@ -71,7 +71,14 @@ def test_the_installed_wheel_works(wheel, tmp_path):
     assert "K = 4" in result.stdout
 
 
-REMOTE = ["configuration_visual_perceiver", "fast_inference", "modeling_visual_perceiver", "query_selection", "ragged"]
+REMOTE = [
+    "attention_groups",
+    "configuration_visual_perceiver",
+    "fast_inference",
+    "modeling_visual_perceiver",
+    "query_selection",
+    "ragged",
+]
 
 
 HARMLESS = {

@@ -1,0 +1,77 @@
+"""What attention within groups of a packed batch costs on this machine, as `modeling/attention_groups.py` counts it.
+
+    python benchmarks/attention_groups.py
+
+Blocks of n images of L tokens, unpadded and padded, are timed in turn. A line through the medians, cost of a call plus cost
+of each token, weighted so that small blocks count as much as large ones, gives the constants of `GroupCost`.
+"""
+
+from functools import partial
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from torch.nn import functional as F
+
+from hf_visual_perceiver import VisualPerceiverConfig
+from hf_visual_perceiver.loading import choose_device
+from hf_visual_perceiver.modeling.attention_groups import AttentionGroup, GroupCost, padded
+from hf_visual_perceiver.modeling.ragged import attend_in_groups
+from hf_visual_perceiver.timing import interleaved
+from hf_visual_perceiver.training.conditions import measurement_conditions
+
+
+def dense_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """As the model's, (n, H, L, d) x 3 -> (n, L, H, d)."""
+    return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+
+
+def line(tokens: list[int], seconds: list[float]) -> tuple[float, float]:
+    """Seconds of a call and of a token: least squares of the relative error."""
+    y = torch.tensor(seconds, dtype=torch.float64)
+    x = torch.stack([torch.ones(len(tokens)), torch.tensor(tokens)], dim=1).double()
+    call, token = torch.linalg.lstsq(x / y[:, None], torch.ones_like(y)[:, None]).solution.flatten().tolist()
+    return call, token
+
+
+def measure(heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, repetitions: int) -> GroupCost:
+    """The constants for heads of this number and width."""
+    runs, sizes = {}, []
+    for n in (1, 2, 4, 16):
+        for length in (4, 8, 16, 24, 40, 64):
+            group = AttentionGroup(0, n * length, n, length)
+            lengths = torch.full((n,), length, device=device)
+            qkv = torch.randn(n * length, 3, heads, head_dim, device=device, dtype=dtype).unbind(1)
+            sizes.append(n * length)
+            for kind, of_kind in (("equal", group), ("padded", padded(group, lengths))):
+                runs[f"{kind} {n} {length}"] = partial(attend_in_groups, (of_kind,), dense_attention, *qkv)
+    times = interleaved(runs, repetitions, device)
+    medians = {name: sorted(seconds)[len(seconds) // 2] for name, seconds in times.items()}
+    (call, token), (padded_call, padded_token) = (
+        line(sizes, [seconds for name, seconds in medians.items() if name.startswith(kind)])
+        for kind in ("equal", "padded")
+    )
+    return GroupCost(call / token, padded_call / token, padded_token / token)
+
+
+def main(
+    architecture: Annotated[str, typer.Option(help="timm name.")] = "visual_perceiver_tiny_patch4_32",
+    dtype: Annotated[str, typer.Option(help="Of the tokens.")] = "float32",
+    repetitions: Annotated[int, typer.Option(help="Of all blocks.")] = 201,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+) -> None:
+    """Print the constants."""
+    place, config = torch.device(choose_device(device)), VisualPerceiverConfig.from_architecture(architecture)
+    heads = config.num_attention_heads
+    torch.manual_seed(0)
+    console = Console(soft_wrap=True)
+    console.print(measure(heads, config.hidden_size // heads, place, getattr(torch, dtype), repetitions))
+    conditions = measurement_conditions(str(place), architecture=architecture, dtype=dtype, repetitions=repetitions)
+    console.print(", ".join(f"{key} {value}" for key, value in conditions.items()), highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
