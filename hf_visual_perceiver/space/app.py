@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from ..modeling.handler import MAX_PIXELS, open_image
 from .demo import Demo, Picture
@@ -15,7 +16,7 @@ from .draw import draw_curves, show_answer, show_message, show_tradeoff
 NO_IMAGE = "Drop a picture, take one with the camera, or click an example."
 LEAST_THRESHOLD = 0.3
 FILE_SIZE = "64mb"
-# Uploaded files are removed after an hour; looked for every ten minutes.
+# Seconds: every ten minutes, uploaded files older than an hour are removed.
 DELETE = (600, 3600)
 
 
@@ -42,10 +43,8 @@ def build_app(demo: Demo) -> gr.Blocks:
         try:
             picture = look(path)
         except (OSError, ValueError) as error:
-            # What the reading of a file reports names where it lies on this machine.
-            damaged = isinstance(error, OSError) or error.__cause__ is not None
-            reason = "It is damaged, or no image that can be read here." if damaged else str(error)
-            return show_message(f"Cannot show this file. {reason}", wrong=True), show_tradeoff(demo, curves, None)
+            message = f"Cannot show this file. {_reason(error)}"
+            return show_message(message, wrong=True), show_tradeoff(demo, curves, None)
         # At 1 nothing is dropped, so that comparing the queries is spared.
         answer = demo.answer(picture, int(num_active_queries), None if dqs_threshold >= 1 else dqs_threshold)
         return show_answer(demo, picture, answer), show_tradeoff(demo, curves, answer)
@@ -104,13 +103,13 @@ def build_app(demo: Demo) -> gr.Blocks:
     return app
 
 
-def launch(app: gr.Blocks, host: str | None = None, port: int | None = None, **options: Any) -> Any:
+def launch(app: gr.Blocks, host: str | None = None, port: int | None = None) -> None:
     """Serve the app: on 127.0.0.1 unless `host`, or a Space's environment, says otherwise."""
     # Fonts that every machine has: none are fetched from elsewhere.
     theme = gr.themes.Default(
         primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     ).set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
-    return app.launch(
+    app.launch(
         server_name=host,
         server_port=port,
         share=False,
@@ -120,8 +119,16 @@ def launch(app: gr.Blocks, host: str | None = None, port: int | None = None, **o
         footer_links=["api", "gradio", "settings"],
         run_history=False,
         ssr_mode=False,
-        **options,
     )
+
+
+def _reason(error: Exception) -> str:
+    """Why a file is not shown, without what names where it lies on this machine."""
+    if isinstance(error.__cause__, Image.DecompressionBombError):
+        return f"Expected an image of at most {MAX_PIXELS:,} pixels."
+    if isinstance(error, OSError) or error.__cause__ is not None:
+        return "It is damaged, or no image that can be read here."
+    return str(error)
 
 
 def _path(payload: Any) -> str | None:

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -383,6 +384,8 @@ class TestServed:
     def test_what_is_no_picture_gets_a_message(self, served, huge, tmp_path):
         (tmp_path / "broken.png").write_bytes(b"not a picture")
         (tmp_path / "drawing.svg").write_text("<svg/>")
+        bomb = tmp_path / "bomb.png"
+        Image.new("1", (20_000, 20_000)).save(bomb)
         cut = tmp_path / "cut.png"
         cut.write_bytes(CAT.read_bytes()[:-300])
         for path, message in (
@@ -390,6 +393,7 @@ class TestServed:
             (tmp_path / "drawing.svg", "It is damaged, or no image"),
             (cut, "It is damaged, or no image"),
             (huge, f"at most {MAX_PIXELS:,} pixels, got 8000x5000"),
+            (bomb, f"at most {MAX_PIXELS:,} pixels"),
             (None, "Drop a picture"),
         ):
             result, _ = ask(served.url, path, 16, 1)
@@ -397,6 +401,14 @@ class TestServed:
             assert str(tmp_path) not in result  # nor where this server keeps it
             assert "/tmp" not in result
         assert "Traceback" not in served.log.read_text()
+
+    def test_a_file_that_is_too_large_is_not_taken(self, served):
+        part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="large.png"\r\n\r\n'
+        body = part + bytes(65 * 2**20) + b"\r\n--x--\r\n"
+        kind = {"Content-Type": "multipart/form-data; boundary=x"}
+        request = urllib.request.Request(f"{served.url}gradio_api/upload", body, kind)
+        with pytest.raises(urllib.error.HTTPError, match="413"):
+            urllib.request.urlopen(request, timeout=60)
 
     @pytest.mark.parametrize(("K", "t"), [(0, 1), (65, 1), (16, 1.5), ("many", 1)])
     def test_knobs_out_of_range_are_refused(self, served, K, t):
