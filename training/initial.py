@@ -32,10 +32,10 @@ def load_initial_weights(model: VisualPerceiverForImageClassification, source: s
         ['head.weight', 'head.bias']
     """
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type != model.config.model_type:
             raise ValueError(f"it is a model of type {config.model_type}")
-        trained = VisualPerceiverForImageClassification.from_pretrained(source)
+        trained = VisualPerceiverForImageClassification.from_pretrained(source, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(

@@ -65,8 +65,8 @@ def load_teacher(
             size, mean, std = tuple(cfg["input_size"][1:]), cfg["mean"], cfg["std"]
             num_labels = model.num_classes
         else:
-            model = AutoModelForImageClassification.from_pretrained(name)
-            processor: Any = AutoImageProcessor.from_pretrained(name)
+            model = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+            processor: Any = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
             if hasattr(processor, "data_config"):  # transformers' wrapper of timm's models
                 cfg = processor.data_config
                 size, mean, std = tuple(cfg["input_size"][1:]), cfg["mean"], cfg["std"]

@@ -71,7 +71,7 @@ class TestWeights:
     def test_every_load_asks_for_safetensors(self):
         loads = [
             (path, {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords})
-            for path, tree in sources("hf_visual_perceiver", "modeling")
+            for path, tree in sources("hf_visual_perceiver", "modeling", "training")
             for node in ast.walk(tree)
             if isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
@@ -82,6 +82,8 @@ class TestWeights:
             "hf_visual_perceiver/loading.py",
             "hf_visual_perceiver/without_package.py",
             "modeling/handler.py",
+            "training/initial.py",
+            "training/teacher.py",
         }
         assert [path for path, arguments in loads if arguments.get("use_safetensors") != "True"] == []
 
