@@ -212,7 +212,7 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
         + (
             f"split {held_out} was kept for choosing."
             if held_out
-            else f"the last {recipe['validation']:,} of the training split were kept for choosing."
+            else f"{recipe['validation']:,} images of the training split were kept for choosing."
         ),
         f"Recipe: {facts['recipe_name']} (recipe.yaml in the checkpoint's folder), {recipe['steps']:,} steps of "
         f"{recipe['batch_size']} images{'' if epochs is None else f' ({epochs:.1f} epochs)'}, "

@@ -151,7 +151,7 @@ def open_data(recipe: Recipe, device: torch.device, rank: int = 0, world_size: i
         names, held_out = data.label_names, 0 if recipe.validation_split else recipe.validation
         if not held_out < len(data):
             raise ValueError(f"Expected `validation` to be below the {len(data)} images, got {held_out}.")
-        training = data.subset(slice(None, len(data) - held_out))
+        training, validation = data.split_off(held_out)
         order = BatchOrder(
             num_images=len(training),
             batch_size=recipe.batch_size,
@@ -164,9 +164,8 @@ def open_data(recipe: Recipe, device: torch.device, rank: int = 0, world_size: i
         validation = load_images(recipe.dataset, recipe.validation_split, recipe.cache_gib)
         if validation.label_names != names:
             raise ValueError(f"Expected the labels of {recipe.split} in {recipe.validation_split}, got others.")
-        validation = validation.subset(slice(None, recipe.validation or None))
+        if 0 < recipe.validation < len(validation):
+            validation = validation.split_off(recipe.validation)[1]
     elif recipe.streaming:
         validation = ImageDataset([], np.empty(0, dtype=np.int64), names)
-    else:
-        validation = data.subset(slice(len(data) - held_out, None))
     return TrainingData(names, validation, training, order, recipe, device)

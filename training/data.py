@@ -33,13 +33,24 @@ class ImageDataset:
             return Image.fromarray(self.images[index])
         return _decode(self.images, int(index), "the dataset")
 
-    def subset(self, indices: slice) -> "ImageDataset":
-        """The images of a slice, without copying pixels."""
+    def subset(self, indices: slice | np.ndarray) -> "ImageDataset":
+        """The images of a slice, without copying pixels, or of positions (n,), with."""
         if isinstance(self.images, np.ndarray):
             images = self.images[indices]
         else:
-            images = self.images.select(range(len(self))[indices])
+            images = self.images.select(np.arange(len(self))[indices])
         return ImageDataset(images, self.labels[indices], self.label_names)
+
+    def split_off(self, count: int) -> tuple["ImageDataset", "ImageDataset"]:
+        """All but `count` images, and those: the last ones, or where they lie sorted by class, evenly spaced ones.
+
+        The last images of an imagefolder would all be of its last class.
+        """
+        n = len(self)
+        if 0 < count < n and (np.diff(self.labels) >= 0).all():
+            chosen = (np.arange(count) + 1) * n // count - 1
+            return self.subset(np.setdiff1d(np.arange(n), chosen)), self.subset(chosen)
+        return self.subset(slice(None, n - count)), self.subset(slice(n - count, None))
 
 
 def load_images(dataset: str, split: str = "train", cache_gib: float = 8.0) -> ImageDataset:

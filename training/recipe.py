@@ -64,8 +64,9 @@ class Recipe:
     dataset: str = "uoft-cs/cifar10"  # Hub id, folder of parquet files, or imagefolder
     dataset_name: str | None = None  # what the card calls it; None is `dataset` as the file says
     split: str = "train"
-    validation: int = 0  # the last images of the split, for choosing; 0 trains on everything
-    validation_split: str | None = None  # choose on the first `validation` images of this split instead
+    # Images kept for choosing: the last of the split, or evenly spaced ones where it is sorted by class. 0 trains on all.
+    validation: int = 0
+    validation_split: str | None = None  # choose on `validation` images of this split instead, 0 is all
     streaming: bool = False  # read the dataset as it is needed, each process its share of the shards
     shuffle_window: int = 8192  # images of a stream that are shuffled at a time, for each process
     unreadable: str = "error"  # what an unreadable image of a stream is: error, or replace it by another of the batch

@@ -102,6 +102,36 @@ class TestLoading:
             load_images(str(tmp_path), "train")
 
 
+class TestSplittingOff:
+    """What is kept for choosing."""
+
+    @pytest.mark.parametrize("decoded", [True, False])
+    @pytest.mark.parametrize(
+        ("labels", "held_out"),
+        [
+            ([0, 2, 1, 0, 1, 2], [4, 5]),  # in no order: the last
+            ([0, 0, 0, 1, 1, 1], [2, 5]),  # by class, as an imagefolder: of each
+            ([0, 0, 0, 0, 2, 2], [2, 5]),
+        ],
+    )
+    def test_the_last_or_some_of_each_class(self, labels, held_out, decoded):
+        images = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1).repeat(3, axis=3)
+        if not decoded:
+            pictures = [Image.fromarray(image) for image in images]
+            images = datasets.Dataset.from_dict({"image": pictures}, features=datasets.Features(image=datasets.Image()))
+        data = ImageDataset(images, np.array(labels), ["a", "b", "c"])
+        rest, kept = data.split_off(2)
+        assert [kept.image(i).getpixel((0, 0))[0] for i in range(2)] == held_out
+        assert kept.labels.tolist() == [labels[i] for i in held_out]
+        others = [i for i in range(6) if i not in held_out]
+        assert [rest.image(i).getpixel((0, 0))[0] for i in range(4)] == others
+        assert rest.labels.tolist() == [labels[i] for i in others]
+
+    def test_none(self):
+        data = ImageDataset(np.zeros((3, 1, 1, 3), np.uint8), np.array([0, 0, 1]), ["a", "b"])
+        assert [len(part) for part in data.split_off(0)] == [3, 0]
+
+
 class TestBatchOrder:
     def order(self, **fields):
         return BatchOrder(**{"num_images": 40, "batch_size": 12, "seed": 0, "last_step": 7, **fields})
