@@ -16,18 +16,20 @@ from .evaluation import PAPER_QUERIES, OperatingPoint
 from .memory import fitting
 from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
 from .plots import save_figure
-from .timing import interleaved, matmul_peak, median_ratio, page_faults, peak_memory
+from .timing import GRAPH_WARMUPS, interleaved, matmul_peak, median_ratio, page_faults, peak_memory
 
 
-FORMS = ("eager", "optimized", "compiled")
+# "grouped" is eager too, but selection attends in groups where "eager" has variable-length attention.
+FORMS = ("eager", "optimized", "compiled", "grouped")
 
 
 @dataclass(frozen=True)
 class Rival:
-    """Another network to time beside the model's forms: what it does with a batch, and its cost for one image."""
+    """Another network to time beside the model's forms."""
 
-    run: Callable[[torch.Tensor], Any]
-    macs: int | None = None
+    run: Callable[[torch.Tensor], Any]  # what it does with a batch
+    macs: int | None = None  # for one image
+    dtype: torch.dtype | None = None  # of the batch; None is that of the first form
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ def forms_of(
             copy = VisualPerceiverForImageClassification(model.config)
             copy.load_state_dict(model.state_dict())
             copy = copy.to(model.device, dtype).eval()
+            if form == "grouped":
+                copy.set_ragged_backend("grouped")
             result[name] = (torch.compile(copy) if form == "compiled" else copy, dtype)
     if not result:
         raise ValueError("Expected at least one form and one dtype, got none.")
@@ -141,7 +145,7 @@ def benchmark(
         forms: Of `FORMS`.
         dtypes: Each form is measured in each.
         repetitions: Of all settings.
-        rivals: Other networks, by name; they are timed in the first dtype.
+        rivals: Other networks, by name.
         budgets: K to measure, beside all queries; None is the paper's.
         progress: Show a bar.
 
@@ -165,7 +169,9 @@ def benchmark(
         )
         with fitting(lambda part: [run.call() for run in planned(part)], pixels):  # noqa: B023
             runs = planned(pixels)
-            times = interleaved({r.name: r.call for r in runs}, repetitions, device, f"batch {batch_size}", progress)
+            calls = {r.name: r.call for r in runs}
+            warmups = 1 if device.type == "cpu" else GRAPH_WARMUPS
+            times = interleaved(calls, repetitions, device, f"batch {batch_size}", progress, warmups)
             faults = {r.name: page_faults(r.call) for r in runs}
             memory = {r.name: peak_memory(r.call, device) / 1e6 for r in runs}
         measured.append((batch_size, runs, times, memory, faults))
@@ -237,8 +243,8 @@ def plan(
                     fixed=None if setting.nearest is None else f"{form}, {setting.nearest}",
                 )
             )
-    dtype = contenders[first][1]
     for form, rival in rivals.items():
+        dtype = rival.dtype or contenders[first][1]
         call = partial(rival.run, pixels.to(dtype))
         runs.append(Run(form, "all", call, dtype, f"{first}, {full}", macs=rival.macs))
     return runs

@@ -25,8 +25,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .compiled_inference import CompiledPerceiver
 from .configuration_visual_perceiver import VisualPerceiverConfig
-from .fast_inference import TOKENS_PER_CHUNK, FastPerceiver
+from .fast_inference import FastPerceiver
 from .query_selection import select_queries
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
 
@@ -528,7 +529,10 @@ class PerceiverParts:
         backend = self.ragged_backend_for(y)
         if masked or backend == "masked":
             return ActiveTokens(self.cross_attention.finish(y), keep)
-        layout = PackedLayout.from_mask(keep, backend)
+        return self.packed(y, PackedLayout.from_mask(keep, backend), keep)
+
+    def packed(self, y: torch.Tensor, layout: PackedLayout, keep: torch.Tensor | None = None) -> ActiveTokens:
+        """Finish the cross-attention block for the queries of a layout."""
         return ActiveTokens(self.cross_attention.finish(layout.pack(y), layout.query), keep, layout)
 
     def draw_paths(self, active: ActiveTokens) -> Sequence[torch.Tensor | None]:
@@ -726,10 +730,11 @@ class OptimizedVisualPerceiver(nn.Module):
         device: Where the images have to be.
     """
 
-    def __init__(self, parts: PerceiverParts, head: nn.Module, dtype: torch.dtype | None, tokens_per_chunk: int):
+    def __init__(self, parts: PerceiverParts, head: nn.Module, dtype: torch.dtype | None, tokens_per_chunk: int | None):
         super().__init__()
         check_linears(parts)
-        self.config, self.engine = parts.config, FastPerceiver(parts, dtype, tokens_per_chunk)
+        engine = CompiledPerceiver if parts.cross_attention.queries.is_cuda else FastPerceiver
+        self.config, self.engine = parts.config, engine(parts, dtype, tokens_per_chunk)
         self.dtype, self.device = self.engine.dtype, self.engine.queries.device
         self.head = copy.deepcopy(head).requires_grad_(False)
         self.eval()
@@ -850,16 +855,20 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
         return [self.head(pooled) for pooled in self.visual_perceiver.forward_subsets(pixel_values, subsets, together)]
 
     def optimize_for_inference(
-        self, dtype: torch.dtype | None = None, tokens_per_chunk: int = TOKENS_PER_CHUNK
+        self, dtype: torch.dtype | None = None, tokens_per_chunk: int | None = None
     ) -> OptimizedVisualPerceiver:
-        """A snapshot of this model that answers faster on CPUs: fewer, larger operations on chunks that fit in the cache.
+        """A snapshot of this model that answers faster.
+
+        On CPUs by fewer, larger operations on chunks that fit in the cache; on CUDA by torch's compiler and CUDA graphs,
+        so that the first batch of each size takes long.
 
         In float32 its logits are this model's to 1e-5 (of logits of order one). It knows neither gradients nor hidden states, and later changes of
         this model do not reach it.
 
         Args:
             dtype: Of the computation, such as `torch.bfloat16` on CPUs that have it; None is the model's.
-            tokens_per_chunk: Tokens that go through the trunk together; a larger batch goes in pieces.
+            tokens_per_chunk: Tokens that go through the trunk together; a larger batch goes in pieces. None is 1,024 on
+                CPUs, and all of them on GPUs.
 
         Raises:
             ValueError: If `tokens_per_chunk` is less than 1, or a linear has been replaced, as an adapter does until it is

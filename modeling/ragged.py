@@ -105,7 +105,8 @@ class PackedLayout:
         query: (T,) the query of each token, ascending within an image.
         backend: How attention is done, `"grouped"` or `"varlen"`.
         order: (B,) the image at each position of the packed order; None is the order of the batch.
-        offsets: (B + 1,) int32, where each image begins in the packed order, and T; only `"varlen"` has them.
+        offsets: (B + 1,) int32, where each image begins in the packed order, and T; only `"varlen"` has them. More for
+            rows in excess, see `from_mask`.
         groups: Runs of images that attend together; only `"grouped"` has them.
 
     Example:
@@ -125,10 +126,14 @@ class PackedLayout:
 
     @classmethod
     @torch.compiler.disable  # the lengths as Python's integers would be constants to a compiler, and each batch has others
-    def from_mask(cls, keep: torch.Tensor, backend: str = "grouped") -> "PackedLayout":
-        """Lay out the tokens that `keep`, (B, K) bool, marks. Every image must keep at least one."""
+    def from_mask(cls, keep: torch.Tensor, backend: str = "grouped", round_to: int = 1) -> "PackedLayout":
+        """Lay out the tokens that `keep`, (B, K) bool, marks. Every image must keep at least one.
+
+        With `"varlen"`, T is rounded up to a multiple of `round_to`. The rows in excess repeat a token, as if of images
+        after the last one, which attend to themselves; nothing reads them, but `unpack` cannot be used.
+        """
         B, K = keep.shape
-        lengths, order, offsets = keep.sum(dim=1), None, None
+        lengths, order = keep.sum(dim=1), None
         if backend == "grouped":
             lengths, order = lengths.sort(stable=True)
             keep = keep[order]
@@ -138,8 +143,13 @@ class PackedLayout:
             raise ValueError("Expected every image to keep at least one query, got an image that keeps none.")
         image, query = marked(keep, sum(known)).unbind(1)
         if backend == "varlen":
-            offsets = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-            return cls((B, K), image, query, backend, offsets=offsets)
+            T = -(-sum(known) // round_to) * round_to
+            ends = lengths.cumsum(0)
+            if round_to > 1:
+                excess = ends[-1] + K * torch.arange(1, -(-round_to // K) + 1, device=keep.device)
+                ends = torch.cat([ends, excess.clamp(max=T)])
+                image, query = (torch.nn.functional.pad(x, (0, T - len(x))) for x in (image, query))
+            return cls((B, K), image, query, backend, offsets=torch.nn.functional.pad(ends.int(), (1, 0)))
         assert order is not None
         return cls((B, K), order[image], query, order=order, groups=attention_groups(lengths, known))
 
@@ -222,7 +232,8 @@ class PackedLayout:
             return attention(query, key, value, self.offsets, self.offsets, K, K)
         ones = torch.arange(B + 1, dtype=torch.int32, device=key.device)
         query = query[:, :, 0].repeat(B, 1, 1)  # (1, H, 1, d) -> (B, H, d)
-        return attention(query, key, value, ones, self.offsets, 1, K)[:, None]
+        assert self.offsets is not None
+        return attention(query, key, value, ones, self.offsets[: B + 1], 1, K)[:, None]
 
 
 # The compiler would unroll the loop for the groups of this batch, and the next batch has others.

@@ -22,7 +22,6 @@ from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_visual_perceiver import ARCHITECTURES, TIMM_ARGUMENTS, VisualPerceiverConfig
-from .fast_inference import TOKENS_PER_CHUNK
 from .modeling_visual_perceiver import (
     ActiveTokens,
     OptimizedVisualPerceiver,
@@ -257,7 +256,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
 
     @torch.jit.ignore
     def optimize_for_inference(
-        self, dtype: torch.dtype | None = None, tokens_per_chunk: int = TOKENS_PER_CHUNK
+        self, dtype: torch.dtype | None = None, tokens_per_chunk: int | None = None
     ) -> "OptimizedClassifier":
         """A snapshot of this classifier that answers faster on CPUs.
 

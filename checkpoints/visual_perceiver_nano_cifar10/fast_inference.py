@@ -224,11 +224,12 @@ class FastPerceiver:
     Args:
         parts: The network: a `PerceiverParts` with a decoder.
         dtype: Of weights and activations; None is that of the network.
-        tokens_per_chunk: Tokens that go through the trunk together.
+        tokens_per_chunk: Tokens that go through the trunk together; None is `TOKENS_PER_CHUNK`.
     """
 
     @torch.no_grad()
-    def __init__(self, parts: Any, dtype: torch.dtype | None = None, tokens_per_chunk: int = TOKENS_PER_CHUNK):
+    def __init__(self, parts: Any, dtype: torch.dtype | None = None, tokens_per_chunk: int | None = None):
+        tokens_per_chunk = TOKENS_PER_CHUNK if tokens_per_chunk is None else tokens_per_chunk
         if tokens_per_chunk < 1:
             raise ValueError(f"Expected `tokens_per_chunk` to be at least 1, got {tokens_per_chunk}.")
         self.config = parts.config

@@ -71,6 +71,7 @@ def test_contents(folder):
         "model.safetensors",
         "preprocessor_config.json",
         "attention_groups.py",
+        "compiled_inference.py",
         "configuration_visual_perceiver.py",
         "fast_inference.py",
         "modeling_visual_perceiver.py",

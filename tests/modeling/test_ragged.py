@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
+from slow_varlen import opaque_varlen, simulate_varlen, slow_varlen
 from support import small_config
 from torch._dynamo.testing import CompileCounter
 
 from hf_visual_perceiver import VisualPerceiverForImageClassification
-from hf_visual_perceiver.modeling import QuerySubset, attention_groups, modeling_visual_perceiver, ragged
+from hf_visual_perceiver.modeling import QuerySubset, attention_groups, ragged
 from hf_visual_perceiver.modeling.attention_groups import GroupCost, boundaries
 from hf_visual_perceiver.modeling.ragged import PackedLayout, resolve_backend
 
@@ -25,47 +26,10 @@ if torch.cuda.is_available():
 POINTS = [(12, -1), (12, 0.3), (12, 0.9), (12, 1), (7, 0.5), (1, 0.5)]
 
 
-def slow_varlen(query, key, value, query_offsets, key_offsets, max_queries, max_keys):
-    """torch's `varlen_attn` written out, with its requirements."""
-    assert query_offsets.dtype == key_offsets.dtype == torch.int32
-    assert all(x.stride(-1) == 1 for x in (query, key, value))
-    assert query_offsets[-1] == len(query)
-    assert key_offsets[-1] == len(key) == len(value)
-    outputs = []
-    for i in range(len(query_offsets) - 1):
-        q = query[query_offsets[i] : query_offsets[i + 1]]
-        k, v = (x[key_offsets[i] : key_offsets[i + 1]] for x in (key, value))
-        assert 0 < len(q) <= max_queries
-        assert 0 < len(k) <= max_keys
-        weights = torch.einsum("qhd,khd->hqk", q, k).mul(q.shape[-1] ** -0.5).softmax(-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", weights, v))
-    return torch.cat(outputs)
-
-
-@torch.library.custom_op("visual_perceiver_tests::slow_varlen", mutates_args=())
-def opaque_varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_offsets: torch.Tensor,
-    key_offsets: torch.Tensor,
-    max_queries: int,
-    max_keys: int,
-) -> torch.Tensor:
-    """`slow_varlen` as the compiler sees the real one: an operation of its own."""
-    return slow_varlen(query, key, value, query_offsets, key_offsets, max_queries, max_keys)
-
-
-@opaque_varlen.register_fake
-def _(query, *_):
-    return query.new_empty(query.shape)
-
-
 @pytest.fixture
 def simulated_varlen(monkeypatch):
     """A CPU that has variable-length attention, if only a slow one."""
-    monkeypatch.setattr(ragged, "varlen_needs", lambda *_: "")
-    monkeypatch.setattr(modeling_visual_perceiver, "torch_varlen_attention", lambda: slow_varlen)
+    simulate_varlen(monkeypatch)
 
 
 @pytest.fixture(params=PLACES)
@@ -296,6 +260,21 @@ class TestLayout:
         torch.testing.assert_close(layout.unpack(layout.pack(x)), x * keep[..., None], rtol=0, atol=0)
         assert torch.equal(layout.unsort(x[layout.positions]), x)
 
+    @pytest.mark.parametrize("round_to", [1, 2, 7, 16, 40])
+    def test_rows_in_excess_belong_to_images_that_are_not_there(self, round_to):
+        keep = torch.rand(9, 7) < 0.5
+        keep[:, 0] = True
+        exact, rounded = PackedLayout.from_mask(keep, "varlen"), PackedLayout.from_mask(keep, "varlen", round_to)
+        T = exact.num_tokens
+        assert rounded.num_tokens % round_to == 0
+        assert 0 <= rounded.num_tokens - T < round_to
+        assert rounded.offsets.dtype == torch.int32
+        assert torch.equal(rounded.offsets[:10], exact.offsets)
+        assert rounded.offsets[-1] == rounded.num_tokens
+        assert rounded.offsets.diff().max() <= 7
+        assert torch.equal(rounded.image[:T], exact.image)
+        assert torch.equal(rounded.query[:T], exact.query)
+
     def test_joined_offsets(self):
         a = PackedLayout.from_mask(torch.tensor([[True, True], [True, False]]), "varlen")
         joined = PackedLayout.join([a, PackedLayout.prefix(2, 3, backend="varlen")])
@@ -341,7 +320,7 @@ class TestCompiled:
     def one_operation(self, place, monkeypatch):
         torch._dynamo.reset()
         if place == ("cpu", "varlen"):
-            monkeypatch.setattr(modeling_visual_perceiver, "torch_varlen_attention", lambda: opaque_varlen)
+            simulate_varlen(monkeypatch, opaque_varlen)
 
     def test_blocks_are_not_compiled_anew_for_each_batch(self, place):
         device, backend = place

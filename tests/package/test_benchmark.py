@@ -99,14 +99,15 @@ def test_table_and_plot(rows, tmp_path):
 
 
 def test_forms_agree(model, images):
-    forms = forms_of(model, ["eager", "optimized"], [torch.float32, torch.bfloat16])
-    assert list(forms) == ["eager float32", "optimized float32", "eager bfloat16", "optimized bfloat16"]
+    forms = forms_of(model, ["eager", "optimized", "grouped"], [torch.float32, torch.bfloat16])
+    names = [f"{form} {dtype}" for dtype in ("float32", "bfloat16") for form in ("eager", "optimized", "grouped")]
+    assert list(forms) == names
     with torch.no_grad():
         expected = model(images).logits
         for network, dtype in forms.values():
             logits = network(images.to(dtype)).logits.float()
             assert (logits - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.1) * expected.abs().max()
-    with pytest.raises(ValueError, match="Expected forms among eager, optimized, compiled, got 'fast'"):
+    with pytest.raises(ValueError, match="Expected forms among eager, optimized, compiled, grouped, got 'fast'"):
         forms_of(model, ["fast"], [torch.float32])
 
 

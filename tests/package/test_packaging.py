@@ -73,6 +73,7 @@ def test_the_installed_wheel_works(wheel, tmp_path):
 
 REMOTE = [
     "attention_groups",
+    "compiled_inference",
     "configuration_visual_perceiver",
     "fast_inference",
     "modeling_visual_perceiver",
@@ -85,6 +86,7 @@ HARMLESS = {
     "collections",
     "copy",
     "dataclasses",
+    "functools",
     "itertools",
     "numbers",
     "operator",
