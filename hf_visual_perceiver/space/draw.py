@@ -24,7 +24,15 @@ GREY = (40, 170)
 
 
 def show_answer(demo: Demo, picture: Picture, answer: Answer) -> str:
-    """The first tab: the numbers, the probabilities, and what each query reads."""
+    """The first tab: the numbers, the probabilities, and what each query reads.
+
+    Example:
+        >>> from hf_visual_perceiver.loading import default_model
+        >>> demo = Demo.load(default_model())
+        >>> picture = demo.look(Image.new("RGB", (32, 32)))
+        >>> show_answer(demo, picture, demo.answer(picture, 16))[:40]
+        '<div class="vp-answer" data-used="16" da'
+    """
     return (
         f'<div class="vp-answer" data-used="{answer.active.sum()}" data-macs="{answer.macs}">'
         f"{show_numbers(answer)}"
@@ -34,7 +42,12 @@ def show_answer(demo: Demo, picture: Picture, answer: Answer) -> str:
 
 
 def show_message(text: str, wrong: bool = False) -> str:
-    """A sentence in place of an answer."""
+    """A sentence in place of an answer.
+
+    Example:
+        >>> show_message("No <image>.")
+        '<div class="vp-message" role="status">No &lt;image&gt;.</div>'
+    """
     kind, role = ("vp-message vp-wrong", "alert") if wrong else ("vp-message", "status")
     return f'<div class="{kind}" role="{role}">{html.escape(text)}</div>'
 
@@ -140,7 +153,12 @@ def show_pictures(picture: Picture, answer: Answer) -> str:
 
 
 def attention_overlay(attention: np.ndarray) -> Image.Image:
-    """One pixel for each patch, the more opaque the more is read there; (h, w) weights, on a scale to their maximum."""
+    """One pixel for each patch, the more opaque the more is read there; (h, w) weights, on a scale to their maximum.
+
+    Example:
+        >>> attention_overlay(np.array([[0.0, 0.5], [0.25, 0.25]])).getpixel((1, 0))
+        (230, 159, 0, 235)
+    """
     alpha = np.uint8(np.round(235 * attention / max(float(attention.max()), 1e-12)))
     colour = np.broadcast_to(np.array(ATTENTION, np.uint8), (*attention.shape, 3))
     return Image.fromarray(np.dstack([colour, alpha]))
@@ -171,18 +189,24 @@ class Curves:
 
 
 def draw_curves(evaluation: Evaluation) -> Curves:
-    """Draw what was measured."""
+    """Draw what was measured.
+
+    Example:
+        >>> from hf_visual_perceiver.loading import default_model
+        >>> demo = Demo.load(default_model())
+        >>> draw_curves(demo.evaluation).size
+        (504.0, 324.0)
+    """
     figure = tradeoff_figure(evaluation)
     figure.set_dpi(72)  # SVG's points
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     text, axes = file.getvalue(), figure.axes[0]
-    width, height = figure.bbox.size
-    box = axes.bbox
+    width, height, left, bottom, right, top = map(float, (*figure.bbox.size, *axes.bbox.extents))
     return Curves(
         svg=text[text.index("<svg") : text.rindex("</svg>")],
         size=(width, height),
-        axes=(box.x0, height - box.y1, box.x1, height - box.y0),
+        axes=(left, height - top, right, height - bottom),
         limits=(axes.get_xlim(), axes.get_ylim()),
     )
 
