@@ -5,7 +5,7 @@
 
 Every repetition runs all settings of all forms and the rivals once, in turn, on the same images, after a warm-up; ratios
 are of the same repetition, and their medians are printed. Random weights by default: time does not depend on them, but which
-queries a threshold keeps does, so thresholds want a trained checkpoint (`--model`).
+queries a threshold keeps does, so thresholds want a trained checkpoint (`--model`); `--mean-queries` finds those that keep a given number.
 """
 
 from dataclasses import asdict
@@ -21,6 +21,7 @@ from transformers import PerceiverConfig, PerceiverModel
 from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification
 from hf_visual_perceiver.benchmark import FORMS, Rival, benchmark, benchmark_table, plot_benchmark
 from hf_visual_perceiver.loading import choose_device, default_dataset, load_model
+from hf_visual_perceiver.modeling import select_queries
 from hf_visual_perceiver.training.conditions import cpu_computes_in_bf16, measurement_conditions
 from hf_visual_perceiver.training.data import load_images, normalise, pixels_of_size
 from hf_visual_perceiver.training.files import write_json
@@ -93,6 +94,27 @@ def rivals_of(
     return {f"{name} {suffix}": Rival(run, macs, dtype) for name, (run, macs) in runs.items()}
 
 
+@torch.inference_mode()
+def sharpened(model: VisualPerceiverForImageClassification) -> VisualPerceiverForImageClassification:
+    """The model with cross-attention as sharp as training makes it: fresh queries all read the same, and selection drops them."""
+    block, D = model.visual_perceiver.cross_attention, model.config.hidden_size
+    for linear in (block.query, block.key_value):
+        linear.weight.normal_(std=(4 / D) ** 0.5)
+    return model
+
+
+@torch.inference_mode()
+def threshold_for(model: VisualPerceiverForImageClassification, pixels: torch.Tensor, mean: float) -> float:
+    """The t that keeps about so many queries of these images on average, by bisection."""
+    y = model.visual_perceiver.read(pixels.to(model.device), model.config.num_queries)
+    low, high = -1.0, 1.0
+    for _ in range(30):
+        t = (low + high) / 2
+        few = select_queries(y, t, model.config.dqs_reference).sum(1).float().mean() < mean
+        low, high = (t, high) if few else (low, t)
+    return round(t, 4)
+
+
 def main(
     model: Annotated[
         str | None, typer.Option(help="Checkpoint; by default --architecture with random weights.")
@@ -101,6 +123,9 @@ def main(
     batch_size: Annotated[list[int], typer.Option(help="Repeat for several.")] = [1, 8, 64, 512],  # noqa: B006
     num_active_queries: Annotated[list[int] | None, typer.Option(help="K beside all; by default the paper's.")] = None,
     threshold: Annotated[list[float], typer.Option(help="t, with --model; repeat for several.")] = [0.6, 0.8, 0.9],  # noqa: B006
+    mean_queries: Annotated[
+        list[float] | None, typer.Option(help="Also selection by t that keep about so many queries; repeat.")
+    ] = None,
     form: Annotated[
         list[str] | None,
         typer.Option(help=f"{', '.join(FORMS)}; repeat. By default eager, optimized, and on a GPU grouped."),
@@ -119,13 +144,14 @@ def main(
     torch.manual_seed(0)
     if model is None:
         config = VisualPerceiverConfig.from_architecture(architecture, num_labels=10)
-        network = VisualPerceiverForImageClassification(config).to(device).eval()
+        network = sharpened(VisualPerceiverForImageClassification(config)).to(device).eval()
     else:
         network = load_model(model, device)
     config, data = network.config, load_images(default_dataset(), "test")
     cfg, indices = config.timm_pretrained_cfg, range(min(max(batch_size), len(data)))
     pixels = normalise(pixels_of_size(data, indices, config.image_height_width), cfg["mean"], cfg["std"])
-    forms = form or ["eager", "optimized", *(["grouped"] if device != "cpu" and model else [])]
+    thresholds = [*(threshold if model else ()), *(threshold_for(network, pixels[:256], k) for k in mean_queries or ())]
+    forms = form or ["eager", "optimized", *(["grouped"] if device != "cpu" and thresholds else [])]
     # On GPUs the mode of our optimised form, which replays CUDA graphs.
     mode = None if not compile_rivals else "default" if device == "cpu" else "reduce-overhead"
     rivals = {name: rival for kind in dtypes for name, rival in rivals_of(config, device, kind, mode).items()}
@@ -133,7 +159,7 @@ def main(
         network,
         pixels,
         batch_size,
-        threshold if model else (),
+        thresholds,
         forms,
         dtypes,
         repetitions,
