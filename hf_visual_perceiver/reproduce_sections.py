@@ -285,13 +285,17 @@ def _training(folder: Path) -> list[str]:
         return ["Its training is not recorded."]
     try:
         facts = json.loads(file.read_text())
-        images = facts["recipe"]["steps"] * facts["recipe"]["batch_size"]
+        stages, stage = [], facts
+        while stage is not None:
+            stages.append(stage["recipe"]["steps"] * stage["recipe"]["batch_size"])
+            stage = stage.get("earlier_training")
+        images = sum(stages)
         lines = training_lines(facts)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"Expected {file} to be as it was written; it is damaged: {error!r}.") from error
     theirs = paper.TRAINING_STEPS * paper.TRAINING_BATCH
     return [
-        f"Trained on {images / 1e6:.1f} M images, {100 * images / theirs:.1f} % of the paper's {theirs / 1e6:.0f} M "
+        f"Trained on {images / 1e6:.1f} M images{'' if len(stages) == 1 else f' in {len(stages)} stages'}, {100 * images / theirs:.1f} % of the paper's {theirs / 1e6:.0f} M "
         f"({paper.TRAINING_STEPS:,} steps of {paper.TRAINING_BATCH}).",
         *lines,
     ]
