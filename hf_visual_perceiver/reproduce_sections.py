@@ -42,7 +42,7 @@ def networks_section(found: Measurements, folder: Path) -> str:
         )
         if difference := difference_from_paper(config, parameters):
             lines.append(f"    - {difference}")
-        lines += [f"    - {line}" for line in _training(found.folders[role])]
+        lines += [f"    - {line}" for line in training_of(found.folders[role])]
     if found.missing:
         lines += ["", "Missing, and what the report therefore lacks:", ""]
         for role, name in found.missing.items():
@@ -278,7 +278,7 @@ def difference_from_paper(config: VisualPerceiverConfig, parameters: float) -> s
     )
 
 
-def _training(folder: Path) -> list[str]:
+def training_of(folder: Path) -> list[str]:
     """What training.json says, and how much that is of the paper's training."""
     file = folder / "training.json"
     if not file.is_file():

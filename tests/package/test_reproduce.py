@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from support import small_config
 from hf_visual_perceiver import paper
 from hf_visual_perceiver.attention_maps import average_attention, plot_attention_maps
 from hf_visual_perceiver.cli import main as cli_main
-from hf_visual_perceiver.loading import shipped
+from hf_visual_perceiver.loading import default_model, shipped
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
 from hf_visual_perceiver.modeling.query_selection import select_queries
 from hf_visual_perceiver.reproduce import main, write_report
@@ -25,7 +26,7 @@ from hf_visual_perceiver.reproduce_measure import (
     read_checkpoints,
     reorder_queries,
 )
-from hf_visual_perceiver.reproduce_sections import difference_from_paper
+from hf_visual_perceiver.reproduce_sections import difference_from_paper, training_of
 from hf_visual_perceiver.training.data import ImageDataset, load_images, normalise
 from hf_visual_perceiver.training.folder import save_folder
 
@@ -262,3 +263,13 @@ def test_attention_maps_command(data, folder, tmp_path, monkeypatch, capsys):
 def test_any_number_of_maps_can_be_drawn(count, tmp_path):
     plot_attention_maps(np.full((count, 2, 3), 1 / 6), tmp_path / "m.png")
     assert (tmp_path / "m.png").is_file()
+
+
+def test_images_of_all_stages_of_a_training_count(tmp_path):
+    facts = json.loads(Path(default_model(), "training.json").read_text())
+    facts["recipe"] |= {"steps": 1_000, "batch_size": 500}
+    facts.pop("earlier_training", None)
+    (tmp_path / "training.json").write_text(json.dumps(facts))
+    assert training_of(tmp_path)[0].startswith("Trained on 0.5 M images, 0.3 %")
+    (tmp_path / "training.json").write_text(json.dumps({**facts, "earlier_training": facts}))
+    assert training_of(tmp_path)[0].startswith("Trained on 1.0 M images in 2 stages, 0.6 %")
