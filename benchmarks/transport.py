@@ -22,9 +22,9 @@ from hf_visual_perceiver.training.transport import write_transport
 
 def main(
     dataset: Annotated[str, typer.Option(help="CIFAR-10: Hub id or folder of parquet files.")] = "uoft-cs/cifar10",
-    recipe: Annotated[Path, typer.Option()] = Path("training/recipes/cifar10_nano_sandwich.yaml"),
+    recipe: Annotated[Path, typer.Option()] = Path("training/recipes/cifar10_nano_stratified.yaml"),
     output: Annotated[Path, typer.Option(help="A new folder for the runs.")] = Path("runs/transport"),
-    steps: Annotated[int, typer.Option(help="Of the whole run.")] = 300,
+    steps: Annotated[int, typer.Option(min=100, help="Of the whole run.")] = 300,
     overrides: Annotated[list[str] | None, typer.Argument(help="Keys of the recipe.")] = None,
 ) -> None:
     """Measure and print."""

@@ -26,9 +26,10 @@ def load_initial_weights(model: VisualPerceiverForImageClassification, source: s
         ValueError: If there is no such checkpoint, or it is of another kind or size; `model` is then unchanged.
 
     Example:
-        >>> from hf_visual_perceiver import VisualPerceiverConfig, default_model
+        >>> from hf_visual_perceiver import VisualPerceiverConfig
+        >>> from hf_visual_perceiver.loading import default_model
         >>> config = VisualPerceiverConfig.from_pretrained(default_model(), num_labels=5)
-        >>> load_initial_weights(VisualPerceiverForImageClassification(config), str(default_model()))
+        >>> load_initial_weights(VisualPerceiverForImageClassification(config), default_model())
         ['head.weight', 'head.bias']
     """
     try:

@@ -47,6 +47,7 @@ MODULES = [
     "hf_visual_perceiver.space.repository",
     "hf_visual_perceiver.training.campaign",
     "hf_visual_perceiver.predictor",
+    "hf_visual_perceiver.training.initial",
     "hf_visual_perceiver.training.schedules",
     "hf_visual_perceiver.timing",
 ]
