@@ -4,6 +4,7 @@ What is done, and why (docs/cpu.md says more):
 
 - Chunks. A batch goes through the trunk a few thousand tokens at a time, so that activations stay in the cache and the
   allocator hands out the same memory again, instead of fresh pages for each large tensor.
+- Attention as plain batched products, and images of nearly equal length padded to share them.
 - oneDNN's linears, with what follows a linear (GELU, the residual sum) done while its output is still in registers.
 - Folding. What does not depend on the image is computed once: the projected queries; the affine part of a norm, which
   goes into the next linear. A query q scores a token x by q . (W_k x) = (W_k^T q) . x and reads
@@ -14,13 +15,13 @@ Shapes: B images, N patches, K active queries, Q learned queries, D width, H hea
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .attention_groups import AttentionGroup, GroupCost, attention_groups
 from .query_selection import select_queries
 
 
@@ -30,6 +31,14 @@ TOKENS_PER_CHUNK = 1024
 # As many chunks, with all queries kept, have their cross-attention outputs in memory at once: enough images to find some of
 # each length, so that memory does not grow with the batch.
 WINDOW = 16
+
+# Images of more tokens than this are left to torch's fused attention, which does not write their weights to memory.
+LONGEST_PLAIN = 128
+# In bf16 oneDNN's products take longer to begin; so many rows make that good.
+FEWEST_PLAIN = 128
+# What attention of images of different lengths costs, where everything is gathered anyway: about what
+# `python benchmarks/attention_groups.py --form optimized` prints for two threads.
+GROUP_COST = GroupCost(call=40, padded_call=50, padded_token=1)
 
 # Of the activations in ACT2FN, those that oneDNN applies to a linear's output, with its name for their variant.
 ONEDNN_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_pytorch_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
@@ -118,68 +127,163 @@ class FusedMLP:
         return self.fc2.plus(y, x)
 
 
+def plain_products_are_faster(qkv: torch.Tensor, length: int) -> bool:
+    """Whether two batched products and a softmax beat torch's fused attention, for images of so many tokens each.
+
+    The fused one, whose products MKL gives to one thread each, gains little from a second thread in float32.
+    """
+    if qkv.device.type != "cpu" or length > LONGEST_PLAIN:
+        return False
+    return torch.get_num_threads() > 1 if qkv.dtype == torch.float32 else qkv.shape[0] >= FEWEST_PLAIN
+
+
 def normalised(x: torch.Tensor, eps: float) -> torch.Tensor:
     """Layer norm over the last dimension without its affine part."""
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, recurring: bool = True
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    recurring: bool = True,
 ) -> torch.Tensor:
     """softmax(scale q k^T) v, by what is fastest: (n, H, L_q, d), (n, H, L, d) x 2 -> (n, H, L_q, d).
 
-    `recurring` says that the next batch will have these shapes again.
+    `mask`, (n, 1, 1, L) bool, says which keys there are; `recurring`, that the next batch will have these shapes again.
     """
     # torch's fused attention on CPUs is slower in bf16 than three plain operations, for whose products oneDNN however
     # compiles code for each new shape.
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and recurring:
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and recurring and mask is None:
         return (query @ key.transpose(-2, -1)).mul_(scale).softmax(-1) @ value
-    return F.scaled_dot_product_attention(query, key, value, scale=scale)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Images of the same number of tokens, neighbours in a packed batch: rows [first, first + images * length)."""
+class EqualLengths:
+    """The images of a packed batch with the same number of tokens in all, the same again in the next batch.
 
-    first: int
-    images: int
-    length: int
-    recurring: bool = False  # whether the next batch will have such a group again
+    Args:
+        images: n.
+        length: L; the batch has n L rows.
+    """
 
-    @property
-    def rows(self) -> slice:
-        return slice(self.first, self.first + self.images * self.length)
+    recurring = True
+
+    def __init__(self, images: int, length: int):
+        self.images, self.length = images, length
+
+    def attend(self, qkv: torch.Tensor, heads: int) -> torch.Tensor:
+        """Attention within each image, from scaled queries, keys and values: (n L, 3 D) -> (n L, D)."""
+        n, L = self.images, self.length
+        parts = qkv.view(n, L, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (3, n, H, L, d)
+        if L == 1:  # a token alone reads itself
+            y = parts[2]
+        elif plain_products_are_faster(qkv, L):
+            query, key, value = parts.reshape(3, n * heads, L, -1).unbind()
+            y = torch.bmm(torch.bmm(query, key.transpose(1, 2)).softmax(-1), value).view(n, heads, L, -1)
+        else:
+            query, key, value = parts.unbind()
+            y = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        return y.transpose(1, 2).reshape(n * L, -1)
+
+    def dense(self, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, None]]:
+        """Images that are read together: (n L, D) -> (n, L, D), and no mask."""
+        yield x.view(self.images, self.length, -1), None
+
+
+class MixedLengths:
+    """The images of a packed batch, shortest first, that have different numbers of tokens.
+
+    Near lengths attend together, padded to the longest. One gathering copy brings queries, keys and values of all heads to
+    where plain products take them, and is the same for all blocks.
+
+    Args:
+        lengths: (n,) tokens of each image, ascending.
+        known: The same, as integers.
+        rows: Of the packed batch; those after the last image's belong to none.
+        heads: H.
+        cost: By which lengths are put together; None is `GROUP_COST`.
+    """
+
+    recurring = False
+
+    def __init__(
+        self, lengths: torch.Tensor, known: Sequence[int], rows: int, heads: int, cost: GroupCost | None = None
+    ):
+        self.groups, self.device = attention_groups(lengths, known, cost or GROUP_COST), lengths.device
+        head = torch.arange(heads, device=self.device)
+        sources, targets, self.runs = [], [], []
+        start = 0
+        for group in self.groups:
+            n, L = group.images, group.length
+            # Row t of the packed batch holds query, key and value, of H heads each: its pieces 3 H t to 3 H t + 3 H - 1.
+            sources.append((self.rows_of(group).view(n, 1, L) * 3 * heads + head[:, None]).flatten())  # n, H, L
+            places = torch.arange(group.tokens, device=self.device) if group.places is None else group.places
+            targets.append((start + places // L * heads * L + places % L)[:, None] + L * head)  # (tokens, H)
+            mask = None
+            if group.mask is not None:
+                mask = torch.zeros(group.mask.shape, device=self.device).masked_fill(~group.mask, -torch.inf)
+            self.runs.append((slice(start, start + n * heads * L), (n, heads, L), mask))
+            start += n * heads * L
+        self.source = (torch.cat(sources) + heads * torch.arange(3, device=self.device)[:, None]).flatten()
+        tokens = torch.cat(targets)
+        # Rows that belong to no image get numbers too, or they could slow the arithmetic down.
+        self.target = F.pad(tokens, (0, 0, 0, rows - len(tokens))).flatten()
+
+    def rows_of(self, group: AttentionGroup) -> torch.Tensor:
+        """(n L,) the row at each place of a group."""
+        if group.rows is not None:
+            return group.rows
+        return torch.arange(group.first, group.first + group.tokens, device=self.device)
+
+    def attend(self, qkv: torch.Tensor, heads: int) -> torch.Tensor:
+        """Attention within each image, from scaled queries, keys and values: (T, 3 D) -> (T, D)."""
+        T, dtype = qkv.shape[0], qkv.dtype
+        parts = qkv.view(T * 3 * heads, -1).index_select(0, self.source)
+        if dtype == torch.bfloat16:  # oneDNN would compile code for each new shape of a product, MKL does not
+            parts = parts.float()
+        query, key, value = parts.view(3, -1, parts.shape[-1]).unbind()
+        y = torch.empty_like(query)
+        for run, (n, H, L), mask in self.runs:
+            q, k, v, out = (x[run].view(n * H, L, -1) for x in (query, key, value, y))
+            scores = torch.bmm(q, k.transpose(1, 2))
+            if mask is not None:
+                scores.view(n, H, L, L).add_(mask)
+            torch.bmm(scores.softmax(-1), v, out=out)
+        return y.to(dtype).index_select(0, self.target).view(T, -1)
+
+    def dense(self, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Images that are read together: (T, D) -> (n, L, D), and a mask (n, 1, 1, L) or None, of each group."""
+        for group in self.groups:
+            yield x[self.rows_of(group)].view(group.images, group.length, -1), group.mask
 
 
 class FusedBlock:
     """One self-attention block on packed tokens: (T, D) -> (T, D)."""
 
     def __init__(self, layer: Any, activation: str, dtype: torch.dtype):
-        self.eps, self.heads, self.scale = layer.norm1.eps, layer.attention.num_heads, layer.attention.scaling
-        self.qkv = FusedLinear.of(layer.attention.qkv, dtype, layer.norm1)
-        self.proj = FusedLinear.of(layer.attention.proj, dtype)
+        attention, norm = layer.attention, layer.norm1
+        self.eps, self.heads = norm.eps, attention.num_heads
+        # The queries come out scaled.
+        scales = torch.ones(3, 1, device=norm.weight.device, dtype=norm.weight.dtype)
+        scales[0] = attention.scaling
+        scales = scales.expand(-1, len(norm.weight)).flatten()  # (3 D,)
+        bias = attention.qkv.bias
+        self.qkv = FusedLinear(
+            attention.qkv.weight * scales[:, None],
+            None if bias is None else bias * scales,
+            dtype,
+            norm.weight,
+            norm.bias,
+        )
+        self.proj = FusedLinear.of(attention.proj, dtype)
         self.mlp = FusedMLP(layer.norm2, layer.mlp, activation, dtype)
 
-    def __call__(self, x: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
-        qkv = self.qkv(normalised(x, self.eps))  # (T, 3 D)
-        if len(groups) == 1 and groups[0].length > 1 and groups[0].rows.stop == len(x):
-            y = self.read(qkv, groups[0]).flatten(2).flatten(0, 1)  # on CPUs a view of what attention wrote
-            return self.mlp(self.proj.plus(y, x))
-        # Rows that belong to no image hold numbers too, or they could slow the arithmetic down.
-        y = torch.empty_like(x) if groups[-1].rows.stop == len(x) else torch.zeros_like(x)
-        for group in groups:
-            target = y[group.rows].view(group.images, group.length, self.heads, -1)
-            if group.length == 1:  # a token alone reads itself
-                target.copy_(qkv[group.rows].view(group.images, 1, 3, self.heads, -1)[:, :, 2])
-            else:
-                target.copy_(self.read(qkv[group.rows], group))
+    def __call__(self, x: torch.Tensor, layout: EqualLengths | MixedLengths) -> torch.Tensor:
+        y = layout.attend(self.qkv(normalised(x, self.eps)), self.heads)
         return self.mlp(self.proj.plus(y, x))
-
-    def read(self, qkv: torch.Tensor, group: Group) -> torch.Tensor:
-        """Attention within the images of a group, from its rows (n L, 3 D): (n, L, H, d)."""
-        parts = qkv.view(group.images, group.length, 3, self.heads, -1)
-        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind()  # (n, H, L, d)
-        return attention(query, key, value, self.scale, group.recurring).transpose(1, 2)
 
 
 class FoldedReading:
@@ -205,11 +309,13 @@ class FoldedReading:
         self.value = (value * gain).transpose(1, 2).to(dtype).contiguous()  # (H, D, d)
         self.value_bias = bias[:, None].to(dtype)  # (H, 1, d)
 
-    def read(self, tokens: torch.Tensor, K: int, recurring: bool = True) -> torch.Tensor:
-        """Weighted means of the normalised tokens: (n, N, D) -> (H, n, K, D); `recurring` as for `attention`."""
+    def read(
+        self, tokens: torch.Tensor, K: int, mask: torch.Tensor | None = None, recurring: bool = True
+    ) -> torch.Tensor:
+        """Weighted means of the normalised tokens: (n, N, D) -> (H, n, K, D); `mask` and `recurring` as for `attention`."""
         z = normalised(tokens, self.eps)[:, None].expand(-1, self.heads, -1, -1)  # (n, H, N, D)
         query = self.scorers[None, :, :K].expand(z.shape[0], -1, -1, -1)  # (n, H, K, D)
-        return attention(query, z, z, 1.0, recurring).transpose(0, 1)
+        return attention(query, z, z, 1.0, mask, recurring).transpose(0, 1)
 
     def values(self, read: torch.Tensor) -> torch.Tensor:
         """softmax(q k^T / sqrt(d)) v of what was read: (H, n, K, D) -> (n, K, D)."""
@@ -272,7 +378,7 @@ class FastPerceiver:
             y = torch.cat([part.flatten(0, 1) for part in self.read(pixel_values, K)])  # (B K, D)
             for part in y.split(size * K):
                 n = part.shape[0] // K
-                reads.append(self.process(part, self.queries[:K].repeat(n, 1), [Group(0, n, K, recurring=True)]))
+                reads.append(self.process(part, self.queries[:K].repeat(n, 1), EqualLengths(n, K)))
             return self.decode(torch.cat(reads, dim=1)), torch.ones(B, K, dtype=torch.bool, device=y.device)
         masks, kept = [], []
         for part in self.read(pixel_values, K):
@@ -284,14 +390,16 @@ class FastPerceiver:
         # The row of each kept query in y.
         row = (lengths.cumsum(0) - lengths)[:, None] + keep.cumsum(1) - 1  # (B, K)
         lengths, order = lengths.sort(stable=True)
-        reads = []
-        for first, last, groups in chunks(lengths.tolist(), self.tokens_per_chunk):
+        known, reads = lengths.tolist(), []
+        for first, last in chunks(known, self.tokens_per_chunk):
             chosen = order[first:last]
             mask = keep[chosen]
             rows, query = row[chosen][mask], mask.nonzero()[:, 1]
             # oneDNN compiles code for each new number of rows, which takes longer than to compute some in vain.
-            spare = (0, rounded_up(len(rows), self.tokens_per_chunk) - len(rows))
-            reads.append(self.process(y[F.pad(rows, spare)], self.queries[F.pad(query, spare)], groups))
+            T = rounded_up(len(rows), self.tokens_per_chunk)
+            spare = (0, T - len(rows))
+            layout = MixedLengths(lengths[first:last], known[first:last], T, self.blocks[0].heads)
+            reads.append(self.process(y[F.pad(rows, spare)], self.queries[F.pad(query, spare)], layout))
         pooled = self.decode(torch.cat(reads, dim=1))
         return torch.empty_like(pooled).index_copy_(0, order, pooled), keep
 
@@ -304,18 +412,12 @@ class FastPerceiver:
             patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(n, N, C * size * size)
             yield self.reading.values(self.reading.read(self.patches(patches).add_(self.positions), K))
 
-    def process(self, y: torch.Tensor, queries: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
-        """What the decoder's query reads, (H, n, 1, D), from cross-attention outputs of a packed batch, (T, D).
-
-        Rows after those of the last group belong to no image.
-        """
+    def process(self, y: torch.Tensor, queries: torch.Tensor, layout: EqualLengths | MixedLengths) -> torch.Tensor:
+        """What the decoder's query reads, (H, n, 1, D), from cross-attention outputs of a packed batch, (T, D)."""
         x = self.reading_mlp(self.reading_proj.plus(y, queries))
         for block in self.blocks:
-            x = block(x, groups)
-        reads = [
-            self.decoding.read(x[group.rows].view(group.images, group.length, -1), 1, group.recurring)
-            for group in groups
-        ]
+            x = block(x, layout)
+        reads = [self.decoding.read(tokens, 1, mask, layout.recurring) for tokens, mask in layout.dense(x)]
         return torch.cat(reads, dim=1)
 
     def decode(self, read: torch.Tensor) -> torch.Tensor:
@@ -327,37 +429,31 @@ class FastPerceiver:
 
 
 def rounded_up(tokens: int, tokens_per_chunk: int) -> int:
-    """A number of rows of which there are few: the next multiple of a sixteenth of a chunk.
+    """A number of rows of which there are few: the next multiple of a 64th of a chunk.
 
     Example:
         >>> rounded_up(1000, 1024), rounded_up(70, 1024)
-        (1024, 128)
+        (1008, 80)
     """
-    step = max(1, tokens_per_chunk // 16)
+    step = max(1, tokens_per_chunk // 64)
     return -(-tokens // step) * step
 
 
-def chunks(lengths: Sequence[int], tokens_per_chunk: int) -> Iterator[tuple[int, int, list[Group]]]:
+def chunks(lengths: Sequence[int], tokens_per_chunk: int) -> Iterator[tuple[int, int]]:
     """Cut images, sorted by their number of tokens, in chunks of about `tokens_per_chunk` tokens.
 
     Yields:
-        First and last + 1 image of each chunk, and its groups of images of equal length.
+        First and last + 1 image of each chunk.
 
     Example:
-        >>> [(first, last, len(groups)) for first, last, groups in chunks([1, 1, 2, 3], tokens_per_chunk=4)]
-        [(0, 3, 2), (3, 4, 1)]
+        >>> list(chunks([1, 1, 2, 3], tokens_per_chunk=4))
+        [(0, 3), (3, 4)]
     """
     first = 0
     while first < len(lengths):
         last, tokens = first, 0
-        groups: list[Group] = []
         while last < len(lengths) and (last == first or tokens + lengths[last] <= tokens_per_chunk):
-            length = lengths[last]
-            if groups and groups[-1].length == length:
-                groups[-1] = Group(groups[-1].first, groups[-1].images + 1, length)
-            else:
-                groups.append(Group(tokens, 1, length))
-            tokens += length
+            tokens += lengths[last]
             last += 1
-        yield first, last, groups
+        yield first, last
         first = last

@@ -74,15 +74,18 @@ class AttentionGroup:
         return replace(self, first=self.first + tokens, rows=None if self.rows is None else self.rows + tokens)
 
 
-def attention_groups(lengths: torch.Tensor, known: Sequence[int]) -> tuple[AttentionGroup, ...]:
+def attention_groups(
+    lengths: torch.Tensor, known: Sequence[int], cost: GroupCost | None = None
+) -> tuple[AttentionGroup, ...]:
     """Cut a packed batch into groups: of equal lengths, or where padding can pay, those that cost least on its device.
 
     Args:
         lengths: (B,) tokens of each image, ascending.
         known: The same, on the host.
+        cost: What attention costs; None is what `COSTS` says of the device.
     """
     values, counts = zip(*((length, len(list(run))) for length, run in groupby(known)), strict=True)
-    cost = COSTS.get(lengths.device.type)
+    cost = cost or COSTS.get(lengths.device.type)
     ends = boundaries(values, counts, cost) if cost else range(1, len(values) + 1)
     groups, image, token, start = [], 0, 0, 0
     for end in ends:

@@ -64,10 +64,13 @@ def cosine_similarities(tokens: torch.Tensor) -> torch.Tensor:
     """Cosines between the tokens of each image, in float32 and never above 1: (B, K, D) -> (B, K, K)."""
     with torch.autocast(tokens.device.type, enabled=False):
         tokens = tokens.float()
+        tiny = torch.finfo(torch.float32).tiny
         # Scaled by the largest entry first, so that the squares neither overflow nor vanish.
-        tokens = tokens / tokens.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        tokens = tokens / tokens.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        return (tokens @ tokens.transpose(1, 2)).clamp(max=1.0)
+        tokens = tokens / tokens.abs().amax(dim=-1, keepdim=True).clamp(min=tiny)
+        products = tokens @ tokens.transpose(1, 2)
+        # Lengths from the products, of which there are fewer than entries of tokens.
+        scale = products.diagonal(dim1=1, dim2=2).clamp(min=tiny).rsqrt()
+        return (products * scale[:, :, None] * scale[:, None]).clamp(max=1.0)
 
 
 def check_threshold(threshold: float) -> None:

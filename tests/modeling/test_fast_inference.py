@@ -8,7 +8,8 @@ from torch import nn
 
 from hf_visual_perceiver import VisualPerceiverForImageClassification
 from hf_visual_perceiver.modeling import fast_inference
-from hf_visual_perceiver.modeling.fast_inference import FusedLinear, Group, chunks, onednn_linears
+from hf_visual_perceiver.modeling.attention_groups import GroupCost
+from hf_visual_perceiver.modeling.fast_inference import EqualLengths, FusedLinear, MixedLengths, chunks, onednn_linears
 
 
 close = {"rtol": 0, "atol": 1e-5}
@@ -166,9 +167,52 @@ def test_a_linear_with_a_norm_folded_in():
 
 def test_chunks():
     lengths = [1, 1, 2, 2, 2, 5, 9, 9]
-    cut = list(chunks(lengths, tokens_per_chunk=6))
-    assert [(first, last) for first, last, _ in cut] == [(0, 4), (4, 5), (5, 6), (6, 7), (7, 8)]
-    assert cut[0][2] == [Group(0, 2, 1), Group(2, 2, 2)]
-    for first, last, groups in cut:
-        assert [g.length for g in groups for _ in range(g.images)] == lengths[first:last]
-        assert [g.first for g in groups] == [sum(h.images * h.length for h in groups[:i]) for i in range(len(groups))]
+    assert list(chunks(lengths, tokens_per_chunk=6)) == [(0, 4), (4, 5), (5, 6), (6, 7), (7, 8)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_attention_of_equal_lengths(dtype, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for images, length in ((5, 1), (5, 7), (1, 130), (40, 4)):
+            qkv = torch.randn(images * length, 3 * 12, dtype=dtype)
+            expected = by_images(qkv, [length] * images, heads=3)
+            given = EqualLengths(images, length).attend(qkv, heads=3)
+            torch.testing.assert_close(given.double(), expected, **tolerance(dtype))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("call", [0, 3, 1000], ids=["each length alone", "some together", "all together"])
+def test_attention_of_mixed_lengths(dtype, call):
+    known = [1, 1, 2, 4, 4, 4, 5, 9]
+    layout = MixedLengths(torch.tensor(known), known, rows=40, heads=3, cost=GroupCost(call, call, 1))
+    assert len(layout.groups) == {0: 5, 3: 3, 1000: 1}[call]
+    qkv = torch.randn(40, 3 * 12, dtype=dtype)
+    qkv[30:] = torch.nan  # no image's
+    given = layout.attend(qkv, heads=3)
+    torch.testing.assert_close(given[:30].double(), by_images(qkv, known, heads=3), **tolerance(dtype))
+    assert given.isfinite().all()
+
+    x, images = torch.randn(40, 12), []
+    for dense, mask in layout.dense(x):
+        held = torch.ones(dense.shape[:2], dtype=torch.bool) if mask is None else mask[:, 0, 0]
+        images += [tokens[row] for tokens, row in zip(dense, held, strict=True)]
+    assert [len(image) for image in images] == known
+    assert torch.equal(torch.cat(images), x[:30])
+
+
+def by_images(qkv, lengths, heads):
+    """Attention one image and head at a time, in float64."""
+    outputs = []
+    for tokens in qkv[: sum(lengths)].double().split(lengths):
+        parts = tokens.unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)  # (3, H, L, d)
+        outputs.append((parts[0] @ parts[1].mT).softmax(-1) @ parts[2])
+    return torch.cat([y.transpose(0, 1).flatten(1) for y in outputs])
+
+
+def tolerance(dtype):
+    return {"rtol": 0, "atol": 3e-2 if dtype == torch.bfloat16 else 1e-5}
