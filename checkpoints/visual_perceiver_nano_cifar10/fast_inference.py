@@ -412,9 +412,7 @@ class FastPerceiver:
             patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(n, N, C * size * size)
             yield self.reading.values(self.reading.read(self.patches(patches).add_(self.positions), K))
 
-    def process(
-        self, y: torch.Tensor, queries: torch.Tensor, layout: EqualLengths | MixedLengths
-    ) -> torch.Tensor:
+    def process(self, y: torch.Tensor, queries: torch.Tensor, layout: EqualLengths | MixedLengths) -> torch.Tensor:
         """What the decoder's query reads, (H, n, 1, D), from cross-attention outputs of a packed batch, (T, D)."""
         x = self.reading_mlp(self.reading_proj.plus(y, queries))
         for block in self.blocks:
