@@ -7,8 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed.tensor import DTensor
 
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
-
+from .factory import Network
 from .state import gather_weights
 
 
@@ -26,13 +25,13 @@ def all_finite(accelerator: Accelerator, model: torch.nn.Module) -> bool:
     return accelerator.reduce(finite.float(), "sum").item() == accelerator.num_processes
 
 
-def gathered(
-    model: torch.nn.Module, network: VisualPerceiverForImageClassification
-) -> VisualPerceiverForImageClassification:
+def gathered(model: torch.nn.Module, network: Network) -> Network:
     """`network` with the weights of a model that FSDP has split; every process has to call this."""
     weights = gather_weights(model)
     network.load_state_dict({name.removeprefix("network."): value for name, value in weights.items()})
-    return network.to(next(iter(weights.values())).device)
+    module: torch.nn.Module = network
+    module.to(next(iter(weights.values())).device)
+    return network
 
 
 def main_process_alone(accelerator: Accelerator, act: Callable[[], object]) -> None:

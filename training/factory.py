@@ -1,5 +1,7 @@
 """What a recipe trains, and with which optimiser."""
 
+from typing import Any, NamedTuple, TypeAlias
+
 import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
@@ -7,11 +9,18 @@ from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 
 from .data import seed_everything
 from .recipe import Recipe
+from .schedules import Schedule, step_macs
+from .timm_network import TimmNetwork
 
 
-def create_model(recipe: Recipe, label_names: list[str]) -> VisualPerceiverForImageClassification:
+Network: TypeAlias = VisualPerceiverForImageClassification | TimmNetwork
+
+
+def create_model(recipe: Recipe, label_names: list[str]) -> Network:
     """The recipe's model with seeded weights, for these labels."""
     seed_everything(recipe.seed)
+    if recipe.timm_name is not None:
+        return TimmNetwork.create(recipe.timm_name, recipe.config, label_names)
     config = recipe.model_config(
         id2label=dict(enumerate(label_names)), label2id={name: i for i, name in enumerate(label_names)}
     )
@@ -26,7 +35,44 @@ def create_model(recipe: Recipe, label_names: list[str]) -> VisualPerceiverForIm
     return model
 
 
-def create_optimizer(model: VisualPerceiverForImageClassification, recipe: Recipe) -> torch.optim.Optimizer:
+class InputFacts(NamedTuple):
+    """What a network takes.
+
+    Attributes:
+        num_queries: Q; 1 of a network without queries.
+        image_size: Height and width.
+        preprocessing: `mean`, `std` and `interpolation`, in timm's terms.
+    """
+
+    num_queries: int
+    image_size: tuple[int, int]
+    preprocessing: dict[str, Any]
+
+
+def input_facts(model: Network) -> InputFacts:
+    """What the network takes."""
+    if isinstance(model, TimmNetwork):
+        return InputFacts(model.num_queries, model.image_height_width, model.config.pretrained_cfg)
+    config = model.config
+    return InputFacts(config.num_queries, config.image_height_width, config.timm_pretrained_cfg)
+
+
+def compile_blocks(model: Network) -> None:
+    """Have torch compile what takes a step's time, for batches of any size."""
+    blocks = [model.timm_model] if isinstance(model, TimmNetwork) else model.visual_perceiver.layers
+    for block in blocks:
+        block.compile(dynamic=True)
+
+
+def mean_macs(model: Network, schedule: Schedule, steps: int) -> float:
+    """Multiply-accumulates per image of the forward passes of a mean step."""
+    if isinstance(model, TimmNetwork):
+        return model.count_macs()
+    sampled = range(0, steps, max(steps // 1000, 1))
+    return sum(step_macs(model.config, schedule, step) for step in sampled) / len(sampled)
+
+
+def create_optimizer(model: Network, recipe: Recipe) -> torch.optim.Optimizer:
     """timm's optimiser of that name; biases, norms, positions and queries are not decayed, as timm does for its models."""
     spared = {name for name, _ in model.named_parameters() if name.endswith(("queries", "position_embeddings"))}
     groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=spared)

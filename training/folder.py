@@ -8,6 +8,7 @@ from transformers.utils import logging as transformers_logging
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
 
 from .files import folder_written_aside
+from .timm_network import TimmNetwork
 
 
 # timm's names of resampling filters, as PIL's numbers, which preprocessor_config.json holds.
@@ -29,12 +30,14 @@ def create_image_processor(config: VisualPerceiverConfig) -> ViTImageProcessor:
 
 
 def save_folder(
-    model: VisualPerceiverForImageClassification, folder: str | Path, files: dict[str, str] | None = None
+    model: VisualPerceiverForImageClassification | TimmNetwork,
+    folder: str | Path,
+    files: dict[str, str] | None = None,
 ) -> Path:
     """Save a checkpoint that transformers, timm and the Hub can load: config, weights, processor and code.
 
     Args:
-        model: What to save.
+        model: What to save. Of a timm network transformers reads the processor from the config.
         folder: Where to. If it holds a checkpoint, that is replaced once the new one is complete.
         files: More text files, by name.
 
@@ -53,7 +56,8 @@ def save_folder(
         transformers_logging.disable_progress_bar()
         with folder_written_aside(folder) as aside:
             model.save_pretrained(aside)
-            create_image_processor(model.config).save_pretrained(aside)
+            if isinstance(model, VisualPerceiverForImageClassification):
+                create_image_processor(model.config).save_pretrained(aside)
             for name, text in (files or {}).items():
                 (aside / name).write_text(text)
     finally:

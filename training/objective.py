@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageClassification
+from hf_visual_perceiver.modeling import QuerySubset
 
+from .factory import Network
 from .recipe import StudentLoss, TeacherLoss
 
 
@@ -31,7 +32,7 @@ class Objective(nn.Module):
 
     def __init__(
         self,
-        network: VisualPerceiverForImageClassification,
+        network: Network,
         students: StudentLoss | None = None,
         teacher: TeacherLoss | None = None,
         packed: bool = False,

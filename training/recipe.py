@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from hf_visual_perceiver.modeling import VisualPerceiverConfig
+
+
+TIMM = "timm/"  # before the name of a network of timm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +60,9 @@ class Recipe:
     `seed` and the step alone.
     """
 
-    architecture: str  # one of modeling.ARCHITECTURES
-    config: dict[str, Any] = field(default_factory=dict)  # overrides of the architecture's config
+    architecture: str  # one of modeling.ARCHITECTURES, or timm/NAME of any classifier of timm, to become a teacher
+    # Overrides of the architecture's config; of a timm network, image_size and arguments of timm.create_model.
+    config: dict[str, Any] = field(default_factory=dict)
     initial_model: str | None = None  # a folder or Hub id whose weights the run begins with; None is random weights
     attention: str | None = None  # sdpa, eager or flash_attention_2; None is transformers' choice
 
@@ -149,12 +154,34 @@ class Recipe:
         if self.streaming:
             held_out = self.validation == 0 or self.validation_split is not None
             _require(held_out, "validation_split", "given, as a stream has no last images", self.validation_split)
+        if self.timm_name is not None:
+            self._check_timm(self.timm_name)
+            return
         unknown = sorted(set(self.config) - set(VisualPerceiverConfig.__dataclass_fields__))
         _require(not unknown, "config", "fields of VisualPerceiverConfig", unknown)
         config = self.model_config(num_labels=2)
         _require(config.num_channels == 3, "config.num_channels", "3, as images are read in RGB", config.num_channels)
         for K in self.evaluate_queries or []:
             config.operating_point(K)
+
+    @property
+    def timm_name(self) -> str | None:
+        """timm's name of the network to train; None is a Visual Perceiver."""
+        return self.architecture.removeprefix(TIMM) if self.architecture.startswith(TIMM) else None
+
+    def _check_timm(self, name: str) -> None:
+        _require(timm.is_model(name), "architecture", "timm/ and the name of one of timm's models", self.architecture)
+        size = self.config.get("image_size", 32)
+        integer = isinstance(size, int) and not isinstance(size, bool)
+        _require(integer and size >= 1, "config.image_size", "an integer of at least 1", size)
+        # Its own keys, if they do not fit, timm names when the network is made.
+        fixed = self.queries == {"schedule": "fixed", "K": 1}
+        _require(fixed, "queries", "{schedule: fixed, K: 1} for a timm network, which has no queries", self.queries)
+        budgets = self.evaluate_queries
+        _require(budgets in (None, [1]), "evaluate_queries", "null or [1] for a timm network", budgets)
+        for key in ("initial_model", "attention"):
+            value = getattr(self, key)
+            _require(value is None, key, "null for a timm network", value)
 
     def model_config(self, **fields: Any) -> VisualPerceiverConfig:
         """The config of the model to train; `fields` adds what the dataset knows, such as the labels."""

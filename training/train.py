@@ -37,12 +37,19 @@ from hf_visual_perceiver.training.data import (
     share_of_batch,
 )
 from hf_visual_perceiver.training.distributed import all_finite, gathered, keeps_state_apart, main_process_alone
-from hf_visual_perceiver.training.factory import create_model, create_optimizer
+from hf_visual_perceiver.training.factory import (
+    Network,
+    compile_blocks,
+    create_model,
+    create_optimizer,
+    input_facts,
+    mean_macs,
+)
 from hf_visual_perceiver.training.folder import save_folder
 from hf_visual_perceiver.training.initial import earlier_training, load_initial_weights
 from hf_visual_perceiver.training.objective import Objective
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
-from hf_visual_perceiver.training.schedules import Schedule, create_schedule, describe, step_macs
+from hf_visual_perceiver.training.schedules import Schedule, create_schedule, describe
 from hf_visual_perceiver.training.state import apply_state, gather_state
 from hf_visual_perceiver.training.step import check_batch, forward_backward
 from hf_visual_perceiver.training.stopping import StopRequest, Stopwatch
@@ -101,14 +108,15 @@ def train(
         )
     source = open_data(recipe, accelerator.device, accelerator.process_index, accelerator.num_processes)
     network = create_model(recipe, source.label_names)
+    num_queries, size, preprocessing = input_facts(network)
     fresh: list[str] = []
     earlier: dict[str, Any] | None = None
     if recipe.initial_model is not None and not (resume and run.saved_steps()):
+        assert isinstance(network, VisualPerceiverForImageClassification)  # the recipe has seen to it
         fresh = load_initial_weights(network, recipe.initial_model)
         earlier = earlier_training(recipe.initial_model)
-    schedule = create_schedule(recipe.queries, network.config.num_queries, recipe.seed, recipe.steps)
+    schedule = create_schedule(recipe.queries, num_queries, recipe.seed, recipe.steps)
     check_batch(recipe, schedule, accelerator.num_processes)
-    size, preprocessing = network.config.image_height_width, network.config.timm_pretrained_cfg
     augment = BatchAugmentation(
         recipe.augmentation,
         len(source.label_names),
@@ -143,8 +151,7 @@ def train(
     main_process_alone(accelerator, lambda: run.start(recipe))
     accelerator.init_trackers("hf_visual_perceiver", config={"recipe": recipe_name, "seed": recipe.seed})
     if recipe.compile:
-        for layer in network.visual_perceiver.layers:
-            layer.compile(dynamic=True)
+        compile_blocks(network)
     packed = recipe.trunk == "packed" or (recipe.trunk == "auto" and accelerator.device.type == "cuda")
     objective = Objective(network, recipe.students, recipe.teacher, packed)
     if accelerator.state.deepspeed_plugin is not None:  # which asks a data loader, of which there is none
@@ -153,7 +160,7 @@ def train(
     model, optimizer = accelerator.prepare(objective, optimizer)
     average = ModelEmaV3(network, decay=recipe.ema_decay) if recipe.ema_decay else None
 
-    def published() -> VisualPerceiverForImageClassification:
+    def published() -> Network:
         """The network that is evaluated and published: the average, if there is one."""
         if average is not None:
             return average.module
@@ -186,7 +193,7 @@ def train(
         main_process_alone(accelerator, lambda: run.save(state, facts, step, recipe.keep_checkpoints))
 
     def evaluate(step: int) -> None:
-        budgets = recipe.evaluate_queries or [network.config.num_queries]
+        budgets = recipe.evaluate_queries or [num_queries]
         accuracies = validation_accuracy(published(), source.validation, budgets, accelerator, recipe.batch_size)
         accelerator.log({f"validation_accuracy/K={K}": accuracy for K, accuracy in accuracies.items()}, step=step)
         if accelerator.is_main_process:
@@ -285,7 +292,7 @@ def write_model(
     recipe: Recipe,
     recipe_name: str,
     run: RunFolder,
-    model: VisualPerceiverForImageClassification,
+    model: Network,
     source: TrainingData,
     schedule: Schedule,
     accelerator: Accelerator,
@@ -295,7 +302,6 @@ def write_model(
     # With the dataset's public name: where it lies on this machine helps nobody.
     values = {**recipe.to_dict(), "dataset": recipe.dataset_name or recipe.dataset}
     entries = run.entries()
-    sampled = range(0, recipe.steps, max(recipe.steps // 1000, 1))
     facts = {
         "recipe_name": recipe_name,
         "recipe": values,
@@ -303,7 +309,7 @@ def write_model(
         "epochs": None if source.training is None else recipe.steps * recipe.batch_size / len(source.training),
         "processes": accelerator.num_processes,
         "training_hours": run.hours(),
-        "macs_per_image": sum(step_macs(model.config, schedule, step) for step in sampled) / len(sampled),
+        "macs_per_image": mean_macs(model, schedule, recipe.steps),
         "validation_accuracy": {
             entry["K"]: entry["validation_accuracy"]
             for entry in entries
@@ -326,7 +332,7 @@ def _fail(
     problem: str,
     step: int,
     subsets: list[QuerySubset],
-    network: VisualPerceiverForImageClassification,
+    network: Network,
 ) -> None:
     """Keep what is known about a run that went wrong, and stop."""
     report = {"step": step, "K": describe(subsets), "problem": problem, "complete_checkpoints": run.saved_steps()}
@@ -341,7 +347,7 @@ def _fail(
 
 @torch.no_grad()
 def validation_accuracy(
-    model: VisualPerceiverForImageClassification,
+    model: Network,
     data: ImageDataset,
     budgets: list[int],
     accelerator: Accelerator,
@@ -351,7 +357,7 @@ def validation_accuracy(
     if len(data) == 0:
         return {}
     model.eval()
-    size, cfg = model.config.image_height_width, model.config.timm_pretrained_cfg
+    _, size, cfg = input_facts(model)
     subsets = [QuerySubset(K) for K in budgets]
     correct = torch.zeros(len(budgets), device=accelerator.device)
     for first in range(accelerator.process_index * batch_size, len(data), accelerator.num_processes * batch_size):

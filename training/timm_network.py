@@ -1,0 +1,88 @@
+"""timm's classifiers in our training loop, to become teachers."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+from hf_visual_perceiver.modeling import QuerySubset
+from hf_visual_perceiver.modeling.configuration_visual_perceiver import default_preprocessing
+
+
+class TimmNetwork(TimmWrapperForImageClassification):
+    """A timm classifier with what a training step asks of a network. It is saved as transformers' wrapper of timm's models.
+
+    It has no queries: its one budget counts as K = 1.
+
+    Example:
+        >>> network = TimmNetwork.create("resnet18", {"channels": [8, 8, 8, 8]}, ["cat", "dog"])
+        >>> network.forward_subsets(torch.zeros(2, 3, 32, 32), [QuerySubset(1)])[0].shape
+        torch.Size([2, 2])
+    """
+
+    num_queries = 1
+
+    @classmethod
+    def create(cls, name: str, arguments: dict[str, Any], label_names: list[str]) -> "TimmNetwork":
+        """A timm model of random weights.
+
+        Args:
+            name: timm's, such as resnet18.
+            arguments: For `timm.create_model`, such as output_stride; and image_size, height and width of the images (32).
+            label_names: Of the classes.
+
+        Raises:
+            ValueError: If timm has no such model, or none with these arguments.
+        """
+        model_args = {key: value for key, value in arguments.items() if key != "image_size"}
+        image_size = arguments.get("image_size", 32)
+        size = (3, image_size, image_size)
+        config = TimmWrapperConfig(
+            architecture=name,
+            model_args=model_args,
+            id2label=dict(enumerate(label_names)),
+            label2id={label: i for i, label in enumerate(label_names)},
+            # A list, as JSON has it.
+            pretrained_cfg={**default_preprocessing(image_size), "input_size": list(size)},  # type: ignore[call-arg]
+        )
+        try:
+            network = cls(config)
+            with torch.no_grad():
+                network.eval()(torch.zeros(1, *size))
+        except (RuntimeError, TypeError, ValueError, AssertionError, KeyError, IndexError, ImportError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"Expected `architecture` to be timm/ and a classifier of timm for {image_size}x{image_size} images, with its "
+                f"arguments in `config`, got timm/{name} with {model_args}: {reason}"
+            ) from error
+        return network.train()
+
+    def forward_subsets(
+        self, pixel_values: torch.Tensor, subsets: Sequence[QuerySubset], together: bool = True
+    ) -> list[torch.Tensor]:
+        """Logits of the images of each subset, as `VisualPerceiverForImageClassification.forward_subsets`."""
+        return [self(pixel_values[subset.images]).logits for subset in subsets]
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As the class that loads it everywhere, whose name stands in the config."""
+        plain = copy.copy(self)
+        plain.__class__ = TimmWrapperForImageClassification  # type: ignore[assignment]
+        plain.save_pretrained(*args, **kwargs)
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Of the images it takes."""
+        height, width = self.config.pretrained_cfg["input_size"][1:]
+        return height, width
+
+    @torch.no_grad()
+    def count_macs(self) -> float:
+        """Multiply-accumulates of one image, as torch counts them (half of its operations)."""
+        training, counter = self.training, FlopCounterMode(display=False)
+        with counter:
+            self.eval()(torch.zeros(1, 3, *self.image_height_width, device=self.device))
+        self.train(training)
+        return counter.get_total_flops() / 2
