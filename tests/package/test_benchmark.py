@@ -1,6 +1,8 @@
 """Time and memory are measured side by side; what they come out as is not tested."""
 
 import json
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -8,20 +10,33 @@ from support import run, small_config
 
 from hf_visual_perceiver import VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.benchmark import Rival, benchmark, benchmark_table, forms_of, plot_benchmark
-from hf_visual_perceiver.timing import PeakMemory, interleaved, matmul_peak, median_ratio, page_faults, peak_memory
+from hf_visual_perceiver.timing import (
+    SHORT,
+    PeakMemory,
+    interleaved,
+    matmul_peak,
+    median_ratio,
+    page_faults,
+    peak_memory,
+)
 
 
 CPU = torch.device("cpu")
 
 
 def test_runs_are_interleaved():
-    calls = []
-    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
-    times = interleaved(runs, 3, CPU, progress=False)
-    assert calls == list("ab" * 4)  # the first round warms up
+    calls, takes = [], {"a": 0, "b": SHORT}
+
+    def run(name):
+        calls.append(name)
+        time.sleep(takes[name])
+
+    times = interleaved({name: partial(run, name) for name in takes}, 3, CPU, progress=False)
+    # The first round warms up, and what takes no time runs before it is timed.
+    assert "".join(calls) == "ab" + "aab" * 3
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
     with pytest.raises(ValueError, match="Expected at least 1 repetition, got 0"):
-        interleaved(runs, 0, CPU)
+        interleaved({}, 0, CPU)
 
 
 def test_ratios_are_of_the_same_repetition():
