@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from hf_visual_perceiver.loading import default_dataset, load_model
 from hf_visual_perceiver.training import campaign as campaign_module
+from hf_visual_perceiver.training import run as run_module
 from hf_visual_perceiver.training import train as train_module
 from hf_visual_perceiver.training.campaign import (
     CAMPAIGN,
@@ -54,7 +55,7 @@ TAUGHT = {
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take longer than the training."""
-    monkeypatch.setattr(train_module, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr(run_module, "plot_curves", lambda *arguments: None)
 
 
 @pytest.fixture(scope="module")
@@ -212,13 +213,13 @@ class TestFailures:
     @pytest.fixture
     def broken(self, monkeypatch):
         """Runs of seed 1 have losses that are not finite."""
-        original = train_module.forward_backward
+        original = run_module.forward_backward
 
         def forward_backward(*arguments):
             recipe = arguments[6]
             return original(*arguments) * (math.nan if recipe.seed == 1 else 1)
 
-        monkeypatch.setattr(train_module, "forward_backward", forward_backward)
+        monkeypatch.setattr(run_module, "forward_backward", forward_backward)
 
     def test_the_next_run_is_done_and_the_failed_one_left(self, campaign, broken, monkeypatch, capsys):
         runs = campaign(TEACHER, TAUGHT, FIRST)

@@ -19,6 +19,7 @@ from support import REPOSITORY, run
 from hf_visual_perceiver.card import training_lines
 from hf_visual_perceiver.loading import default_dataset, default_model, load_model
 from hf_visual_perceiver.training import checkpointing, objective, state
+from hf_visual_perceiver.training import run as run_module
 from hf_visual_perceiver.training import train as train_module
 from hf_visual_perceiver.training.checkpointing import RunFolder
 from hf_visual_perceiver.training.data import load_images, normalise
@@ -137,7 +138,7 @@ class TestResuming:
             pass
 
         # Stops in the middle of step 5, and once more in the middle of writing the checkpoint of step 6.
-        original = train_module.forward_backward
+        original = run_module.forward_backward
         calls = []
 
         def interrupt(*args):
@@ -146,10 +147,10 @@ class TestResuming:
                 raise StoppedError
             return original(*args)
 
-        monkeypatch.setattr(train_module, "forward_backward", interrupt)
+        monkeypatch.setattr(run_module, "forward_backward", interrupt)
         with pytest.raises(StoppedError):
             train(recipe, tmp_path / "pieces")
-        monkeypatch.setattr(train_module, "forward_backward", original)
+        monkeypatch.setattr(run_module, "forward_backward", original)
         assert RunFolder(tmp_path / "pieces").saved_steps() == [2, 4]
 
         write_state = checkpointing.write_state
@@ -254,7 +255,7 @@ class TestPieces:
         """As with DeepSpeed, which is not among the dependencies; by hand it was tried for real."""
         recipe = small_recipe(ema_decay=None)
         train(recipe, tmp_path / "whole")
-        monkeypatch.setattr(train_module, "keeps_state_apart", lambda accelerator: True)
+        monkeypatch.setattr(run_module, "keeps_state_apart", lambda accelerator: True)
         assert train(recipe, tmp_path / "pieces", max_minutes=1e-5) is None
         assert (tmp_path / "pieces" / "apart" / "step_1" / "optimizer.bin").exists()
         train(recipe, tmp_path / "pieces", resume=True)

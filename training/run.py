@@ -1,0 +1,382 @@
+"""One training run: what it consists of, a step after the other, and what it leaves behind."""
+
+import json
+import math
+import os
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch.distributed.tensor import DTensor
+
+from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageClassification
+
+from .augmentation import BatchAugmentation
+from .batches import open_data
+from .checkpointing import RunFolder
+from .conditions import measurement_conditions
+from .curves import plot_curves
+from .data import ImageDataset, normalise, pixels_of_size, seed_everything, share_of_batch
+from .distributed import all_finite, gathered, keeps_state_apart, main_process_alone
+from .factory import Network, compile_blocks, create_model, create_optimizer, input_facts, mean_macs
+from .folder import save_folder
+from .initial import earlier_training, load_initial_weights
+from .objective import Objective
+from .recipe import Recipe
+from .schedules import create_schedule, describe
+from .state import apply_state, gather_state
+from .step import check_batch, forward_backward
+from .stopping import StopRequest, Stopwatch
+from .teacher import FrozenTeacher, load_teacher
+
+
+console = Console(stderr=True)
+
+
+class TrainingRun:
+    """A recipe's network, data, losses and state, on the processes and devices of an accelerator.
+
+    Making one checks that everything fits and writes nothing; `start` begins or continues the run's folder, `loop` trains,
+    and `finish` leaves the model or says how far it is. Every process has to call each.
+
+    Args:
+        recipe: What to do.
+        folder: Of the run.
+        accelerator: Where.
+        recipe_name: What to call the recipe on the model's card.
+        resume: Continue from the folder's newest complete checkpoint.
+
+    Raises:
+        ValueError: If the recipe, the dataset and the processes do not fit together.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        recipe_name: str = "recipe",
+        resume: bool = False,
+    ):
+        self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
+        self.recipe_name, self.resume = recipe_name, resume
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.apart = keeps_state_apart(accelerator)
+        if (self.sharded or self.apart) and recipe.ema_decay is not None:
+            raise ValueError(
+                f"Expected `ema_decay` to be null with {accelerator.distributed_type.value}, which splits the weights or "
+                f"holds them in half precision, got {recipe.ema_decay}."
+            )
+        self.source = open_data(recipe, accelerator.device, accelerator.process_index, accelerator.num_processes)
+        self.network = create_model(recipe, self.source.label_names)
+        self.num_queries, self.size, self.preprocessing = input_facts(self.network)
+        self.fresh: list[str] = []
+        self.earlier: dict[str, Any] | None = None
+        if recipe.initial_model is not None and not (resume and folder.saved_steps()):
+            assert isinstance(self.network, VisualPerceiverForImageClassification)  # the recipe has seen to it
+            self.fresh = load_initial_weights(self.network, recipe.initial_model)
+            self.earlier = earlier_training(recipe.initial_model)
+        self.schedule = create_schedule(recipe.queries, self.num_queries, recipe.seed, recipe.steps)
+        check_batch(recipe, self.schedule, accelerator.num_processes)
+        self.augment = BatchAugmentation(
+            recipe.augmentation,
+            len(self.source.label_names),
+            self.preprocessing["mean"],
+            self.preprocessing["std"],
+            recipe.seed,
+        )
+        self.teacher: FrozenTeacher | None = None
+        if recipe.teacher is not None:
+            teacher = load_teacher(recipe.teacher.model, self.source.label_names, self.size, self.preprocessing)
+            self.teacher = teacher.to(accelerator.device)
+        self.optimizer = create_optimizer(self.network, recipe)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched="cosine",
+            num_epochs=recipe.steps,
+            warmup_epochs=recipe.warmup_steps,
+            min_lr=recipe.min_learning_rate,
+            warmup_lr=recipe.warmup_learning_rate,
+            step_on_epochs=False,
+            updates_per_epoch=1,
+        )
+        self.done = 0  # steps
+
+    def say(self, message: str) -> None:
+        """Print from the main process."""
+        if self.accelerator.is_main_process:
+            console.print(message, highlight=False, soft_wrap=True)
+
+    def start(self) -> None:
+        """Write the recipe to the folder, put everything in its place, and take the state of the run that continues."""
+        recipe, accelerator = self.recipe, self.accelerator
+        cores = (os.cpu_count() or 1) // accelerator.num_processes
+        if accelerator.device.type == "cpu" and torch.get_num_threads() < cores:
+            self.say(
+                f"Each process uses {torch.get_num_threads()} of its {cores} cores; "
+                f"`accelerate launch --num_cpu_threads_per_process {cores}` uses all."
+            )
+        if self.fresh:
+            self.say(f"{recipe.initial_model} has other labels: the head begins with random weights.")
+        main_process_alone(accelerator, lambda: self.folder.start(recipe))
+        accelerator.init_trackers("hf_visual_perceiver", config={"recipe": self.recipe_name, "seed": recipe.seed})
+        if recipe.compile:
+            compile_blocks(self.network)
+        packed = recipe.trunk == "packed" or (recipe.trunk == "auto" and accelerator.device.type == "cuda")
+        objective = Objective(self.network, recipe.students, recipe.teacher, packed)
+        if accelerator.state.deepspeed_plugin is not None:  # which asks a data loader, of which there is none
+            batch = recipe.micro_batch_size or recipe.batch_size // accelerator.num_processes
+            accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch
+        self.model, self.optimizer = accelerator.prepare(objective, self.optimizer)
+        self.average = ModelEmaV3(self.network, decay=recipe.ema_decay) if recipe.ema_decay else None
+        if self.resume:
+            self.restore()
+            if accelerator.is_main_process:
+                self.folder.truncate_log(self.done)
+            self.say(f"Resuming after step {self.done}.")
+        self.batches = self.source.batches(self.done, self.size, self.preprocessing["interpolation"])
+
+    def restore(self) -> None:
+        """Take the newest complete checkpoint, if there is one."""
+        restored = self.folder.restore()
+        if restored is None:
+            return
+        self.done, state, facts = restored
+        if self.apart:
+            self.accelerator.load_state(str(self.folder.apart(self.done)))
+        else:
+            apply_state(state, facts, self.model, self.optimizer, self.average and self.average.module)
+        self.source.load_state_dict(facts["data"])
+        self.earlier = facts.get("earlier_training")
+        if self.accelerator.scaler is not None and facts["scaler"]:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        # One that cannot be continued must not take the place of one that can.
+        if not all_finite(self.accelerator, self.network):
+            self.fail("Expected finite weights, got others")
+        state: dict[str, torch.Tensor] = {}
+        facts: dict[str, Any] = {}
+        if self.apart:
+            self.accelerator.save_state(str(self.folder.apart(self.done)))
+        else:
+            state, facts = gather_state(self.model, self.optimizer, self.average and self.average.module)
+        facts["earlier_training"] = self.earlier  # kept here, as a run may go on where the folder it began with is not
+        facts["data"] = gather_object([self.batches.state_dict(self.done)])
+        facts["scaler"] = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        keep = self.recipe.keep_checkpoints
+        main_process_alone(self.accelerator, lambda: self.folder.save(state, facts, self.done, keep))
+
+    def loop(self, stop: StopRequest) -> None:
+        """Train until the recipe's end, or until `stop` asks for it with everything saved."""
+        recipe, accelerator = self.recipe, self.accelerator
+        progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not accelerator.is_main_process,
+        )
+        positions = share_of_batch(recipe.batch_size, accelerator.process_index, accelerator.num_processes)
+        with progress, stop:
+            task = progress.add_task("training", total=recipe.steps, completed=self.done, status="")
+            self.model.train()
+            clock = Stopwatch()
+            for images, labels in self.batches:
+                step, stopping = self.done, False
+                pixel_values, targets = self.augment(images, labels, step, positions, recipe.batch_size)
+                subsets = self.schedule(step)
+                losses = self.update(step, pixel_values, targets, subsets)
+                clock.count(recipe.batch_size)
+                if self.done % recipe.log_every == 0 or self.done == recipe.steps:
+                    # The one place where the host waits for the device, and where the processes agree on stopping.
+                    report = accelerator.reduce(torch.cat([losses, stop.as_tensor(losses.device)]), "mean")
+                    labelled, students, asked = report.tolist()
+                    stopping = asked > 0
+                    progress.update(task, status=self.log(labelled, students, subsets, clock))
+                    clock.restart()
+                progress.update(task, completed=self.done)
+                stopping = stopping or (accelerator.num_processes == 1 and stop.requested())
+                if self.done % recipe.save_every == 0 or self.done == recipe.steps or stopping:
+                    self.save()
+                if stopping:
+                    break
+                if recipe.evaluate_every and self.done % recipe.evaluate_every == 0 and self.done != recipe.steps:
+                    self.evaluate()
+                    self.model.train()
+                    clock.restart()
+
+    def update(
+        self, step: int, pixel_values: torch.Tensor, targets: torch.Tensor, subsets: list[QuerySubset]
+    ) -> torch.Tensor:
+        """Do one step; returns the (2,) losses of `Objective`."""
+        recipe, accelerator = self.recipe, self.accelerator
+        self.scheduler.step_update(step)
+        # Drawn by torch: dropped paths, which differ between the processes.
+        seed_everything(recipe.seed, step, accelerator.process_index)
+        torch.manual_seed(torch.initial_seed())
+        losses = forward_backward(
+            accelerator,
+            self.model,
+            pixel_values,
+            targets,
+            subsets,
+            self.schedule,
+            recipe,
+            self.teacher,
+            self.average,
+        )
+        if recipe.clip_gradient_norm is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_gradient_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done = step + 1
+        if self.average is not None:
+            self.average.update(self.network, step=self.done)
+        return losses
+
+    def log(self, labelled: float, students: float, subsets: list[QuerySubset], clock: Stopwatch) -> str:
+        """Log the losses of the step that was done last; returns what to show beside the progress bar."""
+        entry: dict[str, Any] = {"loss": labelled + self.recipe.students.weight * students}
+        if self.schedule.distils:
+            entry |= {"full_loss": labelled, "student_loss": students}
+        if not math.isfinite(entry["loss"]):
+            self.fail(f"Expected a finite loss, got {entry['loss']}")
+        entry |= {"K": describe(subsets), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        entry |= {"images_per_second": round(clock.rate(), 1), "seconds": round(clock.seconds, 3)}
+        scalars = {key: value for key, value in entry.items() if isinstance(value, (int, float))}
+        self.accelerator.log(scalars, step=self.done)
+        status = f"loss {entry['loss']:.3f}  K {entry['K']}  {clock.rate():,.0f} images/s"
+        if self.accelerator.is_main_process:
+            self.folder.log({"step": self.done, **entry})
+        if not console.is_terminal and clock.minute_passed():
+            self.say(f"step {self.done}/{self.recipe.steps}  {status}")
+        return status
+
+    def published(self) -> Network:
+        """The network that is evaluated and published: the average, if there is one."""
+        if self.average is not None:
+            return self.average.module
+        if self.sharded:
+            return gathered(self.model, create_model(self.recipe, self.source.label_names))
+        return self.network
+
+    def evaluate(self) -> None:
+        """Measure and log the accuracy on the images kept for choosing."""
+        budgets = self.recipe.evaluate_queries or [self.num_queries]
+        accuracies = validation_accuracy(
+            self.published(), self.source.validation, budgets, self.accelerator, self.recipe.batch_size
+        )
+        scalars = {f"validation_accuracy/K={K}": accuracy for K, accuracy in accuracies.items()}
+        self.accelerator.log(scalars, step=self.done)
+        if self.accelerator.is_main_process:
+            for K, accuracy in accuracies.items():
+                self.folder.log({"step": self.done, "validation_accuracy": accuracy, "K": K})
+        line = ", ".join(f"{100 * accuracy:.2f} with K = {K}" for K, accuracy in accuracies.items())
+        self.say(f"step {self.done}: validation accuracy (%) {line}")
+
+    def finish(self, reason: str) -> bool:
+        """Draw the curves; write the model if the recipe's end is reached, else say that the run stopped for `reason`.
+
+        Returns:
+            Whether the end is reached.
+        """
+        finished = self.done == self.recipe.steps
+        if finished:
+            self.evaluate()
+        final = self.published() if finished else self.network
+        curves = self.folder.path / "curves.png"
+        if self.accelerator.is_main_process:
+            plot_curves(self.folder.entries(), curves)
+            if finished:
+                self.write_model(final)
+        if finished:
+            self.say(f"The trained model is in {self.folder.model}, the curves in {curves}.")
+        else:
+            self.say(
+                f"Stopped after step {self.done} of {self.recipe.steps} ({reason}); --resume goes on. Curves: {curves}"
+            )
+        self.accelerator.end_training()
+        return finished
+
+    def write_model(self, model: Network) -> None:
+        """Write the trained model with the facts of its training to the run's `model` folder."""
+        recipe, images = self.recipe, None if self.source.training is None else len(self.source.training)
+        # With the dataset's public name: where it lies on this machine helps nobody.
+        values = {**recipe.to_dict(), "dataset": recipe.dataset_name or recipe.dataset}
+        facts = {
+            "recipe_name": self.recipe_name,
+            "recipe": values,
+            "training_images": images,
+            "epochs": None if images is None else recipe.steps * recipe.batch_size / images,
+            "processes": self.accelerator.num_processes,
+            "training_hours": self.folder.hours(),
+            "macs_per_image": mean_macs(model, self.schedule, recipe.steps),
+            "validation_accuracy": {
+                entry["K"]: entry["validation_accuracy"]
+                for entry in self.folder.entries()
+                if entry["step"] == recipe.steps and "validation_accuracy" in entry
+            },
+            "conditions": measurement_conditions(self.accelerator.device),
+        }
+        if self.earlier is not None:
+            facts["earlier_training"] = self.earlier
+        files = {
+            "training.json": json.dumps(facts, indent=2) + "\n",
+            "recipe.yaml": yaml.safe_dump(values, sort_keys=False),
+        }
+        save_folder(model, self.folder.model, files)
+
+    def fail(self, problem: str) -> None:
+        """Keep what is known about a run that went wrong in the step that was done last, and stop."""
+        step = self.done - 1
+        report = {
+            "step": step,
+            "K": describe(self.schedule(step)),
+            "problem": problem,
+            "complete_checkpoints": self.folder.saved_steps(),
+        }
+        # Of weights that FSDP has split no process has all.
+        split = any(isinstance(parameter, DTensor) for parameter in self.network.parameters())
+        weights = None if split else self.network.state_dict()
+        main_process_alone(self.accelerator, lambda: self.folder.write_failure(report, weights))
+        raise FloatingPointError(
+            f"{problem} at step {step} with K = {report['K']}; complete checkpoints: "
+            f"{report['complete_checkpoints'] or 'none'}. Details: {self.folder.failure_file}"
+        )
+
+
+@torch.no_grad()
+def validation_accuracy(
+    model: Network,
+    data: ImageDataset,
+    budgets: list[int],
+    accelerator: Accelerator,
+    batch_size: int,
+) -> dict[int, float]:
+    """Accuracy at each K of `budgets`, each process taking its share of the images; empty without images."""
+    if len(data) == 0:
+        return {}
+    model.eval()
+    _, size, cfg = input_facts(model)
+    subsets = [QuerySubset(K) for K in budgets]
+    correct = torch.zeros(len(budgets), device=accelerator.device)
+    for first in range(accelerator.process_index * batch_size, len(data), accelerator.num_processes * batch_size):
+        indices = range(first, min(first + batch_size, len(data)))
+        pixels = pixels_of_size(data, indices, size, cfg["interpolation"])
+        images = normalise(pixels, cfg["mean"], cfg["std"]).to(accelerator.device)
+        with accelerator.autocast():
+            all_logits = torch.stack(model.forward_subsets(images, subsets, together=False))
+        labels = torch.from_numpy(data.labels[indices.start : indices.stop]).to(accelerator.device)
+        correct += (all_logits.argmax(-1) == labels).sum(-1)
+    accuracies = (accelerator.reduce(correct, "sum") / len(data)).tolist()
+    return dict(zip(budgets, accuracies, strict=True))
