@@ -3,7 +3,7 @@
     python benchmarks/train_throughput.py --dataset PATH_OR_ID
 
 Every round trains each contender for some steps in turn; medians over the rounds are printed: images/s, multiply-accumulates
-relative to the plain loop's at equal time ("work"), the share of the device's matmul peak measured in the same run, and
+of the very steps relative to the plain loop's at equal time ("work"), the share of the device's matmul peak measured in the same run, and
 where a step's time goes.
 """
 
@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ from hf_visual_perceiver.training.augmentation import BatchAugmentation
 from hf_visual_perceiver.training.batches import ResidentBatches
 from hf_visual_perceiver.training.conditions import measurement_conditions
 from hf_visual_perceiver.training.data import BatchOrder, ImageDataset, load_images
-from hf_visual_perceiver.training.factory import create_model, create_optimizer
+from hf_visual_perceiver.training.factory import compile_blocks, create_model, create_optimizer
 from hf_visual_perceiver.training.objective import Objective
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
 from hf_visual_perceiver.training.schedules import create_schedule, step_macs
@@ -53,12 +54,13 @@ class Contender:
     """One way to train, one step at a time; `parts` of a step are timed apart."""
 
     name: str
-    macs: float  # of one image's forward
+    macs_of: Callable[[int], float]  # a step's, of one image's forward
     parts: dict[str, Callable[[int], None]]
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    macs: list[float] = field(default_factory=list)
 
     def run(self, steps: range, synchronise: Callable[[], None]) -> None:
-        """Train; adds the mean seconds of each part of a step."""
+        """Train; adds the mean seconds of each part of a step, and the mean MACs of these very steps."""
         spent = dict.fromkeys(self.parts, 0.0)
         for step in steps:
             for name, part in self.parts.items():
@@ -68,6 +70,12 @@ class Contender:
                 spent[name] += time.perf_counter() - began
         for name, seconds in spent.items():
             self.seconds.setdefault(name, []).append(seconds / len(steps))
+        self.macs.append(statistics.mean(map(self.macs_of, steps)))
+
+    def forget(self) -> None:
+        """The rounds so far were to warm up."""
+        self.seconds.clear()
+        self.macs.clear()
 
     def totals(self) -> list[float]:
         """Seconds of a step, for each round."""
@@ -80,8 +88,7 @@ def ours(name: str, recipe: Recipe, data: ImageDataset, accelerator: Accelerator
     network = create_model(recipe, data.label_names).to(device).train()
     schedule = create_schedule(recipe.queries, network.config.num_queries, recipe.seed)
     if recipe.compile:
-        for layer in network.visual_perceiver.layers:
-            layer.compile(dynamic=True)
+        compile_blocks(network)
     packed = recipe.trunk == "packed" or (recipe.trunk == "auto" and device.type == "cuda")
     model, optimizer = accelerator.prepare(
         Objective(network, recipe.students, packed=packed), create_optimizer(network, recipe)
@@ -105,8 +112,8 @@ def ours(name: str, recipe: Recipe, data: ImageDataset, accelerator: Accelerator
         optimizer.zero_grad()
         average.update(network, step=step)
 
-    macs = sum(step_macs(network.config, schedule, step) for step in range(2000)) / 2000
-    return Contender(name, macs, {"data": augmentation, "network": network_part, "update": update})
+    macs_of = partial(step_macs, network.config, schedule)
+    return Contender(name, macs_of, {"data": augmentation, "network": network_part, "update": update})
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: object) -> Image.Image:
@@ -178,9 +185,8 @@ def plain_timm(recipe: Recipe, data: ImageDataset, accelerator: Accelerator, wor
         optimizer.zero_grad()
         average.update(model, step=step)
 
-    return Contender(
-        "timm's ViT, plain loop", vit_macs(config), {"data": load, "network": network_part, "update": update}
-    )
+    macs, parts = vit_macs(config), {"data": load, "network": network_part, "update": update}
+    return Contender("timm's ViT, plain loop", lambda step: macs, parts)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, synchronise: Callable[[], None]) -> float:
@@ -199,7 +205,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, synchronise: Callable[
 def main(
     dataset: Annotated[str, typer.Option(help="CIFAR-10: Hub id or folder of parquet files.")] = "uoft-cs/cifar10",
     recipe: Annotated[Path, typer.Option()] = Path("training/recipes/cifar10_sandwich.yaml"),
-    rounds: Annotated[int, typer.Option(help="Rounds, after one to warm up.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds, after those to warm up.")] = 5,
+    warmups: Annotated[int, typer.Option(help="Rounds to warm up; compiling takes several.")] = 1,
     steps: Annotated[int, typer.Option(help="Steps of each contender in a round.")] = 2,
     workers: Annotated[int, typer.Option(help="Loader processes of the plain loop.")] = 2,
     overrides: Annotated[list[str] | None, typer.Argument(help="Keys of the recipe.")] = None,
@@ -216,11 +223,14 @@ def main(
     contenders += [ours(name, each, data, accelerator) for name, each in recipes.items()]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(base.mixed_precision, torch.float32)
     peaks = []
-    for number in range(rounds + 1):
+    for number in range(warmups + rounds):
+        if number == warmups:
+            for contender in contenders:
+                contender.forget()
         peaks.append(matmul_peak(accelerator.device, dtype, synchronise))
         for contender in contenders:
             contender.run(range(number * steps, (number + 1) * steps), synchronise)
-    peak = statistics.median(peaks[1:])
+    peak = statistics.median(peaks[warmups:])
 
     plain = contenders[0]
     table = Table(box=box.SIMPLE_HEAD, title=f"batch {base.batch_size}, {base.mixed_precision}", title_justify="left")
@@ -237,17 +247,18 @@ def main(
     ):
         table.add_column(header, justify="left" if header == "training" else "right", no_wrap=True)
     for contender in contenders:
-        totals, others = contender.totals()[1:], plain.totals()[1:]
-        relative = statistics.median(b / a for a, b in zip(totals, others, strict=True))
-        rate = base.batch_size / statistics.median(totals)
-        shares = [statistics.median(seconds[1:]) / statistics.median(totals) for seconds in contender.seconds.values()]
+        totals, others = contender.totals(), plain.totals()
+        speed = [b / a for a, b in zip(totals, others, strict=True)]
+        work = [s * m / n for s, m, n in zip(speed, contender.macs, plain.macs, strict=True)]
+        achieved = [3 * m * base.batch_size / a for m, a in zip(contender.macs, totals, strict=True)]
+        shares = [statistics.median(seconds) / statistics.median(totals) for seconds in contender.seconds.values()]
         table.add_row(
             contender.name,
-            f"{contender.macs / 1e6:.1f}",
-            f"{rate:,.0f}",
-            f"{relative:.2f}",
-            f"{relative * contender.macs / plain.macs:.2f}",
-            f"{3 * contender.macs * rate / peak:.1%}",
+            f"{statistics.mean(contender.macs) / 1e6:.1f}",
+            f"{base.batch_size / statistics.median(totals):,.0f}",
+            f"{statistics.median(speed):.2f}",
+            f"{statistics.median(work):.2f}",
+            f"{statistics.median(achieved) / peak:.1%}",
             *(f"{share:.1%}" for share in shares),
         )
     console.print(table)
