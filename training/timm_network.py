@@ -63,11 +63,20 @@ class TimmNetwork(TimmWrapperForImageClassification):
     def forward_subsets(
         self, pixel_values: torch.Tensor, subsets: Sequence[QuerySubset], together: bool = True
     ) -> list[torch.Tensor]:
-        """Logits of the images of each subset, as `VisualPerceiverForImageClassification.forward_subsets`."""
+        """Logits of the images of each subset, as `VisualPerceiverForImageClassification.forward_subsets`.
+
+        Args:
+            pixel_values: (B, 3, H, W), normalised.
+            subsets: Which images; their queries mean nothing here.
+            together: Likewise.
+
+        Returns:
+            For each subset (n, labels), n being its images.
+        """
         return [self(pixel_values[subset.images]).logits for subset in subsets]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As the class that loads it everywhere, whose name stands in the config."""
+        """Save, as `TimmWrapperForImageClassification` does, and under its name, so that transformers alone loads it."""
         plain = copy.copy(self)
         plain.__class__ = TimmWrapperForImageClassification  # type: ignore[assignment]
         plain.save_pretrained(*args, **kwargs)

@@ -32,7 +32,7 @@ TOKENS_PER_CHUNK = 1024
 # each length, so that memory does not grow with the batch.
 WINDOW = 16
 
-# Images of more tokens than this are left to torch's fused attention, which does not write their weights to memory.
+# Images that all have more tokens than this are left to torch's fused attention, which does not write their weights to memory.
 LONGEST_PLAIN = 128
 # In bf16 oneDNN's products take longer to begin; so many rows make that good.
 FEWEST_PLAIN = 128
