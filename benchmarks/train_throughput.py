@@ -101,7 +101,7 @@ def ours(name: str, recipe: Recipe, data: ImageDataset, accelerator: Accelerator
     positions, batch = np.arange(recipe.batch_size), {}
 
     def augmentation(step: int) -> None:
-        images, labels = next(batches)
+        images, labels, *_ = next(batches)
         batch["x"], batch["y"] = augment(images, labels, step, positions, recipe.batch_size)
 
     def network_part(step: int) -> None:

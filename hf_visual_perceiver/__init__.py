@@ -14,7 +14,8 @@ from .modeling import (
     VisualPerceiverModel,
     count_macs,
     select_queries,
-    timm_visual_perceiver,  # noqa: F401  (registers the timm names)
+    timm_conv_classifier,  # noqa: F401  (registers the timm names)
+    timm_visual_perceiver,  # noqa: F401  (likewise)
 )
 
 

@@ -156,6 +156,7 @@ class BatchAugmentation:
         std: Likewise.
         seed: Of the run; the same on every process.
         random_crop: Whether to crop, if the augmentation has a padding.
+        num_images: Of the training set; needed for `augmentation.alternating_flip`.
 
     Raises:
         ValueError: If `augmentation.auto_augment` is not RandAugment in timm's notation.
@@ -169,14 +170,24 @@ class BatchAugmentation:
         std: Sequence[float],
         seed: int,
         random_crop: bool = True,
+        num_images: int = 0,
     ):
         self.augmentation, self.num_labels, self.mean, self.std, self.seed = augmentation, num_labels, mean, std, seed
         self.padding = (augmentation.random_crop_padding or 0) if random_crop else 0
         notation = augmentation.auto_augment
         self.rand_augment = RandAugment(num_ops=0) if notation is None else parse_rand_augment(notation)
+        # The 3 sets these numbers apart from those of the schedule, the augmentation and the selection.
+        self.flipped_at_first = np.random.default_rng((seed, 3)).random(num_images) < augmentation.horizontal_flip
 
     def __call__(
-        self, images: Tensor, labels: Tensor, step: int, positions: np.ndarray, batch_size: int
+        self,
+        images: Tensor,
+        labels: Tensor,
+        step: int,
+        positions: np.ndarray,
+        batch_size: int,
+        indices: np.ndarray | None = None,
+        epoch: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Augment a process's share of a step's batch.
 
@@ -187,6 +198,8 @@ class BatchAugmentation:
             positions: (B,) places of the images in the global batch. For mixing, local images i and B - 1 - i must be at
                 places p and `batch_size` - 1 - p, as `BatchOrder` deals them.
             batch_size: Images of the global batch.
+            indices: (B,) of the images in the training set, for `alternating_flip`.
+            epoch: Of the step, likewise.
 
         Returns:
             `pixel_values` (B, 3, H, W) and targets (B, num_labels) whose rows sum to 1, both float32.
@@ -196,7 +209,12 @@ class BatchAugmentation:
         """
         if images.dtype != torch.uint8 or len(images) != len(positions):
             raise ValueError(f"Expected {len(positions)} images in uint8, got {len(images)} in {images.dtype}.")
-        return self.apply(images, labels, self.draw(step, batch_size, *images.shape[-2:])[positions])
+        draws = self.draw(step, batch_size, *images.shape[-2:])[positions]
+        if self.augmentation.alternating_flip:
+            if indices is None or epoch is None:
+                raise ValueError("Expected the images' indices and the epoch, which `alternating_flip` needs, got none.")
+            draws = dataclasses.replace(draws, flip=self.flipped_at_first[indices] ^ bool(epoch % 2))
+        return self.apply(images, labels, draws)
 
     def draw(self, step: int, batch_size: int, height: int, width: int) -> Draws:
         """What happens to each image of the global batch in a step."""

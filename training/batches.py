@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +13,26 @@ from .recipe import Recipe
 from .stream import DecodedImages, StreamOrder
 
 
+class Batch(NamedTuple):
+    """This process's share of a step's images.
+
+    Attributes:
+        images: (b, 3, H, W) uint8.
+        labels: (b,) int64.
+        indices: (b,) of the images in the training set; None where they are not known, as in a stream.
+        epoch: Of the step, if the indices are known.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: np.ndarray | None = None
+    epoch: int | None = None
+
+
 class ResidentBatches:
     """Batches of images that all lie on the device, as uint8: nothing is decoded or copied from step to step.
 
-    Iterating yields the images (b, 3, H, W) uint8 and labels (b,) of this process's share of each step.
+    Iterating yields a `Batch` for each step.
 
     Args:
         data: Decoded images of one size.
@@ -29,10 +45,11 @@ class ResidentBatches:
         self.labels = torch.from_numpy(data.labels).to(device)
         self.order = order
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         for keys in self.order:
-            indices = to_device(torch.tensor([index for _, _, index in keys]), self.images.device)
-            yield self.images[indices], self.labels[indices]
+            indices = np.array([index for _, _, index in keys])
+            places = to_device(torch.from_numpy(indices), self.images.device)
+            yield Batch(self.images[places], self.labels[places], indices, keys[0][1])
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Nothing: the order follows from the step."""
@@ -61,9 +78,9 @@ class LoadedBatches:
             collate_fn=collate,
         )
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         for images, labels, *_ in self.loader:
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            yield Batch(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """What a stream needs to go on after `step` steps; nothing for other orders."""
@@ -110,7 +127,7 @@ class TrainingData:
             self.order.load_state_dict(own, allow_other_world=True)
 
     def batches(self, first_step: int, size: tuple[int, int], interpolation: str) -> Any:
-        """An iterable of (images uint8 (b, 3, H, W), labels (b,)) on the device, one for each step from `first_step`."""
+        """An iterable of a `Batch` on the device for each step from `first_step`."""
         recipe = self.recipe
         self.order.first_step = first_step
         random_crop = recipe.augmentation.random_crop_padding is None

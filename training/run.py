@@ -90,6 +90,7 @@ class TrainingRun:
             self.preprocessing["mean"],
             self.preprocessing["std"],
             recipe.seed,
+            num_images=0 if self.source.training is None else len(self.source.training),
         )
         self.teacher: FrozenTeacher | None = None
         if recipe.teacher is not None:
@@ -191,9 +192,11 @@ class TrainingRun:
             task = progress.add_task("training", total=recipe.steps, completed=self.done, status="")
             self.model.train()
             clock = Stopwatch()
-            for images, labels in self.batches:
+            for batch in self.batches:
                 step, stopping = self.done, False
-                pixel_values, targets = self.augment(images, labels, step, positions, recipe.batch_size)
+                pixel_values, targets = self.augment(
+                    batch.images, batch.labels, step, positions, recipe.batch_size, batch.indices, batch.epoch
+                )
                 subsets = self.schedule(step)
                 losses = self.update(step, pixel_values, targets, subsets)
                 clock.count(recipe.batch_size)

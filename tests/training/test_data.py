@@ -201,7 +201,7 @@ class TestBatches:
         resident = list(ResidentBatches(data, order, device))
         loaded = list(LoadedBatches(ResizedImages(data, resize_transform((8, 8)), 3), order, device, workers))
         assert len(resident) == len(loaded) == 5
-        for (images, labels), (others, other_labels) in zip(resident, loaded, strict=True):
+        for (images, labels, *_), (others, other_labels, *_) in zip(resident, loaded, strict=True):
             assert images.shape == (12, 3, 8, 8)
             assert images.dtype == torch.uint8
             assert torch.equal(images, others)
