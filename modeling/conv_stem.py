@@ -22,7 +22,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.residual = residual
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm: nn.Module = nn.BatchNorm2d(out_channels)
         self.act = ACT2FN[act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -87,11 +87,11 @@ class ConvStem(nn.Module):
         return x
 
 
-def stem_macs(in_channels: int, widths: Sequence[Sequence[int]], height: int, width: int, downsample: str) -> int:
+def stem_macs(in_channels: int, widths: Sequence[Sequence[int]], height: int, width: int) -> int:
     """Multiply-accumulates of a stem for one image of `height` x `width` pixels.
 
     Example:
-        >>> stem_macs(3, [[24], [48], [96]], 32, 32, "pool") / 1e6
+        >>> stem_macs(3, [[24], [48], [96]], 32, 32) / 1e6
         5.971968
     """
     macs, channels = 0, in_channels

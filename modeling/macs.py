@@ -1,6 +1,7 @@
 """Multiply-accumulates of one image's forward, by formula."""
 
 from .configuration_visual_perceiver import VisualPerceiverConfig
+from .conv_stem import stem_macs
 
 
 def count_macs(
@@ -30,10 +31,19 @@ def count_macs(
         raise ValueError(f"Expected `num_candidates` to be at least `num_active_queries` = {K}, got {C}.")
     N, D, M = config.num_patches, config.hidden_size, config.intermediate_size
     mlp = 2 * D * M
-    patches = N * config.num_channels * config.patch_size**2 * D
     reading = N * 2 * D**2 + C * (D**2 + 2 * N * D) + K * (D**2 + mlp)
     selection = 0 if num_candidates is None else C**2 * D
-    return patches + reading + selection + count_trunk_macs(config, K)
+    return count_token_macs(config) + reading + selection + count_trunk_macs(config, K)
+
+
+def count_token_macs(config: VisualPerceiverConfig) -> int:
+    """The part of `count_macs` that makes tokens of an image: the patches' linear, or the stem and its projection."""
+    N, D = config.num_patches, config.hidden_size
+    if config.stem == "patch":
+        return N * config.num_channels * config.patch_size**2 * D
+    widths = config.stem_widths or []
+    stem = stem_macs(config.num_channels, widths, *config.image_height_width)
+    return stem + N * [w for stage in widths for w in stage][-1] * D
 
 
 def count_trunk_macs(config: VisualPerceiverConfig, num_active_queries: int) -> int:
@@ -41,5 +51,10 @@ def count_trunk_macs(config: VisualPerceiverConfig, num_active_queries: int) -> 
     K, D, M = num_active_queries, config.hidden_size, config.intermediate_size
     mlp = 2 * D * M
     trunk = config.num_hidden_layers * (K * (4 * D**2 + mlp) + 2 * K**2 * D)
-    decoder = K * 2 * D**2 + 2 * D**2 + 2 * K * D + mlp
-    return trunk + decoder + D * len(config.label_names)
+    return trunk + count_decoder_macs(config, K)
+
+
+def count_decoder_macs(config: VisualPerceiverConfig, num_active_queries: int) -> int:
+    """The part of `count_macs` after the blocks: the decoder, which reads K tokens, and the head."""
+    K, D, M = num_active_queries, config.hidden_size, config.intermediate_size
+    return K * 2 * D**2 + 2 * D**2 + 2 * K * D + 2 * D * M + D * len(config.label_names)

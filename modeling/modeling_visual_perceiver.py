@@ -27,9 +27,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .compiled_inference import CompiledPerceiver
 from .configuration_visual_perceiver import VisualPerceiverConfig
+from .conv_stem import ConvBlock, ConvStem
 from .fast_inference import FastPerceiver
+from .plain_inference import PlainPerceiver
 from .query_selection import select_queries
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
+from .spatial_init import query_features, token_features
 
 
 @dataclass
@@ -145,15 +148,27 @@ def sdpa_attention(
 
 
 class VisualPerceiverPatchEmbeddings(nn.Module):
-    """Images to patch tokens: (B, C, H, W) -> (B, N, D). A convolution, so that timm can adapt its input channels."""
+    """Images to tokens: (B, C, H, W) -> (B, N, D), by a linear map of patches, or by a conv stem and a 1x1 projection.
+
+    The linear map is a convolution, so that timm can adapt its input channels.
+    """
 
     def __init__(self, config: VisualPerceiverConfig):
         super().__init__()
-        size = config.patch_size
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
+        if config.stem == "conv":
+            widths = config.stem_widths or []
+            stem = ConvStem(
+                config.num_channels, widths, config.stem_downsample, config.stem_residual, config.hidden_act
+            )
+            self.stem: nn.Module = stem
+            self.projection = nn.Conv2d(stem.out_channels, config.hidden_size, kernel_size=1)
+        else:
+            size = config.patch_size
+            self.stem = nn.Identity()
+            self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
+        return self.projection(self.stem(pixel_values)).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
 
 
 class VisualPerceiverEmbeddings(nn.Module):
@@ -501,8 +516,13 @@ class PerceiverParts:
         """
         config, device = self.config, tokens.device
         autocast = torch.is_autocast_enabled(device.type)
+        requested = self._ragged_backend
+        if config.trunk_attention == "block_causal":
+            if requested == "varlen":
+                raise ValueError("Expected a ragged backend that takes masks, grouped or masked, got 'varlen'.")
+            requested = "grouped" if requested == "auto" else requested
         return resolve_backend(
-            self._ragged_backend,
+            requested,
             device,
             torch.get_autocast_dtype(device.type) if autocast else tokens.dtype,
             config.hidden_size // config.num_attention_heads,
@@ -558,9 +578,22 @@ class PerceiverParts:
     def process(self, active: ActiveTokens, **record: bool) -> ActiveTokens:
         """The self-attention blocks."""
         x = active.tokens
+        mask, layout = self.trunk_masks(active)
         for layer, path_scales in zip(self.layers, self.draw_paths(active), strict=True):
-            x = layer(x, active.mask, active.layout, path_scales=path_scales, **record)
+            x = layer(x, mask, layout, path_scales=path_scales, **record)
         return ActiveTokens(x, active.keep, active.layout)
+
+    def trunk_masks(self, active: ActiveTokens) -> tuple[torch.Tensor | None, PackedLayout | None]:
+        """What the blocks are told of who may read whom: a mask (B or 1, 1, K or 1, K) of dense tokens, a layout of packed ones."""
+        if self.config.trunk_attention == "full":
+            return active.mask, active.layout
+        ends = torch.tensor(self.config.block_ends, device=active.tokens.device)
+        blocks = torch.bucketize(torch.arange(self.config.num_queries, device=ends.device), ends, right=True)  # (Q,)
+        if active.layout is not None:
+            return None, active.layout.causal(blocks)
+        blocks = blocks[: active.tokens.shape[1]]
+        mask = (blocks[:, None] >= blocks)[None, None]  # (1, 1, K, K)
+        return (mask if active.mask is None else mask & active.mask), None
 
     def forward_subsets(
         self, pixel_values: torch.Tensor, subsets: Sequence[QuerySubset], together: bool = True
@@ -583,6 +616,8 @@ class PerceiverParts:
         """
         for subset in subsets:
             self.config.operating_point(subset.num_active_queries, subset.dqs_threshold)
+        if self.are_prefixes(subsets):
+            return self.forward_prefixes(pixel_values, [subset.num_active_queries for subset in subsets])
         y = self.read(pixel_values, max(subset.num_active_queries for subset in subsets))
         B = y.shape[0]
         counts = [len(range(*subset.images.indices(B))) for subset in subsets]
@@ -609,6 +644,23 @@ class PerceiverParts:
             return [self.decode(self.process(batch)) for batch in batches]
         pooled = self.decode(self.process(ActiveTokens.join(batches, backend)))
         return list(pooled.split(counts))
+
+    def are_prefixes(self, subsets: Sequence[QuerySubset]) -> bool:
+        """Whether one pass through the trunk answers for all of these subsets.
+
+        A block-causal trunk computes the tokens of the first K queries on the way to more of them, if K ends a block.
+        """
+        largest = max(subset.num_active_queries for subset in subsets)
+        ends = {*self.config.block_ends, largest}
+        return self.config.trunk_attention == "block_causal" and all(
+            subset.dqs_threshold is None and subset.images == slice(None) and subset.num_active_queries in ends
+            for subset in subsets
+        )
+
+    def forward_prefixes(self, pixel_values: torch.Tensor, budgets: Sequence[int]) -> list[torch.Tensor]:
+        """What the output query reads from the first K tokens, (B, D) for each K, by one pass through the trunk."""
+        active = self.process(self.select(self.read(pixel_values, max(budgets)), None))
+        return [self.decode(ActiveTokens(active.tokens[:, :K])) for K in budgets]
 
     def decode(self, active: ActiveTokens) -> torch.Tensor:
         """What the output query reads from the active tokens, normalised: (B, D)."""
@@ -657,13 +709,31 @@ def init_weights(module: nn.Module, std: float) -> None:
         init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
         init.ones_(module.weight)
         init.zeros_(module.bias)
+        if isinstance(module, nn.BatchNorm2d):
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+    elif isinstance(module, ConvBlock):
+        init.kaiming_normal_(module.conv.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, VisualPerceiverEmbeddings):
         init.trunc_normal_(module.position_embeddings, std=std)
+        if module.config.query_init == "spatial":
+            height, width = (side // module.config.patch_size for side in module.config.image_height_width)
+            init.copy_(module.position_embeddings, token_features(height, width, module.config.hidden_size))
     elif isinstance(module, VisualPerceiverCrossAttention):
         init.trunc_normal_(module.queries, std=std)
+        D, reads_image = module.config.hidden_size, module.queries.shape[0] == module.config.num_queries
+        if module.config.query_init == "spatial" and reads_image:
+            grid = max(module.config.image_height_width) // module.config.patch_size
+            init.copy_(module.queries, module.queries.detach().cpu() + query_features(len(module.queries), grid, D))
+            # Scores are then those of similar positions.
+            init.copy_(module.query.weight, torch.eye(D))
+            weight = module.key_value.weight.detach().cpu().clone()
+            weight[:D] = torch.eye(D)
+            init.copy_(module.key_value.weight, weight)
 
 
 class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
@@ -733,7 +803,10 @@ class OptimizedVisualPerceiver(nn.Module):
     def __init__(self, parts: PerceiverParts, head: nn.Module, dtype: torch.dtype | None, tokens_per_chunk: int | None):
         super().__init__()
         check_linears(parts)
-        engine = CompiledPerceiver if parts.cross_attention.queries.is_cuda else FastPerceiver
+        # The other two know the paper's form alone.
+        papers = parts.config.stem == "patch" and parts.config.trunk_attention == "full"
+        fast = CompiledPerceiver if parts.cross_attention.queries.is_cuda else FastPerceiver
+        engine = fast if papers else PlainPerceiver
         self.config, self.engine = parts.config, engine(parts, dtype, tokens_per_chunk)
         self.dtype, self.device = self.engine.dtype, self.engine.queries.device
         self.head = copy.deepcopy(head).requires_grad_(False)

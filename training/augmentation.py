@@ -212,7 +212,9 @@ class BatchAugmentation:
         draws = self.draw(step, batch_size, *images.shape[-2:])[positions]
         if self.augmentation.alternating_flip:
             if indices is None or epoch is None:
-                raise ValueError("Expected the images' indices and the epoch, which `alternating_flip` needs, got none.")
+                raise ValueError(
+                    "Expected the images' indices and the epoch, which `alternating_flip` needs, got none."
+                )
             draws = dataclasses.replace(draws, flip=self.flipped_at_first[indices] ^ bool(epoch % 2))
         return self.apply(images, labels, draws)
 

@@ -57,6 +57,12 @@ def input_facts(model: Network) -> InputFacts:
     return InputFacts(config.num_queries, config.image_height_width, config.timm_pretrained_cfg)
 
 
+def block_ends(model: Network) -> list[int] | None:
+    """Where blocks of queries end, if the network's trunk is block-causal."""
+    causal = not isinstance(model, TimmNetwork) and model.config.trunk_attention == "block_causal"
+    return model.config.block_ends if causal else None
+
+
 def compile_blocks(model: Network) -> None:
     """Have torch compile what takes a step's time, for batches of any size."""
     blocks = [model.timm_model] if isinstance(model, TimmNetwork) else model.visual_perceiver.layers

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 
@@ -56,6 +56,43 @@ def load_initial_weights(model: VisualPerceiverForImageClassification, source: s
             )
     model.load_state_dict(taken, strict=False)
     return fresh
+
+
+@torch.no_grad()
+def load_initial_stem(model: VisualPerceiverForImageClassification, source: str) -> None:
+    """Give the stem of `model` the weights of a classifier that is a stem with pooling, as `conv_stem_classifier_32` is.
+
+    Args:
+        model: The network to train, with a convolutional stem; changed in place.
+        source: A folder or Hub id of transformers' wrapper of that timm model.
+
+    Raises:
+        ValueError: If there is no such classifier, or it has another stem; `model` is then unchanged.
+    """
+    own = model.visual_perceiver.embeddings.patch_embeddings.stem
+    try:
+        classifier = AutoModelForImageClassification.from_pretrained(
+            source, use_safetensors=True, trust_remote_code=False
+        )
+        stem = classifier.timm_model.stem
+    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"Expected `initial_stem` to be a folder or Hub id of a conv_stem_classifier_32, got {source!r}: {reason}"
+        ) from error
+    weights = stem.state_dict()
+    for name, value in own.state_dict().items():
+        given = list(weights[name].shape) if name in weights else None
+        if given != list(value.shape):
+            raise ValueError(
+                f"Expected `initial_stem` to have the stem of the recipe's `config`, got {name} of shape {given} for "
+                f"{list(value.shape)} in {Path(source).name}."
+            )
+    if not weights or len(weights) != len(own.state_dict()):
+        raise ValueError(
+            f"Expected a stem of {len(own.state_dict())} tensors, got {len(weights)} in {Path(source).name}."
+        )
+    own.load_state_dict(weights)
 
 
 def earlier_training(source: str) -> dict[str, Any] | None:

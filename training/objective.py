@@ -71,12 +71,11 @@ class Objective(nn.Module):
         if distils:
             learners, pupils = learners[:1], all_logits[1:]
         labelled = pixel_values.new_zeros((), dtype=torch.float32)
+        answers = sum(len(logits) for _, logits in learners)
         for subset, logits in learners:
             taught = None if teacher_logits is None else teacher_logits[subset.images]
-            # An image counts alike, however many share its subset.
-            labelled = labelled + self.labelled_loss(logits, targets[subset.images], taught) * (
-                len(logits) / len(pixel_values)
-            )
+            # An answer counts alike, however many share its subset.
+            labelled = labelled + self.labelled_loss(logits, targets[subset.images], taught) * (len(logits) / answers)
         if not pupils:
             return torch.stack([labelled, torch.zeros_like(labelled)])
         answer = (all_logits[0] if averaged_logits is None else averaged_logits.float()).detach()

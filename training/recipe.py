@@ -52,6 +52,10 @@ class TeacherLoss:
     distillation: str = "soft"  # soft: KL at a temperature; hard: cross-entropy with the teacher's decision
     weight: float = 0.5  # of the teacher; the labels have the rest
     temperature: float = 1.0  # of soft distillation
+    # A folder for the teacher's answers on `views` fixed augmented views of each training image, computed once and shared by
+    # all runs with this teacher, augmentation and data; an epoch shows one view. None asks the teacher in every step.
+    cache: str | None = None
+    views: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,7 @@ class Recipe:
     # Overrides of the architecture's config; of a timm network, image_size and arguments of timm.create_model.
     config: dict[str, Any] = field(default_factory=dict)
     initial_model: str | None = None  # a folder or Hub id whose weights the run begins with; None is random weights
+    initial_stem: str | None = None  # a folder or Hub id of a trained conv_stem_classifier_32, for a convolutional stem
     attention: str | None = None  # sdpa, eager or flash_attention_2; None is transformers' choice
 
     dataset: str = "uoft-cs/cifar10"  # Hub id, folder of parquet files, or imagefolder
@@ -155,6 +160,16 @@ class Recipe:
             _one_of("teacher.distillation", self.teacher.distillation, "soft", "hard")
             _require(0 <= self.teacher.weight <= 1, "teacher.weight", "in [0, 1]", self.teacher.weight)
             _require(self.teacher.temperature > 0, "teacher.temperature", "above 0", self.teacher.temperature)
+            _require(self.teacher.views >= 1, "teacher.views", "at least 1", self.teacher.views)
+            if self.teacher.cache is not None:
+                mixing = self.augmentation.mixup or self.augmentation.cutmix
+                _require(not mixing, "augmentation.mixup", "0, like cutmix, with `teacher.cache`", mixing)
+                _require(
+                    cropped and self.augmentation.repeats == 1,
+                    "augmentation.random_crop_padding",
+                    "given, `streaming` false and `augmentation.repeats` 1, with `teacher.cache`",
+                    padding,
+                )
         _one_of("trunk", self.trunk, "auto", "packed", "split")
         _one_of("unreadable", self.unreadable, "error", "replace")
         micro = self.micro_batch_size
@@ -170,6 +185,8 @@ class Recipe:
         _require(not unknown, "config", "fields of VisualPerceiverConfig", unknown)
         config = self.model_config(num_labels=2)
         _require(config.num_channels == 3, "config.num_channels", "3, as images are read in RGB", config.num_channels)
+        if self.initial_stem is not None:
+            _require(config.stem == "conv", "config.stem", "conv with `initial_stem`", config.stem)
         for K in self.evaluate_queries or []:
             config.operating_point(K)
 
@@ -188,7 +205,7 @@ class Recipe:
         _require(fixed, "queries", "{schedule: fixed, K: 1} for a timm network, which has no queries", self.queries)
         budgets = self.evaluate_queries
         _require(budgets in (None, [1]), "evaluate_queries", "null or [1] for a timm network", budgets)
-        for key in ("initial_model", "attention"):
+        for key in ("initial_model", "initial_stem", "attention"):
             value = getattr(self, key)
             _require(value is None, key, "null for a timm network", value)
 

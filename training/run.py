@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,22 +19,23 @@ from torch.distributed.tensor import DTensor
 from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageClassification
 
 from .augmentation import BatchAugmentation
-from .batches import open_data
+from .batches import fits_in_memory, open_data
 from .checkpointing import RunFolder
 from .conditions import measurement_conditions
 from .curves import plot_curves
 from .data import ImageDataset, normalise, pixels_of_size, seed_everything, share_of_batch
 from .distributed import all_finite, gathered, keeps_state_apart, main_process_alone
-from .factory import Network, compile_blocks, create_model, create_optimizer, input_facts, mean_macs
+from .factory import Network, block_ends, compile_blocks, create_model, create_optimizer, input_facts, mean_macs
 from .folder import save_folder
-from .initial import earlier_training, load_initial_weights
+from .initial import earlier_training, load_initial_stem, load_initial_weights
 from .objective import Objective
-from .recipe import Recipe
+from .recipe import Recipe, TeacherLoss
 from .schedules import create_schedule, describe
 from .state import apply_state, gather_state
 from .step import check_batch, forward_backward
 from .stopping import StopRequest, Stopwatch
 from .teacher import FrozenTeacher, load_teacher
+from .teacher_cache import TeacherCache, cache_facts, create_cache, open_cache, view_augmentation
 
 
 console = Console(stderr=True)
@@ -82,7 +84,12 @@ class TrainingRun:
             assert isinstance(self.network, VisualPerceiverForImageClassification)  # the recipe has seen to it
             self.fresh = load_initial_weights(self.network, recipe.initial_model)
             self.earlier = earlier_training(recipe.initial_model)
-        self.schedule = create_schedule(recipe.queries, self.num_queries, recipe.seed, recipe.steps)
+        if recipe.initial_stem is not None and not (resume and folder.saved_steps()):
+            assert isinstance(self.network, VisualPerceiverForImageClassification)  # likewise
+            load_initial_stem(self.network, recipe.initial_stem)
+        self.schedule = create_schedule(
+            recipe.queries, self.num_queries, recipe.seed, recipe.steps, block_ends(self.network)
+        )
         check_batch(recipe, self.schedule, accelerator.num_processes)
         self.augment = BatchAugmentation(
             recipe.augmentation,
@@ -96,6 +103,12 @@ class TrainingRun:
         if recipe.teacher is not None:
             teacher = load_teacher(recipe.teacher.model, self.source.label_names, self.size, self.preprocessing)
             self.teacher = teacher.to(accelerator.device)
+        self.cache: TeacherCache | None = None
+        self.cache_facts: dict[str, Any] | None = None
+        if recipe.teacher is not None and recipe.teacher.cache is not None:
+            self.cache_facts = self.facts_of_cache(recipe.teacher)
+            if Path(recipe.teacher.cache).exists():
+                self.cache = open_cache(recipe.teacher.cache, self.cache_facts, self.view_augmentation())
         self.optimizer = create_optimizer(self.network, recipe)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -108,6 +121,37 @@ class TrainingRun:
             updates_per_epoch=1,
         )
         self.done = 0  # steps
+
+    def facts_of_cache(self, loss: TeacherLoss) -> dict[str, Any]:
+        """What the teacher's cached answers have to be made with."""
+        data = self.source.training
+        if self.teacher is None or data is None or not fits_in_memory(data, self.size):
+            raise ValueError("Expected decoded images of the network's size with `teacher.cache`, got others.")
+        return cache_facts(self.teacher, self.recipe.augmentation, self.preprocessing, data, loss.views)
+
+    def view_augmentation(self) -> BatchAugmentation:
+        """How the views of a cache are made."""
+        assert self.source.training is not None, "facts_of_cache has looked"
+        names, images = self.source.label_names, len(self.source.training)
+        return view_augmentation(self.recipe.augmentation, len(names), self.preprocessing, images)
+
+    def prepare_cache(self) -> None:
+        """Compute the teacher's answers, unless they are there; from here on the teacher is not asked."""
+        recipe, data = self.recipe, self.source.training
+        if self.cache_facts is None or recipe.teacher is None or recipe.teacher.cache is None:
+            return
+        assert self.teacher is not None and data is not None, "facts_of_cache has looked"
+        folder, facts, teacher = recipe.teacher.cache, self.cache_facts, self.teacher
+        if self.cache is None:
+            self.say(f"Computing the teacher's answers on {facts['views']} views of each image, once, for {folder}.")
+            with Progress(console=console, disable=not self.accelerator.is_main_process) as progress:
+                augment = self.view_augmentation()
+                main_process_alone(
+                    self.accelerator,
+                    lambda: create_cache(folder, facts, augment, teacher, data, self.accelerator, progress=progress),
+                )
+            self.cache = open_cache(folder, facts, augment)
+        self.teacher = None
 
     def say(self, message: str) -> None:
         """Print from the main process."""
@@ -126,6 +170,7 @@ class TrainingRun:
         if self.fresh:
             self.say(f"{recipe.initial_model} has other labels: the head begins with random weights.")
         main_process_alone(accelerator, lambda: self.folder.start(recipe))
+        self.prepare_cache()
         accelerator.init_trackers("hf_visual_perceiver", config={"recipe": self.recipe_name, "seed": recipe.seed})
         if recipe.compile:
             compile_blocks(self.network)
@@ -193,12 +238,16 @@ class TrainingRun:
             self.model.train()
             clock = Stopwatch()
             for batch in self.batches:
-                step, stopping = self.done, False
-                pixel_values, targets = self.augment(
-                    batch.images, batch.labels, step, positions, recipe.batch_size, batch.indices, batch.epoch
-                )
+                step, stopping, taught = self.done, False, None
+                if self.cache is not None:
+                    assert batch.indices is not None and batch.epoch is not None, "the recipe has seen to it"
+                    pixel_values, targets, taught = self.cache.batch(*batch)
+                else:
+                    pixel_values, targets = self.augment(
+                        batch.images, batch.labels, step, positions, recipe.batch_size, batch.indices, batch.epoch
+                    )
                 subsets = self.schedule(step)
-                losses = self.update(step, pixel_values, targets, subsets)
+                losses = self.update(step, pixel_values, targets, subsets, taught)
                 clock.count(recipe.batch_size)
                 if self.done % recipe.log_every == 0 or self.done == recipe.steps:
                     # The one place where the host waits for the device, and where the processes agree on stopping.
@@ -219,9 +268,14 @@ class TrainingRun:
                     clock.restart()
 
     def update(
-        self, step: int, pixel_values: torch.Tensor, targets: torch.Tensor, subsets: list[QuerySubset]
+        self,
+        step: int,
+        pixel_values: torch.Tensor,
+        targets: torch.Tensor,
+        subsets: list[QuerySubset],
+        taught: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Do one step; returns the (2,) losses of `Objective`."""
+        """Do one step, `taught` by a teacher's cached logits if there are any; returns the (2,) losses of `Objective`."""
         recipe, accelerator = self.recipe, self.accelerator
         self.scheduler.step_update(step)
         # Drawn by torch: dropped paths, which differ between the processes.
@@ -237,6 +291,7 @@ class TrainingRun:
             recipe,
             self.teacher,
             self.average,
+            taught,
         )
         if recipe.clip_gradient_norm is not None:
             accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_gradient_norm)

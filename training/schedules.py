@@ -1,11 +1,13 @@
 """Query schedules: which subsets of the queries a training step uses, as a function of the seed and the step alone."""
 
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverConfig, count_macs, count_trunk_macs
+from hf_visual_perceiver.modeling.macs import count_decoder_macs
 
 
 class Schedule(Protocol):
@@ -112,6 +114,80 @@ class Sandwich:
 
 
 @dataclass(frozen=True)
+class Nested:
+    """Each image with the first K queries for every K at which a block of queries ends, up to a largest K drawn anew in each step.
+
+    Meant for a block-causal trunk, in which one pass at the largest K gives the answers of all the smaller ones, so that
+    all budgets learn for the price of one (AdaPerceiver: Jajal et al. 2025). Each learns from the labels.
+
+    Args:
+        num_queries: Q.
+        seed: Of the run.
+        block_ends: Where blocks of queries end, from the model's config.
+        largest: Weights of the largest K, such as {16: 2, 64: 1}; None is always Q. Smaller ones make a step cheaper.
+    """
+
+    num_queries: int
+    seed: int
+    block_ends: tuple[int, ...]
+    largest: dict[int, float] | None = None
+
+    distils = False
+    groups = 1
+
+    def __post_init__(self) -> None:
+        weights = {self.num_queries: 1.0} if self.largest is None else self.largest
+        positive = isinstance(weights, dict) and weights and all(_is_number(w) and w > 0 for w in weights.values())
+        if not positive or not set(weights) <= set(self.block_ends):
+            raise ValueError(
+                f"Expected `queries.largest` to give positive weights to some of the ends of blocks, "
+                f"{list(self.block_ends)}, got {self.largest!r}."
+            )
+
+    def __call__(self, step: int) -> list[QuerySubset]:
+        weights = self.largest or {self.num_queries: 1.0}
+        shares = np.array(list(weights.values())) / sum(weights.values())
+        largest = int(_generator(self, step).choice(list(weights), p=shares))
+        return [QuerySubset(K) for K in self.block_ends[::-1] if largest >= K]
+
+
+@dataclass(frozen=True)
+class SmallFirst:
+    """No subset has more than K_max queries, which grows from `start` to all of them in the first `fraction` of the steps.
+
+    By the same factor in equal times, so that each doubling of the budget gets the same share. Cheap first, as in
+    EfficientTrain++ (Wang et al. 2024) and PatchDropout (Liu et al. 2023), which begin with smaller or fewer patches.
+    """
+
+    schedule: Any
+    num_queries: int
+    steps: int
+    start: int = 4
+    fraction: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_integer("small_first.start", self.start, 1, self.num_queries)
+        if not _is_number(self.fraction) or not 0 < self.fraction <= 1:
+            raise ValueError(f"Expected `queries.small_first.fraction` to be in (0, 1], got {self.fraction!r}.")
+
+    @property
+    def distils(self) -> bool:
+        return self.schedule.distils
+
+    @property
+    def groups(self) -> int:
+        return self.schedule.groups
+
+    def __call__(self, step: int) -> list[QuerySubset]:
+        progress = min(1.0, step / (self.fraction * self.steps))
+        most = int(self.start * (self.num_queries / self.start) ** progress + 1e-9)
+        subsets = self.schedule(step)
+        if isinstance(self.schedule, Nested):
+            return [subset for subset in subsets if subset.num_active_queries <= most]
+        return [replace(subset, num_active_queries=min(most, subset.num_active_queries)) for subset in subsets]
+
+
+@dataclass(frozen=True)
 class DqsTail:
     """In the last part of training, some of the smaller subsets are those that selection really keeps.
 
@@ -163,17 +239,27 @@ class DqsTail:
         ]
 
 
-SCHEDULES: dict[str, Any] = {"fixed": Fixed, "uniform": Uniform, "stratified": Stratified, "sandwich": Sandwich}
+SCHEDULES: dict[str, Any] = {
+    "fixed": Fixed,
+    "uniform": Uniform,
+    "stratified": Stratified,
+    "sandwich": Sandwich,
+    "nested": Nested,
+}
 
 
-def create_schedule(queries: dict[str, Any], num_queries: int, seed: int, steps: int = 1) -> Schedule:
+def create_schedule(
+    queries: dict[str, Any], num_queries: int, seed: int, steps: int = 1, block_ends: Sequence[int] | None = None
+) -> Schedule:
     """The schedule that a recipe's `queries` describes: a function from the step to its subsets of the queries.
 
     Args:
-        queries: `{"schedule": name, ...}` with the schedule's own arguments, and those of `DqsTail` as `dqs_tail`.
+        queries: `{"schedule": name, ...}` with the schedule's own arguments, and those of `SmallFirst` and `DqsTail` as
+            `small_first` and `dqs_tail`.
         num_queries: Q.
         seed: Of the run; the same on every process.
         steps: Of the whole run.
+        block_ends: Where blocks of queries end, for a model whose trunk is block-causal.
 
     Raises:
         ValueError: If the name or an argument is unknown or out of range.
@@ -185,15 +271,24 @@ def create_schedule(queries: dict[str, Any], num_queries: int, seed: int, steps:
     """
     arguments = dict(queries)
     name, tail = arguments.pop("schedule", None), arguments.pop("dqs_tail", None)
+    small_first = arguments.pop("small_first", None)
     if name not in SCHEDULES:
         raise ValueError(f"Expected `queries.schedule` to be one of {', '.join(SCHEDULES)}, got {name!r}.")
-    schedule = _create(SCHEDULES[name], arguments, f"queries` of schedule `{name}", num_queries=num_queries, seed=seed)
-    if tail is None:
-        return schedule
-    if not isinstance(tail, dict):
-        raise ValueError(f"Expected `queries.dqs_tail` to be a group of keys, got {tail!r}.")
-    given = {"schedule": schedule, "num_queries": num_queries, "seed": seed, "steps": steps}
-    return _create(DqsTail, tail, "queries.dqs_tail", **given)
+    given: dict[str, Any] = {"num_queries": num_queries, "seed": seed}
+    if name == "nested":
+        if block_ends is None:
+            raise ValueError("Expected a model with `trunk_attention` 'block_causal' for the schedule `nested`.")
+        given["block_ends"] = tuple(block_ends)
+    schedule = _create(SCHEDULES[name], arguments, f"queries` of schedule `{name}", **given)
+    for key, group in (("small_first", small_first), ("dqs_tail", tail)):
+        if group is not None and not isinstance(group, dict):
+            raise ValueError(f"Expected `queries.{key}` to be a group of keys, got {group!r}.")
+    given = {"num_queries": num_queries, "steps": steps}
+    if small_first is not None:
+        schedule = _create(SmallFirst, small_first, "queries.small_first", schedule=schedule, **given)
+    if tail is not None:
+        schedule = _create(DqsTail, tail, "queries.dqs_tail", schedule=schedule, seed=seed, **given)
+    return schedule
 
 
 def step_macs(config: VisualPerceiverConfig, schedule: Schedule, step: int) -> float:
@@ -202,6 +297,9 @@ def step_macs(config: VisualPerceiverConfig, schedule: Schedule, step: int) -> f
     A subset that selection is to choose counts with all its candidates, as the number that stays is not known.
     """
     budgets = [subset.num_active_queries for subset in schedule(step)]
+    largest = max(budgets)
+    if config.trunk_attention == "block_causal" and len(budgets) > 1 and schedule.groups == 1:
+        return count_macs(config, largest) + sum(count_decoder_macs(config, K) for K in budgets if largest != K)
     if schedule.distils:
         return count_macs(config, budgets[0]) + sum(count_trunk_macs(config, K) for K in budgets[1:])
     return sum(count_macs(config, K) for K in budgets) / len(budgets)
@@ -232,6 +330,10 @@ def _log_uniform(random: np.random.Generator, largest: int, count: int) -> list[
     """`count` draws from [1, largest] with p(K) proportional to 1 / K."""
     weights = 1 / np.arange(1, largest + 1)
     return [int(K) for K in random.choice(np.arange(1, largest + 1), size=count, p=weights / weights.sum())]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_integer(name: str, value: Any, low: int, high: int) -> None:

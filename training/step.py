@@ -24,15 +24,20 @@ def forward_backward(
     recipe: Recipe,
     teacher: FrozenTeacher | None = None,
     average: ModelEmaV3 | None = None,
+    teacher_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gradients of one step's loss, in micro-batches if the recipe says so; returns the (2,) losses of `Objective`."""
+    """Gradients of one step's loss, in micro-batches if the recipe says so; returns the (2,) losses of `Objective`.
+
+    `teacher_logits`, (B, labels), are the teacher's answers where they are known already.
+    """
     objective: Any = accelerator.unwrap_model(model)
     B = len(pixel_values)
     size = recipe.micro_batch_size or B
     losses = torch.zeros(2, device=pixel_values.device)
     for first in range(0, B, size):
         part = slice(first, min(first + size, B))
-        taught = averaged = None
+        averaged = None
+        taught = None if teacher_logits is None else teacher_logits[part]
         with accelerator.autocast(), torch.no_grad():
             if teacher is not None:
                 taught = teacher(pixel_values[part])
