@@ -15,17 +15,17 @@ import torch
 from torch.nn import functional as F
 
 from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
-from .modeling.macs import count_trunk_macs
-from .modeling.modeling_visual_perceiver import ActiveTokens, VisualPerceiverImageClassifierOutput
+from .modeling.macs import count_extension_macs, count_trunk_macs
+from .modeling.modeling_visual_perceiver import VisualPerceiverImageClassifierOutput
 from .training.files import write_json
 
 
 class Cascade:
     """Runs the first K_1 queries; an image whose top probability reaches the stage's threshold is done, the others go on.
 
-    Images that are done leave the batch, so they cost nothing further. The others keep their patches, keys, values and
-    the cross-attention outputs that they have; only the new queries read, and the trunk runs anew on K_2 of them, for the
-    blocks' attention mixes the queries. (MSDNet and DVT stop likewise, by the top probability: Huang et al. 2018, Wang et
+    Images that are done leave the batch, so they cost nothing further. The others go on where they are: only the new queries
+    read, and with a block-causal trunk they alone go through it; otherwise the trunk runs anew on K_2 of them, for its
+    attention mixes the queries. (MSDNet and DVT stop likewise, by the top probability: Huang et al. 2018, Wang et
     al. 2021.)
 
     Args:
@@ -69,23 +69,17 @@ class Cascade:
         Returns:
             `logits` (B, labels), each image's from its last stage, and `active_queries` (B, Q).
         """
-        parts, head = self.model.visual_perceiver, self.model.head
-        cross = parts.cross_attention
-        inputs = cross.norm_inputs(parts.embeddings(pixel_values))  # (B, N, D)
-        key, value = (x.transpose(1, 2) for x in cross.split_heads(cross.key_value(inputs), 2))  # (B, H, N, d)
-        going = torch.arange(key.shape[0], device=key.device)  # images still in the batch
-        tokens = inputs[:, :0]  # (B, 0, D), the finished cross-attention outputs
-        logits = inputs.new_zeros(key.shape[0], self.model.num_labels)
-        used = torch.zeros(key.shape[0], dtype=torch.long, device=key.device)
+        state = self.model.start(pixel_values)
+        B, device = pixel_values.shape[0], pixel_values.device
+        going = torch.arange(B, device=device)  # images still in the batch
+        logits: torch.Tensor | None = None
+        used = torch.zeros(B, dtype=torch.long, device=device)
         for stage, K in enumerate(self.stages):
-            new = torch.arange(tokens.shape[1], K, device=key.device)
-            query = cross.query(cross.norm_queries(cross.queries[new]))
-            query = query.unflatten(-1, (cross.num_heads, -1)).transpose(0, 1)[None]  # (1, H, new, d)
-            y, _ = cross.attend(query.expand(key.shape[0], -1, -1, -1), key, value)
-            tokens = torch.cat([tokens, cross.finish(y.flatten(-2), new)], dim=1)  # (b, K, D)
-            answer = head(parts.decode(parts.process(ActiveTokens(tokens))))
+            answer = state.extend(K).logits
+            if logits is None:
+                logits = answer.new_zeros(B, answer.shape[1])
             # Written at each stage, and overwritten for those that go on.
-            logits = logits.to(answer.dtype).index_copy(0, going, answer)
+            logits = logits.index_copy(0, going, answer)
             used[going] = K
             if stage == len(self.thresholds):
                 break
@@ -93,8 +87,8 @@ class Cascade:
             going = going[on]
             if len(going) == 0:
                 break
-            key, value, tokens = key[on], value[on], tokens[on]
-        active = torch.arange(parts.config.num_queries, device=key.device) < used[:, None]
+            state = state[on]
+        active = torch.arange(self.model.config.num_queries, device=device) < used[:, None]
         return VisualPerceiverImageClassifierOutput(logits=logits, active_queries=active)
 
     def save(self, path: str | Path) -> None:
@@ -134,7 +128,8 @@ def top_probability(logits: torch.Tensor) -> torch.Tensor:
 def cascade_macs(config: VisualPerceiverConfig, stages: Sequence[int]) -> list[int]:
     """Multiply-accumulates of an image that stops at each stage, by the formula of `count_macs`.
 
-    Reading is paid once, for the queries of the last stage reached; the trunk, decoder and head once per stage.
+    Reading is paid once, for the queries of the last stage reached, and so is the trunk if it is block-causal and the stages
+    are ends of blocks. Otherwise the trunk is paid once per stage, as the decoder and head always are.
 
     Example:
         >>> config = VisualPerceiverConfig(num_labels=10)
@@ -144,7 +139,13 @@ def cascade_macs(config: VisualPerceiverConfig, stages: Sequence[int]) -> list[i
         True
     """
     stages = check_stages(config, stages)
-    trunks = itertools.accumulate(count_trunk_macs(config, K) for K in stages)
+    if config.trunk_attention == "block_causal":
+        ends = [0, *config.block_ends]
+        starts = [max(end for end in ends if end <= K) for K in [0, *stages[:-1]]]
+        added = [count_extension_macs(config, start, K) for start, K in zip(starts, stages, strict=True)]
+    else:
+        added = [count_trunk_macs(config, K) for K in stages]
+    trunks = itertools.accumulate(added)
     return [count_macs(config, K) - count_trunk_macs(config, K) + paid for K, paid in zip(stages, trunks, strict=True)]
 
 

@@ -76,6 +76,7 @@ TIMM_ARGUMENTS = {
     "stem_residual": "stem_residual",
     "trunk_attention": "trunk_attention",
     "query_blocks": "query_blocks",
+    "query_init": "query_init",
     "norm_eps": "layer_norm_eps",
     "num_active_queries": "num_active_queries",
     "dqs_threshold": "dqs_threshold",

@@ -54,6 +54,14 @@ def count_trunk_macs(config: VisualPerceiverConfig, num_active_queries: int) -> 
     return trunk + count_decoder_macs(config, K)
 
 
+def count_extension_macs(config: VisualPerceiverConfig, start: int, num_active_queries: int) -> int:
+    """As `count_trunk_macs`, for a block-causal trunk that goes on from the first `start` queries."""
+    K, D, M = num_active_queries, config.hidden_size, config.intermediate_size
+    new = K - start
+    trunk = config.num_hidden_layers * (new * (4 * D**2 + 2 * D * M) + 2 * new * K * D)
+    return trunk + count_decoder_macs(config, K)
+
+
 def count_decoder_macs(config: VisualPerceiverConfig, num_active_queries: int) -> int:
     """The part of `count_macs` after the blocks: the decoder, which reads K tokens, and the head."""
     K, D, M = num_active_queries, config.hidden_size, config.intermediate_size

@@ -10,8 +10,8 @@ and by timm's model in `timm_visual_perceiver.py`, so that one file of weights s
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -75,6 +75,9 @@ class VisualPerceiverImageClassifierOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+KeysAndValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 def check_pixel_values(pixel_values: torch.Tensor, config: VisualPerceiverConfig, any_size: bool = False) -> None:
@@ -333,6 +336,24 @@ class VisualPerceiverSelfAttention(MultiHeadAttention):
             y, weights = self.attend_packed(query, key, value, layout), None
         return self.dropout(self.proj(y.flatten(-2))), weights
 
+    def extend(
+        self, x: torch.Tensor, past: KeysAndValues, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, KeysAndValues]:
+        """Attention of new tokens to earlier ones and to each other.
+
+        Args:
+            x: (B, n, D), the new tokens.
+            past: Keys and values of the earlier tokens, each (B, H, P, d).
+            mask: (1, 1, n, P + n) bool, true where a key may be read; None reads all.
+
+        Returns:
+            (B, n, D), and keys and values of all P + n tokens.
+        """
+        query, key, value = (part.transpose(1, 2) for part in self.split_heads(self.qkv(x), 3))  # (B, H, n, d)
+        key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        y, _ = self.attend(query, key, value, mask)
+        return self.dropout(self.proj(y.flatten(-2))), (key, value)
+
 
 class VisualPerceiverCrossAttention(MultiHeadAttention):
     """A cross-attention block with its learned queries: Q of them read the patches, or one reads the result (decoder).
@@ -413,6 +434,14 @@ class VisualPerceiverLayer(GradientCheckpointingLayer):
         x = x + (y if path_scales is None else y * path_scales[0])
         y = self.mlp(self.norm2(x))
         return x + (y if path_scales is None else y * path_scales[1])
+
+    def extend(
+        self, x: torch.Tensor, past: KeysAndValues, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, KeysAndValues]:
+        """The block for new tokens, after earlier ones; see `VisualPerceiverSelfAttention.extend`."""
+        y, past = self.attention.extend(self.norm1(x), past, mask)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), past
 
 
 @dataclass(frozen=True)
@@ -587,13 +616,17 @@ class PerceiverParts:
         """What the blocks are told of who may read whom: a mask (B or 1, 1, K or 1, K) of dense tokens, a layout of packed ones."""
         if self.config.trunk_attention == "full":
             return active.mask, active.layout
-        ends = torch.tensor(self.config.block_ends, device=active.tokens.device)
-        blocks = torch.bucketize(torch.arange(self.config.num_queries, device=ends.device), ends, right=True)  # (Q,)
+        blocks = self.query_block(active.tokens.device)
         if active.layout is not None:
             return None, active.layout.causal(blocks)
         blocks = blocks[: active.tokens.shape[1]]
         mask = (blocks[:, None] >= blocks)[None, None]  # (1, 1, K, K)
         return (mask if active.mask is None else mask & active.mask), None
+
+    def query_block(self, device: torch.device) -> torch.Tensor:
+        """(Q,) the block of each query in a block-causal trunk."""
+        ends = torch.tensor(self.config.block_ends, device=device)
+        return torch.bucketize(torch.arange(self.config.num_queries, device=device), ends, right=True)
 
     def forward_subsets(
         self, pixel_values: torch.Tensor, subsets: Sequence[QuerySubset], together: bool = True
@@ -791,6 +824,112 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
         )
 
 
+@dataclass
+class IncrementalState:
+    """Images that have been answered with some queries, and can be with more.
+
+    With a block-causal trunk going on repeats nothing but queries of a block that was not complete. With the paper's, in
+    which all queries see each other, the image is read once and the trunk runs anew.
+
+    Attributes:
+        parts: The network.
+        head: The classifier.
+        keys_and_values: Of the images' tokens, each (B, H, N, d), as the queries read them.
+        tokens: (B, K, D) after the cross-attention block.
+        past: Keys and values of the K tokens in each block of the trunk, each (B, H, K, d); empty with the paper's trunk.
+        processed: (B, K, D) tokens after the trunk.
+        versions: Of the weights, when the images were read.
+    """
+
+    parts: PerceiverParts
+    head: nn.Module
+    keys_and_values: KeysAndValues
+    tokens: torch.Tensor
+    past: list[KeysAndValues]
+    processed: torch.Tensor
+    versions: tuple[tuple[int, int], ...]
+
+    @classmethod
+    @torch.no_grad()
+    def read(cls, parts: PerceiverParts, head: nn.Module, pixel_values: torch.Tensor) -> "IncrementalState":
+        """Read images; see `VisualPerceiverForImageClassification.start`."""
+        cross = parts.cross_attention
+        inputs = cross.norm_inputs(parts.embeddings(pixel_values))  # (B, N, D)
+        key, value = (x.transpose(1, 2) for x in cross.split_heads(cross.key_value(inputs), 2))  # (B, H, N, d)
+        none = inputs[:, :0]
+        past: list[KeysAndValues] = []
+        if parts.config.trunk_attention == "block_causal":
+            heads = parts.config.num_attention_heads
+            empty = none.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, 0, d)
+            past = [(empty, empty)] * len(parts.layers)
+        return cls(parts, head, (key, value), none, past, none, weight_versions(parts))
+
+    @property
+    def num_active_queries(self) -> int:
+        """K so far; 0 before the first answer."""
+        return self.tokens.shape[1]
+
+    @torch.no_grad()
+    def extend(self, num_active_queries: int) -> VisualPerceiverImageClassifierOutput:
+        """Answer with the first K queries, going on from those that there are.
+
+        Raises:
+            ValueError: If K is out of its range or smaller than before, or the weights have changed since.
+        """
+        parts, before = self.parts, self.num_active_queries
+        K, _ = parts.config.operating_point(num_active_queries)
+        if before > K:
+            raise ValueError(f"Expected at least the {before} queries that there are, got {K}.")
+        if weight_versions(parts) != self.versions:
+            raise ValueError(
+                "Expected the weights that read the images, got others: the model has changed; start anew."
+            )
+        if before < K:
+            self.add(K)
+        pooled = parts.decode(ActiveTokens(self.processed))
+        active = parts.active_queries(ActiveTokens(self.processed))
+        return VisualPerceiverImageClassifierOutput(logits=self.head(pooled), active_queries=active)
+
+    def add(self, K: int) -> None:
+        """Compute the tokens of the queries that are missing to the first K."""
+        parts, cross, before = self.parts, self.parts.cross_attention, self.num_active_queries
+        new = torch.arange(before, K, device=self.tokens.device)
+        query = cross.query(cross.norm_queries(cross.queries[new]))
+        query = query.unflatten(-1, (cross.num_heads, -1)).transpose(0, 1)[None]  # (1, H, new, d)
+        key, value = self.keys_and_values
+        y, _ = cross.attend(query.expand(key.shape[0], -1, -1, -1), key, value)
+        self.tokens = torch.cat([self.tokens, cross.finish(y.flatten(-2), new)], dim=1)  # (B, K, D)
+        if parts.config.trunk_attention == "full":
+            self.processed = parts.process(ActiveTokens(self.tokens)).tokens
+            return
+        # Queries of a block see all of it, so a block that was cut off begins anew.
+        start = max(end for end in [0, *parts.config.block_ends] if end <= before)
+        blocks = parts.query_block(self.tokens.device)
+        mask = (blocks[start:K, None] >= blocks[:K])[None, None]  # (1, 1, n, K)
+        x = self.tokens[:, start:]
+        for i, layer in enumerate(parts.layers):
+            assert isinstance(layer, VisualPerceiverLayer)
+            key, value = self.past[i]
+            x, self.past[i] = layer.extend(x, (key[:, :, :start], value[:, :, :start]), mask)
+        self.processed = torch.cat([self.processed[:, :start], x], dim=1)
+
+    def __getitem__(self, images: torch.Tensor) -> "IncrementalState":
+        """The state of some of the images: (B,) bool or indices."""
+        return replace(
+            self,
+            keys_and_values=(self.keys_and_values[0][images], self.keys_and_values[1][images]),
+            tokens=self.tokens[images],
+            past=[(key[images], value[images]) for key, value in self.past],
+            processed=self.processed[images],
+        )
+
+
+def weight_versions(parts: PerceiverParts) -> tuple[tuple[int, int], ...]:
+    """What changes when a weight does: its identity, and how often it was written to."""
+    assert isinstance(parts, nn.Module)
+    return tuple((id(p), 0 if p.is_inference() else p._version) for p in parts.parameters())
+
+
 class OptimizedVisualPerceiver(nn.Module):
     """A classifier as `optimize_for_inference` makes it: a snapshot of the weights, called as the model is.
 
@@ -926,6 +1065,22 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
             torch.Size([2, 10])
         """
         return [self.head(pooled) for pooled in self.visual_perceiver.forward_subsets(pixel_values, subsets, together)]
+
+    def start(self, pixel_values: torch.Tensor) -> IncrementalState:
+        """Read images, to answer with few queries first and with more later: `state.extend(K)`.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+
+        Example:
+            >>> config = VisualPerceiverConfig(num_labels=10, trunk_attention="block_causal")
+            >>> model = VisualPerceiverForImageClassification(config).eval()
+            >>> state = model.start(torch.zeros(2, 3, 32, 32))
+            >>> few, more = state.extend(4), state.extend(16)  # 12 more queries; nothing is computed twice
+            >>> torch.allclose(more.logits, model(torch.zeros(2, 3, 32, 32), num_active_queries=16).logits, atol=1e-5)
+            True
+        """
+        return IncrementalState.read(self.visual_perceiver, self.head, pixel_values)
 
     def optimize_for_inference(
         self, dtype: torch.dtype | None = None, tokens_per_chunk: int | None = None

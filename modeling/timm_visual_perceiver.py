@@ -72,6 +72,13 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         num_cross_heads: int = 1,
         act_layer: str = "gelu",
         qkv_bias: bool = True,
+        stem: str = "patch",
+        stem_widths: Sequence[Sequence[int]] | None = None,
+        stem_downsample: str = "pool",
+        stem_residual: bool = False,
+        trunk_attention: str = "full",
+        query_blocks: Sequence[int] | None = None,
+        query_init: str = "random",
         norm_eps: float = 1e-6,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -99,6 +106,13 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             num_cross_heads: Of the cross-attention.
             act_layer: Name of the activation, in transformers' terms.
             qkv_bias: Whether the query, key and value projections have a bias.
+            stem: `"patch"`, a linear map of patches, or `"conv"`, stages of convolutions.
+            stem_widths: Output channels of the convolutions of each stage; the patch size is 2 ** (stages - 1).
+            stem_downsample: Between stages, `"pool"` or `"stride"`.
+            stem_residual: Give convolutions that keep their shape a shortcut.
+            trunk_attention: Which queries see each other, `"full"` or `"block_causal"`.
+            query_blocks: Where blocks of queries end; None is 1, 2, 4, 8, ... up to Q.
+            query_init: How queries begin, `"random"` or `"spatial"`.
             norm_eps: Of every layer norm.
             drop_rate: Dropout before the classifier.
             proj_drop_rate: Dropout after projections, MLPs and position embeddings.
@@ -124,6 +138,13 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             "num_cross_attention_heads": num_cross_heads,
             "hidden_act": act_layer,
             "qkv_bias": qkv_bias,
+            "stem": stem,
+            "stem_widths": None if stem_widths is None else [list(stage) for stage in stem_widths],
+            "stem_downsample": stem_downsample,
+            "stem_residual": stem_residual,
+            "trunk_attention": trunk_attention,
+            "query_blocks": None if query_blocks is None else list(query_blocks),
+            "query_init": query_init,
             "layer_norm_eps": norm_eps,
             "hidden_dropout_prob": proj_drop_rate,
             "attention_probs_dropout_prob": attn_drop_rate,
@@ -304,9 +325,10 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         take_indices, last = feature_take_indices(len(self.layers), indices)
         active = self._begin(x, num_active_queries, dqs_threshold)
         x, intermediates = active.tokens, []
+        mask, layout = self.trunk_masks(active)
         path_scales = self.draw_paths(active)
         for i, layer in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = layer(x, active.mask, active.layout, path_scales=path_scales[i])
+            x = layer(x, mask, layout, path_scales=path_scales[i])
             if i in take_indices:
                 tokens = self._norm_tokens(x) if norm else x
                 intermediates.append(ActiveTokens(tokens, active.keep, active.layout).dense())
@@ -409,6 +431,24 @@ def visual_perceiver_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> 
 def visual_perceiver_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisualPerceiver:
     """The paper's Visual Perceiver: DeiT-Tiny's width and blocks, 64 queries, for 32x32 images."""
     return _create("visual_perceiver_tiny_patch4_32", pretrained, **kwargs)
+
+
+@register_model
+def visual_perceiver_nano_conv_32(pretrained: bool = False, **kwargs: Any) -> VisualPerceiver:
+    """Visual Perceiver of width 96 and 6 blocks with a light convolutional stem, for 32x32 images and CPUs."""
+    return _create("visual_perceiver_nano_conv_32", pretrained, **kwargs)
+
+
+@register_model
+def visual_perceiver_micro_conv_32(pretrained: bool = False, **kwargs: Any) -> VisualPerceiver:
+    """Visual Perceiver of width 128 and 8 blocks with a light convolutional stem, for 32x32 images and CPUs."""
+    return _create("visual_perceiver_micro_conv_32", pretrained, **kwargs)
+
+
+@register_model
+def visual_perceiver_tiny_conv_32(pretrained: bool = False, **kwargs: Any) -> VisualPerceiver:
+    """Visual Perceiver of width 192 and 8 blocks with a residual convolutional stem, for 32x32 images."""
+    return _create("visual_perceiver_tiny_conv_32", pretrained, **kwargs)
 
 
 @register_model

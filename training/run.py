@@ -140,7 +140,8 @@ class TrainingRun:
         recipe, data = self.recipe, self.source.training
         if self.cache_facts is None or recipe.teacher is None or recipe.teacher.cache is None:
             return
-        assert self.teacher is not None and data is not None, "facts_of_cache has looked"
+        assert self.teacher is not None, "facts_of_cache has looked"
+        assert data is not None, "facts_of_cache has looked"
         folder, facts, teacher = recipe.teacher.cache, self.cache_facts, self.teacher
         if self.cache is None:
             self.say(f"Computing the teacher's answers on {facts['views']} views of each image, once, for {folder}.")
@@ -240,7 +241,8 @@ class TrainingRun:
             for batch in self.batches:
                 step, stopping, taught = self.done, False, None
                 if self.cache is not None:
-                    assert batch.indices is not None and batch.epoch is not None, "the recipe has seen to it"
+                    assert batch.indices is not None, "the recipe has seen to it"
+                    assert batch.epoch is not None, "likewise"
                     pixel_values, targets, taught = self.cache.batch(*batch)
                 else:
                     pixel_values, targets = self.augment(

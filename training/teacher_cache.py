@@ -96,7 +96,7 @@ def cache_facts(
         "teacher_hash": weights.hexdigest(),
         # Of the targets alone.
         "augmentation": {k: v for k, v in dataclasses.asdict(augmentation).items() if k != "label_smoothing"},
-        "preprocessing": {key: preprocessing[key] for key in ("mean", "std")},
+        "preprocessing": {key: list(preprocessing[key]) for key in ("mean", "std")},
     }
 
 

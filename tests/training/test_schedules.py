@@ -8,11 +8,14 @@ from hf_visual_perceiver.training.schedules import SCHEDULES, create_schedule, d
 
 
 TAIL = {"fraction": 0.25, "share": 0.5, "thresholds": [0.6, 0.9]}
+ENDS = [1, 2, 4, 8, 16, 32, 64]
 EXAMPLES = {
     "fixed": {"schedule": "fixed", "K": 5},
     "uniform": {"schedule": "uniform"},
     "stratified": {"schedule": "stratified", "groups": 4},
     "sandwich": {"schedule": "sandwich", "students": 3},
+    "nested": {"schedule": "nested", "largest": {16: 2, 64: 1}},
+    "small_first": {"schedule": "stratified", "small_first": {"start": 2, "fraction": 0.5}},
     "dqs_tail": {"schedule": "sandwich", "students": 2, "dqs_tail": TAIL},
 }
 
@@ -27,7 +30,7 @@ def test_every_schedule_is_an_example():
 
 @pytest.mark.parametrize("queries", EXAMPLES.values(), ids=EXAMPLES)
 def test_follow_from_seed_and_step(queries):
-    a, b, c = (create_schedule(queries, 64, seed, steps=60) for seed in (0, 0, 1))
+    a, b, c = (create_schedule(queries, 64, seed, steps=60, block_ends=ENDS) for seed in (0, 0, 1))
     one = [a(step) for step in range(60)]
     assert one == [b(step) for step in reversed(range(60))][::-1]
     assert all(1 <= K <= 64 for subsets in one for K in budgets(subsets))
@@ -44,6 +47,51 @@ def test_uniform_covers_every_budget_alike():
     counts = np.bincount([budgets(schedule(step))[0] for step in range(4000)], minlength=9)
     assert counts[0] == 0
     assert all(400 < count < 600 for count in counts[1:])
+
+
+def test_nested_takes_all_ends_of_blocks_up_to_the_largest():
+    schedule = create_schedule(EXAMPLES["nested"], 64, seed=0, block_ends=ENDS)
+    drawn = [budgets(schedule(step)) for step in range(3000)]
+    assert {tuple(Ks) for Ks in drawn} == {(16, 8, 4, 2, 1), (64, 32, 16, 8, 4, 2, 1)}
+    assert 0.63 < np.mean([Ks[0] == 16 for Ks in drawn]) < 0.70
+    always = create_schedule({"schedule": "nested"}, 64, seed=0, block_ends=ENDS)
+    assert budgets(always(5)) == ENDS[::-1]
+
+
+def test_the_cost_of_a_nested_step_is_one_trunk_and_its_decoders():
+    config = VisualPerceiverConfig(num_labels=10, trunk_attention="block_causal")
+    schedule = create_schedule({"schedule": "nested"}, 64, seed=0, block_ends=ENDS)
+    D = config.hidden_size
+    decoders = sum(2 * K * D**2 + 2 * K * D + 10 * D**2 + 10 * D for K in ENDS[:-1])
+    assert step_macs(config, schedule, 0) == count_macs(config, 64) + decoders
+
+
+def test_small_first_grows_by_equal_factors():
+    schedule = create_schedule(EXAMPLES["small_first"], 64, seed=0, steps=1000)
+    largest = [max(budgets(schedule(step))) for step in (0, 100, 200, 300, 400, 500, 999)]
+    assert largest == [2, 4, 8, 16, 32, 64, 64]
+    nested = {"schedule": "nested", "small_first": {"start": 1, "fraction": 1.0}}
+    schedule = create_schedule(nested, 64, seed=0, steps=6, block_ends=ENDS)
+    assert [budgets(schedule(step)) for step in (0, 2, 5)] == [[1], [4, 2, 1], [32, 16, 8, 4, 2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        ({"schedule": "nested", "largest": {5: 1}}, "ends of blocks"),
+        ({"schedule": "nested", "largest": {4: 0}}, "positive weights"),
+        ({"schedule": "nested", "largest": {}}, "positive weights"),
+        ({"schedule": "uniform", "small_first": {"start": 65}}, "`queries.small_first.start`"),
+        ({"schedule": "uniform", "small_first": {"fraction": 0}}, "`queries.small_first.fraction`"),
+        ({"schedule": "uniform", "small_first": 3}, "`queries.small_first` to be a group"),
+    ],
+    ids=str,
+)
+def test_nested_and_small_first_that_do_not_fit(queries, message):
+    with pytest.raises(ValueError, match=message):
+        create_schedule(queries, 64, seed=0, steps=10, block_ends=ENDS)
+    with pytest.raises(ValueError, match="'block_causal' for the schedule `nested`"):
+        create_schedule({"schedule": "nested"}, 64, seed=0)
 
 
 def log_uniform_shares(largest):
@@ -110,8 +158,8 @@ class TestDqsTail:
 @pytest.mark.parametrize(
     ("queries", "message"),
     [
-        ({"schedule": "uniforn"}, "one of fixed, uniform, stratified, sandwich, got 'uniforn'"),
-        ({}, "one of fixed, uniform, stratified, sandwich, got None"),
+        ({"schedule": "uniforn"}, "one of fixed, uniform, stratified, sandwich, nested, got 'uniforn'"),
+        ({}, "one of fixed, uniform, stratified, sandwich, nested, got None"),
         ({"schedule": "uniform", "K": 3}, r"arguments \[\], got \['K'\]"),
         ({"schedule": "fixed"}, r"arguments \['K'\] \(\['K'\] must be given\), got \[\]"),
         ({"schedule": "fixed", "K": 9}, r"`queries.K` to be an integer in \[1, 8\], got 9"),
