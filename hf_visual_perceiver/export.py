@@ -49,7 +49,8 @@ class GraphClassifier(nn.Module):
     def __init__(self, model: VisualPerceiverForImageClassification, num_active_queries: int | None = None):
         super().__init__()
         self.model = copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
-        self.model.set_attn_implementation("sdpa")
+        # Fused attention cannot be exported with a dynamic number of queries before torch 2.15.
+        self.model.set_attn_implementation("eager")
         self.num_active_queries = num_active_queries
 
     def forward(

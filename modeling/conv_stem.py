@@ -67,7 +67,7 @@ class ConvStem(nn.Module):
         self.stages = nn.ModuleList()
         channels = in_channels
         for i, stage in enumerate(widths):
-            blocks = nn.ModuleList()
+            blocks = nn.Sequential()
             for j, width in enumerate(stage):
                 stride = 2 if i > 0 and j == 0 and not self.pool else 1
                 shortcut = residual and width == channels and stride == 1
@@ -82,8 +82,7 @@ class ConvStem(nn.Module):
         for i, stage in enumerate(self.stages):
             if i > 0 and self.pool:
                 x = F.max_pool2d(x, 2)
-            for block in stage:
-                x = block(x)
+            x = stage(x)
         return x
 
 

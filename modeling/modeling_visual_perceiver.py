@@ -746,9 +746,10 @@ def init_weights(module: nn.Module, std: float) -> None:
         init.ones_(module.weight)
         init.zeros_(module.bias)
         if isinstance(module, nn.BatchNorm2d):
-            init.zeros_(module.running_mean)
-            init.ones_(module.running_var)
-            init.zeros_(module.num_batches_tracked)
+            statistics: Any = module
+            init.zeros_(statistics.running_mean)
+            init.ones_(statistics.running_var)
+            init.zeros_(statistics.num_batches_tracked)
     elif isinstance(module, ConvBlock):
         init.kaiming_normal_(module.conv.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, VisualPerceiverEmbeddings):

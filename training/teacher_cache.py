@@ -40,13 +40,15 @@ class TeacherCache:
 
     def __init__(self, augment: BatchAugmentation, image_size: tuple[int, int], logits: np.ndarray):
         self.augment, self.image_size, self.logits = augment, image_size, logits
-        self._view, self._draws = -1, None
+        self._view = -1
+        self._draws: Draws | None = None
 
     def draws(self, epoch: int) -> Draws:
         """What happens to each of the n images in this epoch."""
         view = epoch % len(self.logits)
         if view != self._view or self._draws is None:
-            self._view, self._draws = view, view_draws(self.augment, view, self.logits.shape[1], self.image_size)
+            self._draws = view_draws(self.augment, view, self.logits.shape[1], self.image_size)
+            self._view = view
         return self._draws
 
     def batch(
@@ -85,7 +87,7 @@ def cache_facts(
         weights.update(
             name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         )
-    pixels = hashlib.blake2b(np.ascontiguousarray(data.images), digest_size=16)
+    pixels = hashlib.blake2b(np.ascontiguousarray(data.images).data, digest_size=16)
     pixels.update(data.labels.tobytes())
     return {
         "views": views,
