@@ -1,0 +1,121 @@
+"""What each part of the bundled network's recipe is worth: one run for each change, at the same training FLOP.
+
+    python benchmarks/recipe_ablation.py --dataset PATH_OR_ID --max-minutes 120
+
+trains the runs that are missing, in the order of the list below, stops in time, and prints accuracy on the validation
+images side by side; the same command goes on. Before it, the stem and the teacher have to be trained:
+
+    accelerate launch training/train.py --config training/recipes/cifar10_conv_teacher.yaml
+    accelerate launch training/train.py --config training/recipes/cifar10_conv_stem.yaml
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_visual_perceiver.comparison import read_run
+from hf_visual_perceiver.training.conditions import measurement_conditions
+from hf_visual_perceiver.training.factory import block_ends, create_model, input_facts, mean_macs
+from hf_visual_perceiver.training.recipe import Recipe, load_recipe
+from hf_visual_perceiver.training.schedules import create_schedule
+from hf_visual_perceiver.training.train import train
+
+
+STRATIFIED = "queries={schedule: stratified, groups: 2}"
+FULL = "config.trunk_attention=full"
+FIVE = [[24], [48, 48], [96, 96]]
+PLAIN = ["queries={schedule: fixed, K: 1}", "evaluate_queries=[1]", "initial_stem=null", "attention=null"]
+# What differs from the recipe.
+CHANGES: dict[str, list[str]] = {
+    "the recipe": [],
+    "no teacher": ["teacher=null"],
+    "stem not trained before": ["initial_stem=null"],
+    "full attention, stratified": [FULL, STRATIFIED],
+    "queries begin at random": ["config.query_init=random"],
+    "small K first": ["queries.small_first={start: 4, fraction: 0.5}"],
+    "full attention, stratified, small K first": [
+        FULL,
+        "queries={schedule: stratified, groups: 2, small_first: {start: 4, fraction: 0.5}}",
+    ],
+    "patches, no stem": ["config.stem=patch", "config.stem_widths=null", "initial_stem=null"],
+    "five convolutions (17 M), not trained before": [f"config.stem_widths={FIVE}", "initial_stem=null"],
+    "the stem with pooling, no queries": [
+        "architecture=timm/conv_stem_classifier_32",
+        "config={widths: [[16], [40], [96]]}",
+        *PLAIN,
+    ],
+    "ResNet-20 (41 M), no queries": ["architecture=timm/cifar_resnet20", "config={}", *PLAIN],
+}
+
+
+def main(
+    dataset: Annotated[str, typer.Option(help="CIFAR-10: Hub id or folder of parquet files.")] = "uoft-cs/cifar10",
+    recipe: Annotated[Path, typer.Option(help="What is changed.")] = Path("training/recipes/cifar10_micro_nested.yaml"),
+    output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/recipe_ablation"),
+    pflop: Annotated[float, typer.Option(help="Of each run, in 1e15; a step counts three times its forward.")] = 0.06,
+    seeds: Annotated[int, typer.Option(help="Seeds of each change, from 0.")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="Some of the changes; repeat for several.")] = None,
+    max_minutes: Annotated[float, typer.Option(help="Stop after this time with everything saved.")] = 1e9,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Keys of the recipe, for all runs.")] = None,
+) -> None:
+    """Train with each change at the same cost, and compare."""
+    if unknown := set(only or []) - set(CHANGES):
+        raise SystemExit(f"Expected changes among {', '.join(CHANGES)}, got {', '.join(unknown)}.")
+    end = time.monotonic() + 60 * max_minutes
+    # Seeds outside: an ablation that is cut short has every change once.
+    for seed in range(seeds):
+        for name in only or CHANGES:
+            common = [f"dataset={dataset}", "evaluate_every=null", "log_every=50", f"seed={seed}", *(overrides or [])]
+            base = load_recipe(recipe, [*CHANGES[name], *common])
+            steps = affordable_steps(base, pflop * 1e15)
+            lengths = [f"steps={steps}", f"warmup_steps={steps // 20}", f"save_every={max(steps // 10, 1)}"]
+            folder = run_folder(output, name, seed)
+            minutes = (end - time.monotonic()) / 60
+            if minutes > 0:
+                chosen = load_recipe(recipe, [*CHANGES[name], *common, *lengths])
+                train(chosen, folder, resume=folder.exists(), max_minutes=minutes)
+    print_table(output, pflop)
+
+
+def affordable_steps(recipe: Recipe, flop: float) -> int:
+    """Steps of this recipe for so many floating-point operations, a step counted as three times its forward."""
+    network = create_model(recipe, [f"class {i}" for i in range(10)])
+    queries, ends = input_facts(network).num_queries, block_ends(network)
+    steps = 1000
+    for _ in range(3):  # what a step costs may depend on how many there are
+        schedule = create_schedule(recipe.queries, queries, 0, steps, ends)
+        steps = max(2, round(flop / (6 * mean_macs(network, schedule, steps) * recipe.batch_size)))
+    return steps
+
+
+def run_folder(output: Path, name: str, seed: int) -> Path:
+    """Where a run lies."""
+    return output / f"{name.replace(',', '').replace(' ', '_')}-seed{seed}"
+
+
+def print_table(output: Path, pflop: float) -> None:
+    """The runs that are finished, in markdown: validation accuracy in percent, mean and range over seeds."""
+    rows = []
+    for name in CHANGES:
+        folders = [run_folder(output, name, seed) for seed in range(10)]
+        runs = [read_run(folder) for folder in folders if (folder / "model").is_dir()]
+        if runs:
+            rows.append((name, runs))
+    budgets = sorted({K for _, runs in rows for run in runs for K in run.accuracy})
+    print(f"| {pflop:g} PFLOP each | seeds | images (M) | {' | '.join(f'K = {K}' for K in budgets)} |")
+    print(f"| --- | ---: | ---: |{' ---: |' * len(budgets)}")
+    for name, runs in rows:
+        cells = []
+        for K in budgets:
+            values = [100 * run.accuracy[K] for run in runs if K in run.accuracy]
+            spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.2f}{spread}" if values else "")
+        images = runs[0].step * runs[0].recipe["batch_size"] / 1e6
+        print(f"| {name} | {len(runs)} | {images:.2f} | {' | '.join(cells)} |")
+    print(measurement_conditions())
+
+
+if __name__ == "__main__":
+    typer.run(main)
