@@ -1,0 +1,316 @@
+"""Stages of a network as ONNX graphs without weights, and ONNX Runtime sessions that run them with a network's weights.
+
+A graph says what is computed and depends on the network's sizes alone; the weights are handed to ONNX Runtime from memory. So
+a graph is some 50 KB, is exported once for an architecture, and serves every checkpoint and fine-tuned copy of it.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+FORMAT = 1  # of the files; another number means that they are exported anew
+INDEX = "graphs.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A piece of a network to export.
+
+    Attributes:
+        module: Maps tensors to tensors; its parameters are those of the network, under their names there.
+        inputs: Example inputs, by name. Sizes that may vary should be larger than 1.
+        dynamic: For each input, the names of the dimensions that may vary, by their place: {0: "images"}.
+        outputs: Names of the outputs.
+    """
+
+    module: nn.Module
+    inputs: dict[str, torch.Tensor]
+    dynamic: dict[str, dict[int, str]]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An exported stage.
+
+    Attributes:
+        content: The ONNX file, without weights.
+        weights: Names of the weights that it needs.
+    """
+
+    content: bytes
+    weights: tuple[str, ...]
+
+
+def import_onnxruntime() -> Any:
+    """The module `onnxruntime`.
+
+    Raises:
+        ImportError: If it is not installed, with what to install.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(
+            "Expected onnxruntime to be installed, which runs the optimised form: `pip install onnxruntime`. "
+            '`optimize_for_inference(backend="torch")` does without.'
+        ) from error
+    return onnxruntime
+
+
+def export_stage(stage: Stage) -> Graph:
+    """The graph of a stage.
+
+    Raises:
+        ImportError: If `onnx` or `onnxscript` is not installed.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  (what torch exports with)
+    except ImportError as error:
+        raise ImportError(
+            "Expected onnx and onnxscript to be installed, to export graphs: `pip install onnx onnxscript`."
+        ) from error
+    dims: dict[str, Any] = {}
+    shapes = {
+        name: {axis: dims.setdefault(dim, torch.export.Dim(dim, min=1)) for axis, dim in stage.dynamic[name].items()}
+        for name in stage.inputs
+    }
+    # torch names what it skips in warnings, at some length.
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                stage.module, tuple(stage.inputs.values()), dynamic_shapes=tuple(shapes.values())
+            )
+            exported = torch.onnx.export(
+                program,
+                input_names=list(stage.inputs),
+                output_names=list(stage.outputs),
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+    finally:
+        logging.disable(level)
+    assert exported is not None
+    model = exported.model_proto
+    parameters = {name for name, _ in stage.module.named_parameters()} | {
+        name for name, _ in stage.module.named_buffers()
+    }
+    weights = []
+    for tensor in model.graph.initializer:
+        tensor.doc_string = ""
+        if tensor.name in parameters:
+            weights.append(tensor.name)
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            del tensor.external_data[:]
+            tensor.external_data.add(key="location", value="weights")
+    # Where in the Python code each node is from, which takes more space than the nodes.
+    del model.graph.metadata_props[:], model.graph.value_info[:]
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    return Graph(model.SerializeToString(), tuple(weights))
+
+
+def graphs_of(stages: Mapping[str, Stage], architecture: dict[str, Any], folders: Sequence[Path]) -> dict[str, Graph]:
+    """The graphs of a network's stages: from the first of `folders` that has them, or exported, and then kept in the last.
+
+    Args:
+        stages: By name.
+        architecture: What the graphs depend on, as plain values.
+        folders: Where graphs may lie.
+    """
+    key = graphs_key(architecture)
+    for folder in folders:
+        found = read_graphs(folder, key, stages)
+        if found is not None:
+            return found
+    graphs = {name: export_stage(stage) for name, stage in stages.items()}
+    if folders:
+        try:
+            write_graphs(folders[-1], key, graphs)
+        except OSError as error:
+            logging.getLogger(__name__).warning("The exported graphs cannot be kept in %s: %s", folders[-1], error)
+    return graphs
+
+
+def graphs_key(architecture: dict[str, Any]) -> str:
+    """A hash of what graphs depend on."""
+    return hashlib.sha256(json.dumps([FORMAT, architecture], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_graphs(folder: Path, key: str, stages: Mapping[str, Stage]) -> dict[str, Graph] | None:
+    """The graphs in a folder, or None if there are none, they are of another architecture, or damaged."""
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        if index["key"] != key or set(index["stages"]) != set(stages):
+            return None
+        graphs = {
+            name: Graph((folder / f"{name}.onnx").read_bytes(), tuple(facts["weights"]))
+            for name, facts in index["stages"].items()
+        }
+        whole = all(_sha256(graph) == index["stages"][name]["sha256"] for name, graph in graphs.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return graphs if whole else None
+
+
+def write_graphs(folder: Path, key: str, graphs: Mapping[str, Graph]) -> None:
+    """Write graphs, the index last, so that a folder without it holds nothing that counts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, graph in graphs.items():
+        _write(folder / f"{name}.onnx", graph.content)
+    facts = {name: {"sha256": _sha256(graph), "weights": list(graph.weights)} for name, graph in graphs.items()}
+    _write(folder / INDEX, (json.dumps({"key": key, "stages": facts}, indent=1) + "\n").encode())
+
+
+def _sha256(graph: Graph) -> str:
+    return hashlib.sha256(graph.content).hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+def cache_folder(architecture: dict[str, Any]) -> Path:
+    """Where exported graphs are kept on this machine: in HF_HOME, which is ~/.cache/huggingface by default."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "hf_visual_perceiver" / "graphs" / graphs_key(architecture)
+
+
+class Sessions:
+    """ONNX Runtime sessions, one for each stage, with the weights of a network.
+
+    They are made when first used, in each process anew, so that the object can be pickled, copied and used after a fork.
+
+    Args:
+        graphs: By name, as `export_stage` makes them.
+        weights: By name; copied.
+        num_threads: Threads of each call; None is torch's number.
+        int8: Quantise the weights of linears to 8 bits, and their inputs as they come.
+
+    Raises:
+        ValueError: If the number of threads is not at least 1.
+        ImportError: If onnxruntime is not installed, or with `int8` onnx.
+    """
+
+    def __init__(
+        self,
+        graphs: Mapping[str, Graph],
+        weights: Mapping[str, torch.Tensor],
+        num_threads: int | None = None,
+        int8: bool = False,
+    ):
+        import_onnxruntime()
+        threads = torch.get_num_threads() if num_threads is None else num_threads
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise ValueError(f"Expected `num_threads` to be an integer of at least 1, got {num_threads!r}.")
+        self.num_threads, self.int8 = threads, int8
+        self.graphs = dict(graphs)
+        self.weights = {name: value.detach().cpu().numpy().copy() for name, value in weights.items()}
+        if int8:
+            self.graphs = {name: quantised(graph, self.weights) for name, graph in self.graphs.items()}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock, self._process, self._sessions = threading.Lock(), os.getpid(), {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def session(self, stage: str) -> Any:
+        """The session of a stage."""
+        if self._process != os.getpid():  # a fork has the sessions, but not their threads
+            self._reset()
+        with self._lock:
+            if stage not in self._sessions:
+                self._sessions[stage] = self._create(self.graphs[stage])
+            return self._sessions[stage]
+
+    def _create(self, graph: Graph) -> Any:
+        onnxruntime = import_onnxruntime()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self.num_threads, 1
+        options.log_severity_level = 3
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(self.weights[name]) for name in graph.weights]
+        if values:
+            options.add_external_initializers(list(graph.weights), values)
+        return onnxruntime.InferenceSession(graph.content, options, providers=["CPUExecutionProvider"])
+
+    def run(self, stage: str, **inputs: np.ndarray) -> list[np.ndarray]:
+        """The outputs of a stage; safe from several threads."""
+        return self.session(stage).run(None, inputs)
+
+
+def quantised(graph: Graph, weights: Mapping[str, np.ndarray]) -> Graph:
+    """The graph with its weights, linears in 8 bits.
+
+    Raises:
+        ImportError: If `onnx` is not installed.
+    """
+    try:
+        import onnx
+        from onnx import numpy_helper
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError as error:
+        raise ImportError("Expected onnx to be installed, to quantise: `pip install onnx`.") from error
+    import tempfile
+
+    model = onnx.load_from_string(graph.content)
+    for tensor in model.graph.initializer:
+        if tensor.name in graph.weights:
+            tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
+    fold_transposes(model)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "int8.onnx"
+        level = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            quantize_dynamic(
+                model,
+                file,
+                weight_type=QuantType.QInt8,
+                per_channel=True,
+                op_types_to_quantize=["MatMul"],
+                extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+            )
+        finally:
+            logging.disable(level)
+        return Graph(file.read_bytes(), ())
+
+
+def fold_transposes(model: Any) -> None:
+    """Replace each transpose of a two-dimensional weight by the transposed weight, as quantisation looks for weights alone."""
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in list(model.graph.node):
+        swaps = node.op_type == "Transpose" and list(node.attribute[0].ints) == [1, 0]
+        if swaps and node.input[0] in tensors:
+            value = numpy_helper.to_array(tensors[node.input[0]]).T
+            model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), node.output[0]))
+            model.graph.node.remove(node)

@@ -1,0 +1,175 @@
+"""The Visual Perceiver in stages, as `onnx_graphs.py` exports them: read the image, select queries, answer, go on.
+
+The arithmetic is that of `modeling_visual_perceiver.py`, on the same modules, written so that a graph of it is short. Which
+queries an image uses comes in as indices, so that one graph serves every budget, selection and padding.
+
+Shapes: B images, N tokens, Q queries, k of them in a call, P before it, D width, H heads, d = D / H, L blocks.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .configuration_visual_perceiver import VisualPerceiverConfig
+from .onnx_graphs import Stage
+from .query_selection import cosine_similarities
+
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(n, k, D) -> (n, H, k, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention written out: (n, H, k, d) x 3 -> (n, k, D); `bias` is added to the scores."""
+    scores = (query @ key.transpose(2, 3)) * scaling
+    if bias is not None:
+        scores = scores + bias
+    return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+class PerceiverStage(nn.Module):
+    """A stage that holds the network, under the names of a classifier's state dict."""
+
+    def __init__(self, parts: Any, head: nn.Module):
+        super().__init__()
+        self.visual_perceiver, self.head = parts, head
+        self.config: VisualPerceiverConfig = parts.config
+        ends = torch.tensor(self.config.block_ends)
+        block = torch.bucketize(torch.arange(self.config.num_queries), ends, right=True)
+        self.register_buffer("block", block, persistent=False)
+
+    def finish(self, y: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """The rest of the cross-attention block: (n, k, D) of the queries (n, k) or (k,) -> (n, k, D)."""
+        cross = self.visual_perceiver.cross_attention
+        x = F.embedding(query, cross.queries) + cross.proj(y)
+        return x + cross.mlp(cross.norm(x))
+
+    def answer(self, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The decoder, its norm and the head, from the decoder's keys and values (n, H, k, d): (n, labels)."""
+        decoder = self.visual_perceiver.decoder
+        query = split_heads(decoder.query(decoder.norm_queries(decoder.queries[None])), decoder.num_heads)
+        x = decoder.queries + decoder.proj(attend(query, key, value, decoder.scaling, bias))
+        x = x + decoder.mlp(decoder.norm(x))
+        return self.head(self.visual_perceiver.norm(x))[:, 0]
+
+    def keys_and_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the decoder's query reads: (n, k, D) -> (n, H, k, d) x 2."""
+        decoder = self.visual_perceiver.decoder
+        key, value = decoder.key_value(decoder.norm_inputs(x)).split(self.config.hidden_size, -1)
+        return split_heads(key, decoder.num_heads), split_heads(value, decoder.num_heads)
+
+
+class ReadStage(PerceiverStage):
+    """Cross-attention outputs: images (B, C, H, W) and queries (k,) -> (B, k, D)."""
+
+    def forward(self, pixel_values: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        cross = self.visual_perceiver.cross_attention
+        inputs = cross.norm_inputs(self.visual_perceiver.embeddings(pixel_values))
+        key, value = cross.key_value(inputs).split(self.config.hidden_size, -1)
+        queries = cross.query(cross.norm_queries(F.embedding(query, cross.queries)[None]))
+        return attend(
+            split_heads(queries, cross.num_heads),
+            split_heads(key, cross.num_heads),
+            split_heads(value, cross.num_heads),
+            cross.scaling,
+        )
+
+
+class SelectStage(ReadStage):
+    """As `ReadStage`, and which queries stay at a threshold, (B, k) bool, compared with all earlier ones."""
+
+    def forward(  # type: ignore[override]
+        self, pixel_values: torch.Tensor, query: torch.Tensor, threshold: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        y = super().forward(pixel_values, query)
+        place = torch.arange(y.shape[1], device=y.device)
+        # The rule of `keep_dissimilar` with the reference "all".
+        too_similar = (cosine_similarities(y) > threshold) & (place[:, None] > place)
+        return y, ~too_similar.any(-1)
+
+
+class TrunkStage(PerceiverStage):
+    """Logits (n, labels) of the tokens `y`, (n, k, D), of the queries (n, k), of which those that `keep`, (n, k), marks count."""
+
+    def forward(self, y: torch.Tensor, query: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        x = self.finish(y, query)
+        seen = keep[:, None, None, :]  # (n, 1, 1, k)
+        bias = decoder_bias = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+        if self.config.trunk_attention == "block_causal":
+            block = self.block[query]  # (n, k)
+            earlier = block[:, None, :, None] >= block[:, None, None, :]
+            bias = torch.where(seen & earlier, 0.0, torch.finfo(torch.float32).min)
+        for layer in self.visual_perceiver.layers:
+            attention, H = layer.attention, layer.attention.num_heads
+            parts = attention.qkv(layer.norm1(x)).split(self.config.hidden_size, -1)
+            x = x + attention.proj(attend(*(split_heads(part, H) for part in parts), attention.scaling, bias))
+            x = x + layer.mlp(layer.norm2(x))
+        return self.answer(*self.keys_and_values(x), decoder_bias)
+
+
+class ExtendStage(PerceiverStage):
+    """Answers that go on from earlier queries, of a block-causal trunk.
+
+    Tokens `y`, (n, k, D), of the new queries (k,), and the keys and values of the P earlier ones in each block and the
+    decoder, (n, 2 (L + 1), H, P, d), to logits (n, labels) and the keys and values of all P + k.
+    """
+
+    def forward(self, y: torch.Tensor, query: torch.Tensor, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.finish(y, query)
+        reach = torch.arange(past.shape[3] + y.shape[1], device=y.device)
+        seen = self.block[query][:, None] >= self.block[reach]  # (k, P + k)
+        bias = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+        kept = []
+        for i, layer in enumerate(self.visual_perceiver.layers):
+            attention, H = layer.attention, layer.attention.num_heads
+            new = attention.qkv(layer.norm1(x)).split(self.config.hidden_size, -1)
+            queries, key, value = (split_heads(part, H) for part in new)
+            key, value = torch.cat([past[:, 2 * i], key], dim=2), torch.cat([past[:, 2 * i + 1], value], dim=2)
+            kept += [key, value]
+            x = x + attention.proj(attend(queries, key, value, attention.scaling, bias))
+            x = x + layer.mlp(layer.norm2(x))
+        key, value = self.keys_and_values(x)
+        key, value = torch.cat([past[:, -2], key], dim=2), torch.cat([past[:, -1], value], dim=2)
+        return self.answer(key, value, None), torch.stack([*kept, key, value], dim=1)
+
+
+def stages_of(parts: Any, head: nn.Module) -> dict[str, Stage]:
+    """The stages of a network: `read`, `select` unless it compares with kept queries alone, `trunk`, and of a block-causal one
+    `extend`."""
+    config: VisualPerceiverConfig = parts.config
+    D, H, L = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    n, k, p = 3, min(5, config.num_queries), 2
+    pixel_values = torch.zeros(2, config.num_channels, *config.image_height_width)
+    tokens, places = torch.zeros(n, k, D), torch.arange(k)
+    images, of_image = {0: "images"}, {0: "images", 1: "queries"}
+    reading = {"pixel_values": images, "query": {0: "queries"}}
+    stages = {
+        "read": Stage(ReadStage(parts, head), {"pixel_values": pixel_values, "query": places}, reading, ("y",)),
+        "select": Stage(
+            SelectStage(parts, head),
+            {"pixel_values": pixel_values, "query": places, "threshold": torch.tensor(0.5)},
+            {**reading, "threshold": {}},
+            ("y", "keep"),
+        ),
+        "trunk": Stage(
+            TrunkStage(parts, head),
+            {"y": tokens, "query": places.repeat(n, 1), "keep": torch.ones(n, k, dtype=torch.bool)},
+            {"y": of_image, "query": of_image, "keep": of_image},
+            ("logits",),
+        ),
+    }
+    if config.dqs_reference != "all":
+        del stages["select"]
+    if config.trunk_attention == "block_causal":
+        stages["extend"] = Stage(
+            ExtendStage(parts, head),
+            {"y": tokens, "query": places, "past": torch.zeros(n, 2 * (L + 1), H, p, D // H)},
+            {"y": of_image, "query": {0: "queries"}, "past": {0: "images", 3: "earlier"}},
+            ("logits", "past_and_new"),
+        )
+    return stages

@@ -1,0 +1,235 @@
+"""The engine of ONNX Runtime: its answers are the model's at every budget, and skipped queries are not computed."""
+
+import copy
+import multiprocessing
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from support import small_config
+
+from hf_visual_perceiver.cascade import Cascade
+from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, onnx_graphs, onnx_inference
+from hf_visual_perceiver.modeling.onnx_graphs import Graph, read_graphs, write_graphs
+from hf_visual_perceiver.modeling.onnx_inference import CallCost, OnnxPerceiver
+
+
+FORMS = {
+    "the paper's": {},
+    "stem, block-causal": {
+        "stem": "conv",
+        "stem_widths": [[4], [6], [8]],
+        "trunk_attention": "block_causal",
+        "num_cross_attention_heads": 2,
+    },
+}
+POINTS = [
+    (1, None),
+    (2, None),
+    (7, None),
+    (12, None),
+    (12, 0.9),
+    (12, 0.97),
+    (7, 0.8),
+    (12, -1.0),
+    (12, 1.0),
+]
+
+
+@pytest.fixture(scope="module", params=FORMS.values(), ids=FORMS)
+def both(request, tmp_path_factory):
+    """A model and the engine made from it; graphs are kept for the tests of this file alone."""
+    torch.manual_seed(0)
+    model = VisualPerceiverForImageClassification(small_config(**request.param)).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+    return model, OnnxPerceiver(model.visual_perceiver, model.head, graph_folder(tmp_path_factory), num_threads=1)
+
+
+def graph_folder(tmp_path_factory):
+    """A place for graphs that this run of the tests shares; exported graphs go to the cache, which is set to it as well."""
+    return tmp_path_factory.getbasetemp() / "graphs"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            onnx_inference,
+            "cache_folder",
+            lambda architecture: graph_folder(tmp_path_factory) / onnx_graphs.graphs_key(architecture),
+        )
+        yield
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("K", "t"), POINTS)
+def test_equals_the_model_and_one_image_at_a_time(both, images, K, t):
+    model, engine = both
+    expected = model(images, num_active_queries=K, dqs_threshold=t)
+    logits, active = engine(images, K, t)
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(active, expected.active_queries)
+    alone = torch.cat([engine(image[None], K, t)[0] for image in images])
+    torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_any_number_of_calls(both, images, monkeypatch):
+    model, engine = both
+    expected = model(images, dqs_threshold=0.95).logits
+    monkeypatch.setattr(onnx_inference, "TOKENS_PER_CALL", 30)
+    monkeypatch.setattr(onnx_inference, "WINDOW", 3)
+    torch.testing.assert_close(engine(images, 12, 0.95)[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(engine(images, 12)[0], model(images).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [0.0, 1e9], ids=["pads", "never pads"])
+def test_dropped_queries_go_through_no_trunk(both, images, monkeypatch, padding):
+    model, engine = both
+    expected = model(images, dqs_threshold=0.95)
+    rows = []
+    run = type(engine.sessions).run
+
+    def counting(self, stage, **inputs):
+        if stage == "trunk":
+            rows.append(inputs["keep"])
+        return run(self, stage, **inputs)
+
+    engine.cost = CallCost(call=1.0 - min(padding, 1.0), image=(0.0, padding, 0.0))
+    monkeypatch.setattr(type(engine.sessions), "run", counting)
+    logits, _ = engine(images, 12, 0.95)
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
+    kept = expected.active_queries.sum().item()
+    assert sum(keep.sum() for keep in rows) == kept < 8 * 12
+    if padding:
+        assert sum(keep.size for keep in rows) == kept
+    else:
+        assert len(rows) == 1  # one call for all, padded to the longest
+
+
+@torch.no_grad()
+def test_going_on_equals_one_pass(both, images):
+    model, engine = both
+    state = engine.start(images)
+    for K in (1, 3, 4, 4, 10, 12):
+        output, alone = state.extend(K), model(images, num_active_queries=K)
+        torch.testing.assert_close(output.logits, alone.logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(output.active_queries, alone.active_queries)
+    for wrong in (4, 13):
+        with pytest.raises(ValueError, match=f"got {wrong}"):
+            state.extend(wrong)
+
+
+@torch.no_grad()
+def test_a_cascade(both, images):
+    model, engine = both
+    thresholds = [0.4, 0.5]
+    expected, output = Cascade(model, [2, 4, 12], thresholds)(images), Cascade(engine, [2, 4, 12], thresholds)(images)
+    assert torch.equal(output.active_queries, expected.active_queries)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_copies_pickles_and_threads(both, images):
+    _, engine = both
+    expected = engine(images, 12, 0.95)[0]
+    for other in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
+        assert torch.equal(other(images, 12, 0.95)[0], expected)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: engine(images, 12, 0.95)[0], range(8)))
+    assert all(torch.equal(answer, expected) for answer in answers)
+
+
+def _first_logit(engine, images):
+    return float(engine(images, 12)[0][0, 0])
+
+
+def test_after_a_fork(both, images):
+    _, engine = both
+    expected = _first_logit(engine, images)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(_first_logit, (engine, images)).get(timeout=60) == pytest.approx(expected)
+
+
+def test_is_a_snapshot_without_gradients_or_autocast(both, images):
+    model, engine = both
+    before = engine(images, 12)[0]
+    changed = copy.deepcopy(model)
+    other = OnnxPerceiver(changed.visual_perceiver, changed.head, num_threads=1)
+    with torch.no_grad():
+        changed.head.weight.mul_(2)
+    assert torch.equal(other(images, 12)[0], before)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = engine(images.requires_grad_(), 12)[0]
+    assert logits.dtype == torch.float32
+    assert not logits.requires_grad
+    assert torch.equal(logits, before)
+
+
+@torch.no_grad()
+def test_eight_bits(both, images):
+    model, _ = both
+    engine = OnnxPerceiver(model.visual_perceiver, model.head, num_threads=1, int8=True)
+    assert sum(len(graph.content) for graph in engine.sessions.graphs.values()) > 5000
+    expected = model(images).logits
+    difference = (engine(images, 12)[0] - expected).abs().max()
+    assert 1e-6 < difference < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True])
+def test_threads_that_make_no_sense(both, threads):
+    model, _ = both
+    with pytest.raises(ValueError, match="`num_threads`"):
+        OnnxPerceiver(model.visual_perceiver, model.head, num_threads=threads)
+
+
+@torch.no_grad()
+def test_the_greedy_rule(images, tmp_path):
+    model = VisualPerceiverForImageClassification(small_config(dqs_reference="kept", num_hidden_layers=1)).eval()
+    engine = OnnxPerceiver(model.visual_perceiver, model.head, num_threads=1)
+    expected = model(images, dqs_threshold=0.9)
+    logits, active = engine(images, 12, 0.9)
+    assert torch.equal(active, expected.active_queries)
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+class TestGraphs:
+    GRAPHS = {"read": Graph(b"abc", ("w",)), "trunk": Graph(b"defg", ())}
+
+    def test_are_read_as_written(self, tmp_path):
+        write_graphs(tmp_path / "graphs", "key", self.GRAPHS)
+        assert read_graphs(tmp_path / "graphs", "key", self.GRAPHS) == self.GRAPHS
+
+    @pytest.mark.parametrize("damage", ["another key", "other stages", "a changed file", "a missing file", "no index"])
+    def test_others_are_not_taken(self, tmp_path, damage):
+        write_graphs(tmp_path, "key", self.GRAPHS)
+        key, stages = "key", dict(self.GRAPHS)
+        if damage == "another key":
+            key = "other"
+        elif damage == "other stages":
+            stages.pop("read")
+        elif damage == "a changed file":
+            (tmp_path / "trunk.onnx").write_bytes(b"defh")
+        elif damage == "a missing file":
+            (tmp_path / "trunk.onnx").unlink()
+        else:
+            (tmp_path / "graphs.json").write_text("{")
+        assert read_graphs(tmp_path, key, stages) is None
+
+    def test_hold_no_weights_and_serve_other_weights(self, both, images):
+        model, engine = both
+        for graph in engine.sessions.graphs.values():
+            assert "visual_perceiver.cross_attention.queries" in graph.weights
+        torch.manual_seed(5)
+        other = VisualPerceiverForImageClassification(model.config).eval()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(onnx_inference, "graphs_of", lambda stages, *_: engine.sessions.graphs)
+            again = OnnxPerceiver(other.visual_perceiver, other.head, num_threads=1)
+        with torch.no_grad():
+            torch.testing.assert_close(again(images, 12)[0], other(images).logits, rtol=1e-4, atol=1e-4)
+            assert not np.allclose(again(images, 12)[0], engine(images, 12)[0])
