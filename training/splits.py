@@ -17,7 +17,6 @@ SYNONYMS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz")
 
 
 def parse_split(split: str) -> tuple[str, slice]:
@@ -50,7 +49,7 @@ def open_split(dataset: str, split: str, streaming: bool = False) -> Any:
     3. a folder whose name means the same, such as `val` for `validation`, or one that lies further down;
     4. for `train`, all images.
 
-    Folders with metadata files, archives, or parquet files elsewhere are left to `datasets`.
+    Folders with a metadata file, or with parquet files elsewhere, are left to `datasets`.
 
     Args:
         dataset: A folder, a single parquet file, which has any split, or a Hub id.
@@ -89,7 +88,7 @@ def open_split(dataset: str, split: str, streaming: bool = False) -> Any:
 
 def _find_split(path: Path, name: str) -> Path | list[Path] | None:
     """The imagefolder, or the parquet files, that are a split; None leaves it to `datasets`."""
-    if any(file.stem == "metadata" for file in path.iterdir()):
+    if any(file.stem == "metadata" and file.is_file() for file in path.iterdir()):
         return None
     if (path / name).is_dir():
         return _parquet_or_images(path / name)
@@ -103,7 +102,7 @@ def _find_split(path: Path, name: str) -> Path | list[Path] | None:
             raise ValueError(f"Expected {expected} in {folder}, got {_listed(there, folder)}.")
     own = {name, *SYNONYMS.get(name, ())}
     folders, parquet = _search(path, own.union(*SYNONYMS.values()))
-    if parquet or any(file.suffix in ARCHIVES for file in path.iterdir()):
+    if parquet:
         return None
     found = [folder for folder in folders if folder.name in own]
     if len(found) > 1:
@@ -130,7 +129,7 @@ def _search(path: Path, names: set[str]) -> tuple[list[Path], bool]:
 
 
 def _parquet_or_images(folder: Path) -> Path | list[Path]:
-    return sorted(folder.rglob("*.parquet")) or folder
+    return sorted(file for file in folder.rglob("*.parquet") if file.stem != "metadata") or folder
 
 
 def _load_imagefolder(folder: Path) -> datasets.Dataset:

@@ -1,5 +1,6 @@
 """Loading, the order of batches, cropping to size."""
 
+import json
 from pathlib import Path
 
 import datasets
@@ -216,6 +217,13 @@ class TestSplits:
         fill(tmp_path / "train", "cat", "dog/puppy")
         with pytest.raises(ValueError, match=r"two folders of .*train, one for each class, got cat, dog/puppy"):
             load_images(str(tmp_path), "train")
+
+    def test_labels_in_a_metadata_file(self, tmp_path):
+        for split in ("train", "test"):
+            fill(tmp_path / split, "a", "b")
+            lines = [json.dumps({"file_name": f"{c}/{i}.png", "label": i}) for c in "ab" for i in range(3)]
+            (tmp_path / split / "metadata.jsonl").write_text("\n".join(lines))
+        assert load_images(str(tmp_path), "test").labels.tolist() == [0, 1, 2, 0, 1, 2]
 
     def write(self, path, count):
         path.parent.mkdir(parents=True, exist_ok=True)
