@@ -5,6 +5,7 @@ import os
 from bisect import bisect_right
 from typing import Any
 
+from huggingface_hub.utils import get_session
 from PIL import Image
 from transformers import ImageClassificationPipeline
 
@@ -56,13 +57,16 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
         return preprocess, {name: value for name, value in given.items() if value is not None}, postprocess
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]
-        """Pixels of a picture: a PIL image, a file's name, base64 text or an address, which transformers fetches."""
+        """Pixels of a picture: a PIL image, a file's name, base64 text or an address, which is fetched."""
         if isinstance(image, Image.Image):
             image = open_image(image)
         elif isinstance(image, str) and os.path.isfile(image):
             with open(image, "rb") as file:
                 image = open_image(file)
-        elif isinstance(image, str) and not image.startswith(("http://", "https://")):
+        elif isinstance(image, str) and image.startswith(("http://", "https://")):
+            # transformers would fetch it too, but clip deep grey.
+            image = open_image(get_session().get(image, timeout=timeout, follow_redirects=True).content)
+        elif isinstance(image, str):
             try:
                 image = open_image(image)
             except ValueError as error:

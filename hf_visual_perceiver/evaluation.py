@@ -1,6 +1,7 @@
 """Accuracy, cost and time of a checkpoint at every budget, in one pass over a dataset."""
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +27,8 @@ from .modeling import (
 from .training.conditions import measurement_conditions
 from .training.data import ImageDataset, normalise, pixels_of_size
 
+
+logger = logging.getLogger(__name__)
 
 # The budgets and thresholds of the paper's Tables 1 to 3.
 PAPER_QUERIES = (1, 2, 4, 8, 16, 32, 48, 64)
@@ -271,21 +274,35 @@ def pixel_batches(
 def labels_of_model(
     model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver, data: ImageDataset
 ) -> np.ndarray:
-    """The dataset's labels as indices of the model's classes, (n,): by name where both have names.
+    """The dataset's labels as indices of the model's classes, (n,).
+
+    Classes are matched by name. If the dataset's names are numbers (or LABEL_n) that the model does not have, they are
+    taken for indices, and if the model's are LABEL_n, for the dataset's classes in their order; a warning says so.
 
     Raises:
-        ValueError: If the dataset has a class that the model does not know.
+        ValueError: If the dataset has a class that the model does not know, or knows twice.
     """
     names, given = model.config.label_names, data.label_names
-    nameless = all(n.isdigit() for n in given) or any(n.startswith("LABEL_") for n in names)
-    if nameless:
-        if len(given) > len(names):
-            raise ValueError(f"Expected labels in [0, {len(names)}), got {len(given)} classes.")
+    if given == names:
         return data.labels
     unknown = [n for n in given if n not in names]
-    if unknown:
+    if not unknown:
+        if twice := [n for n in given if names.count(n) > 1]:
+            raise ValueError(
+                f"Expected names of one class each, got {', '.join(twice[:10])}, which the model has twice."
+            )
+        return np.array([names.index(n) for n in given])[data.labels]
+    numbers = [n.removeprefix("LABEL_") for n in given]
+    if all(n.isdecimal() for n in numbers) and not all(n.isdecimal() for n in names):
+        indices = np.array([int(n) for n in numbers])
+    elif all(n.startswith("LABEL_") for n in names):
+        indices = np.arange(len(given))
+    else:
         raise ValueError(f"Expected classes among {', '.join(names)}, got {', '.join(unknown[:10])}.")
-    return np.array([names.index(n) for n in given])[data.labels]
+    if indices.max() >= len(names):
+        raise ValueError(f"Expected labels in [0, {len(names)}), got {indices.max()}.")
+    logger.warning("Classes are matched by index: the model does not have the dataset's names, such as %s.", unknown[0])
+    return indices[data.labels]
 
 
 def _timed_forward(

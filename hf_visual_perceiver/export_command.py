@@ -23,7 +23,7 @@ from .options import (
     dataset_label,
     model_label,
 )
-from .splits import load_split
+from .training.data import load_images
 from .training.files import check_writable, write_json
 
 
@@ -115,7 +115,7 @@ def compare_exports_command(
     if any(path.suffix == ".onnx" for path in files):
         require("onnxruntime")
     name, data_name = model or default_model(), dataset or default_dataset()
-    data = load_split(data_name, split)
+    data = load_images(data_name, split)
     result = compare_exports(
         load_model(name),
         files,

@@ -21,7 +21,9 @@ DatasetNameOption = Annotated[
         "--dataset-name", help="What to call the dataset in the result: its Hub id, if --dataset is a copy of it."
     ),
 ]
-SplitOption = Annotated[str, typer.Option("--split", help="Split of the dataset.")]
+SplitOption = Annotated[
+    str, typer.Option("--split", help='Split of the dataset, or a part of it such as "test[:200]" or "train[-5000:]".')
+]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images of a batch.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]

@@ -1,40 +1,9 @@
-"""Parts of a dataset's splits, named as the `datasets` library names them: `train[-5000:]`."""
+"""Several parts of a dataset, such as `train[:10000]` and `train[-5000:]`, without loading a split twice."""
 
-import re
 from itertools import combinations
 
 from .training.data import ImageDataset, load_images
-
-
-SPLIT = re.compile(r"([^\[\]]+)(?:\[(-?\d+)?:(-?\d+)?\])?")
-
-
-def parse_split(split: str) -> tuple[str, slice]:
-    """The name of a split, and which of its images are meant.
-
-    Raises:
-        ValueError: If it is neither a name nor a name with a slice in brackets.
-
-    Example:
-        >>> parse_split("train[-5000:]")
-        ('train', slice(-5000, None, None))
-        >>> parse_split("test")
-        ('test', slice(None, None, None))
-    """
-    match = SPLIT.fullmatch(split)
-    if match is None:
-        raise ValueError(f'Expected a split such as "test", "train[:10000]" or "train[-5000:]", got {split!r}.')
-    name, start, stop = match.groups()
-    return name, slice(start and int(start), stop and int(stop))
-
-
-def load_split(dataset: str, split: str) -> ImageDataset:
-    """`load_images` of a split or of a part of it, also where the dataset is a folder.
-
-    Raises:
-        ValueError: As `load_images`; and if the part has no images.
-    """
-    return load_splits(dataset, split)[0]
+from .training.splits import parse_split
 
 
 def load_splits(dataset: str, *splits: str, apart: bool = False) -> list[ImageDataset]:

@@ -214,8 +214,18 @@ class VisualPerceiverConfig(PreTrainedConfig):
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the classes, in the order of the logits."""
-        return [name for _, name in sorted((self.id2label or {}).items())]
+        """Names of the classes, in the order of the logits.
+
+        Raises:
+            ValueError: If the keys of `id2label` are not the indices of the logits, as numbers or as text.
+        """
+        names = {str(key): name for key, name in (self.id2label or {}).items()}
+        indices = [str(i) for i in range(len(names))]
+        if names.keys() != set(indices):
+            raise ValueError(
+                f"Expected the keys of `id2label` to be 0 to {len(names) - 1}, got {', '.join(list(names)[:10])}."
+            )
+        return [names[i] for i in indices]
 
     @property
     def block_ends(self) -> list[int]:

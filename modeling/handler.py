@@ -10,9 +10,13 @@ It opens no file besides the folder's and no socket: images come in the request,
 import base64
 import binascii
 import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -20,6 +24,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 # 100 MB once decoded. A small file can hold a huge image, so its size is looked at before it is decoded.
 MAX_PIXELS = 2**25
+# The largest numbers of 1 to 4 bytes; the last is signed, as Pillow's integers are.
+WHOLE_BYTES = (2**8 - 1, 2**16 - 1, 2**24 - 1, 2**31 - 1)
 
 
 class EndpointHandler:
@@ -67,7 +73,7 @@ class EndpointHandler:
             output = self.model(pixels.to(self.model.device), num_active_queries=K, dqs_threshold=t)
         scores, labels = output.logits.float().softmax(-1).topk(min(top_k, output.logits.shape[-1]))
         used = output.active_queries.sum(1).tolist()
-        names = self.model.config.id2label
+        names = self.model.config.label_names
         answers = [
             [{"label": names[i], "score": p, "queries_used": used[b]} for p, i in zip(*row, strict=True)]
             for b, row in enumerate(zip(scores.tolist(), labels.tolist(), strict=True))
@@ -100,8 +106,10 @@ def read_parameters(parameters: dict[str, Any]) -> tuple[int | None, float | Non
 def open_image(image: Any) -> Image.Image:
     """An upright RGB image of base64 text, bytes, a binary file or a PIL image.
 
+    A JPEG of more than `MAX_PIXELS` pixels is reduced to a half, a quarter or an eighth of its sides while it is decoded.
+
     Raises:
-        ValueError: If it is no image, is damaged, or has more than `MAX_PIXELS` pixels.
+        ValueError: If it is no image, is damaged, has more than `MAX_PIXELS` pixels, or `to_rgb` refuses it.
     """
     if isinstance(image, str):
         try:
@@ -117,16 +125,66 @@ def open_image(image: Any) -> Image.Image:
     return _read(image)
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB.
+
+    Pillow's `convert` clips grey of more than 8 bits to white; here it is scaled. The range of a mode's values is taken
+    to be:
+
+    - I;16, in either byte order: 0 to 65,535.
+    - I, integers of 32 bits: 0 to the largest number of as few whole bytes as hold the image's largest value.
+    - F, floats: 0 to 1 if no value is above 1, otherwise as for I.
+
+    Raises:
+        ValueError: If values are out of that range, infinite or not a number.
+
+    Example:
+        >>> to_rgb(Image.new("I;16", (1, 1), 257 * 100)).getpixel((0, 0))
+        (100, 100, 100)
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image.convert("RGB")
+    values = np.asarray(image).astype(np.float32)
+    low, high = values.min(), values.max()
+    ranges = {"I": WHOLE_BYTES, "F": (1, *WHOLE_BYTES)}.get(image.mode, (65535,))
+    white = next((most for most in ranges if high <= most), None)
+    if white is None or not low >= 0:  # neither holds of NaN
+        raise ValueError(
+            f"Expected values from 0 to {ranges[-1]:,} in a grey image of mode {image.mode}, got {low:g} to {high:g}."
+        )
+    return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8)).convert("RGB")
+
+
 def _read(file: BinaryIO) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return _decode(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"damaged, or no image: {error}") from error
+    with _reading():
+        image = Image.open(file)
+    with image:
+        width, height = image.size
+        divisors = (d for d in (1, 2, 4, 8) if math.ceil(width / d) * math.ceil(height / d) <= MAX_PIXELS)
+        divisor = next(divisors, 1)
+        if divisor > 1:
+            image.draft(None, (width // divisor, height // divisor))  # does nothing to other formats than JPEG
+        return _decode(image)
 
 
 def _decode(image: Image.Image) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"Expected an image of at most {MAX_PIXELS:,} pixels, got {width}x{height}.")
-    return ImageOps.exif_transpose(image).convert("RGB")  # upright, as transformers' pipelines take it
+        raise _too_large(f"{width}x{height}")
+    with _reading():
+        image = ImageOps.exif_transpose(image)  # upright, as transformers' pipelines take it
+    return to_rgb(image)
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except Image.DecompressionBombError:
+        raise _too_large("more than Pillow opens") from None
+    except Exception as error:  # Pillow has one of nearly every kind for broken bytes
+        raise ValueError(f"damaged, or no image: {error}") from error
+
+
+def _too_large(found: str) -> ValueError:
+    return ValueError(f"Expected an image of at most {MAX_PIXELS:,} pixels, got {found}.")

@@ -4,25 +4,38 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from datasets.utils.file_utils import xopen
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
+from hf_visual_perceiver.modeling.handler import open_image
+
 from .folder import RESAMPLING
+from .splits import open_split
+
+
+# Names of columns, where there are several that could be meant. CIFAR-100 calls its 100 classes fine_label.
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "fine_label", "labels")
 
 
 @dataclass
 class ImageDataset:
-    """Labelled images, either decoded, (n, H, W, 3) uint8, or in a `datasets.Dataset` that decodes at each use."""
+    """Labelled images, either decoded, (n, H, W, 3) uint8, or encoded in a `datasets.Dataset`, to be decoded at each use."""
 
     images: Any
     labels: np.ndarray
     label_names: list[str]
+
+    def __post_init__(self) -> None:
+        # `open_image` decodes, as everywhere.
+        if isinstance(self.images, datasets.Dataset) and self.images.features["image"].decode:
+            self.images = self.images.cast_column("image", datasets.Image(decode=False))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,9 +73,9 @@ def load_images(dataset: str, split: str = "train", cache_gib: float = 8.0) -> I
     is decoded at each use.
 
     Args:
-        dataset: A folder of parquet files whose names begin with the split, a single parquet file, an imagefolder, or
-            a Hub id.
-        split: Name of the split.
+        dataset: A folder of parquet files, a single parquet file, an imagefolder, or a Hub id. `splits.open_split` says
+            which files of a folder are a split.
+        split: Name of the split, or a part of it such as `test[:200]`.
         cache_gib: GiB that the decoded images may take in memory.
 
     Raises:
@@ -91,6 +104,7 @@ def load_images(dataset: str, split: str = "train", cache_gib: float = 8.0) -> I
     table = table.select_columns([image_column])
     if image_column != "image":
         table = table.rename_column(image_column, "image")
+    table = table.cast_column("image", datasets.Image(decode=False))
     first = _decode(table, 0, dataset)
     size = len(table) * first.size[0] * first.size[1] * 3
     decoded = _decode_all(table, first.size, dataset) if size <= cache_gib * 2**30 else None
@@ -98,21 +112,9 @@ def load_images(dataset: str, split: str = "train", cache_gib: float = 8.0) -> I
 
 
 def load_table(dataset: str, split: str) -> datasets.Dataset:
-    """The undecoded table of one split; see `load_images` for what `dataset` may be."""
-    path = Path(dataset)
+    """The undecoded table of one split; see `load_images` for the arguments."""
     try:
-        if path.is_file():
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
-        if path.is_dir():
-            files = sorted(str(p) for p in path.glob(f"{split}*.parquet"))
-            if files:
-                return datasets.load_dataset("parquet", data_files=files, split="train")
-            if list(path.glob("*.parquet")):
-                raise ValueError(f"Expected parquet files named {split}*.parquet in {dataset}, got none.")
-            return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
-        if path.is_absolute() or dataset.startswith(".") or dataset.count("/") > 1:
-            raise FileNotFoundError(f"Expected a dataset at {dataset}, which is not there.")
-        return datasets.load_dataset(dataset, split=split)
+        return open_split(dataset, split)
     except ValueError as error:
         raise ValueError(f"Cannot load split {split!r} of {dataset}: {error}") from error
 
@@ -123,20 +125,34 @@ def _find_columns(table: datasets.Dataset, dataset: str) -> tuple[str, str]:
     if not images:
         raise ValueError(f"Expected an image column in {dataset}, got columns {', '.join(features)}.")
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    # CIFAR-100 calls its 100 classes fine_label.
-    labels = [n for n in ("label", "fine_label", "labels") if n in features] or labels
+    labels += [name for name in LABEL_COLUMNS if name in features and name not in labels]
     if not labels:
         raise ValueError(f"Expected a label column in {dataset}, got columns {', '.join(features)}.")
-    return images[0], labels[0]
+    return _choose("image", images, IMAGE_COLUMNS, dataset), _choose("label", labels, LABEL_COLUMNS, dataset)
+
+
+def _choose(kind: str, columns: list[str], usual: Sequence[str], dataset: str) -> str:
+    """The only column of its kind, or the first with a usual name."""
+    if len(columns) == 1:
+        return columns[0]
+    if named := [name for name in usual if name in columns]:
+        return named[0]
+    raise ValueError(
+        f"Expected one {kind} column in {dataset}, or one called {' or '.join(usual)}, got {', '.join(columns)}."
+    )
 
 
 def _decode(table: datasets.Dataset, index: int, dataset: str) -> Image.Image:
+    encoded = table[index]["image"] or {"bytes": None, "path": None}
     try:
-        return table[index]["image"].convert("RGB")
-    # Pillow raises whatever its decoders do.
-    except (OSError, SyntaxError, ValueError, AttributeError, RuntimeError, Image.DecompressionBombError) as error:
-        encoded = table.cast_column("image", datasets.Image(decode=False))[index]["image"]
-        path = encoded and encoded["path"]
+        if encoded["bytes"] is not None:
+            return open_image(encoded["bytes"])
+        if encoded["path"] is None:
+            raise ValueError("it is missing.")
+        with xopen(encoded["path"], "rb") as file:
+            return open_image(file)
+    except (OSError, ValueError) as error:
+        path = encoded["path"]
         raise ValueError(f"Cannot read image {index} of {dataset}{f' ({path})' if path else ''}: {error}") from error
 
 

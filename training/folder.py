@@ -26,6 +26,7 @@ def create_image_processor(config: VisualPerceiverConfig) -> ViTImageProcessor:
         resample=RESAMPLING[cfg["interpolation"]],
         image_mean=list(cfg["mean"]),
         image_std=list(cfg["std"]),
+        do_convert_rgb=config.num_channels == 3,
     )
 
 

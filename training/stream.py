@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -28,7 +27,10 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from hf_visual_perceiver.modeling.handler import open_image
+
 from .data import _find_columns, seed_everything, share_of_batch
+from .splits import open_split
 
 
 logger = logging.getLogger(__name__)
@@ -41,24 +43,15 @@ def load_stream(dataset: str, split: str) -> datasets.IterableDataset:
     """One split as a stream of encoded images.
 
     Args:
-        dataset: A folder of parquet files whose names begin with the split, a single parquet file, or a Hub id.
+        dataset: A folder of parquet files, as in `splits.open_split`, a single parquet file, or a Hub id.
         split: Name of the split.
 
     Raises:
         ValueError: If there is no such split, or the dataset does not say what its columns are.
         FileNotFoundError: If `dataset` looks like a path and is not there.
     """
-    path = Path(dataset)
     try:
-        if path.exists():
-            files = [str(path)] if path.is_file() else sorted(str(p) for p in path.glob(f"{split}*.parquet"))
-            if not files:
-                raise ValueError(f"Expected parquet files named {split}*.parquet in {dataset}, got none.")
-            stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-        elif path.is_absolute() or dataset.startswith(".") or dataset.count("/") > 1:
-            raise FileNotFoundError(f"Expected a dataset at {dataset}, which is not there.")
-        else:
-            stream = datasets.load_dataset(dataset, split=split, streaming=True)
+        stream = open_split(dataset, split, streaming=True)
         # Unlike casting the image column, this also undoes the decoding that `datasets` sets up for some Hub datasets.
         return stream.decode(False)
     except ValueError as error:
@@ -311,9 +304,8 @@ class DecodedImages(torch.utils.data.Dataset):
             ValueError: If the image is unreadable and is not to be replaced.
         """
         try:
-            # As `datasets` decodes elsewhere, turned as its EXIF data says.
-            image = datasets.Image().decode_example({"bytes": key.data, "path": None}).convert("RGB")
-        except Exception as error:  # Pillow has one of nearly every kind for broken bytes
+            image = open_image(key.data)
+        except ValueError as error:
             if self.unreadable == "error":
                 raise ValueError(f"Cannot read {key.name}: {error}") from error
             logger.warning("Replacing %s by another image of its batch: %s", key.name, error)

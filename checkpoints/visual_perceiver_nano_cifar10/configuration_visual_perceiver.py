@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from .conv_stem import check_stem
 from .query_selection import check_threshold
 
 
@@ -17,6 +18,27 @@ IMAGENET_STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.22
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "visual_perceiver_nano_patch4_32": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 6},
     "visual_perceiver_tiny_patch4_32": {},
+    "visual_perceiver_nano_conv_32": {
+        "hidden_size": 96,
+        "intermediate_size": 384,
+        "num_hidden_layers": 6,
+        "stem": "conv",
+        "stem_widths": [[16], [32], [64]],
+    },
+    "visual_perceiver_micro_conv_32": {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "stem": "conv",
+        "stem_widths": [[16], [40], [96]],
+    },
+    "visual_perceiver_tiny_conv_32": {
+        "num_hidden_layers": 8,
+        "stem": "conv",
+        "stem_widths": [[32], [64, 64], [128, 128]],
+        "stem_residual": True,
+    },
     "visual_perceiver_tiny_patch16_224": {"image_size": 224, "patch_size": 16, "num_queries": 196},
     "visual_perceiver_small_patch16_224": {
         "image_size": 224,
@@ -48,6 +70,13 @@ TIMM_ARGUMENTS = {
     "num_cross_heads": "num_cross_attention_heads",
     "act_layer": "hidden_act",
     "qkv_bias": "qkv_bias",
+    "stem": "stem",
+    "stem_widths": "stem_widths",
+    "stem_downsample": "stem_downsample",
+    "stem_residual": "stem_residual",
+    "trunk_attention": "trunk_attention",
+    "query_blocks": "query_blocks",
+    "query_init": "query_init",
     "norm_eps": "layer_norm_eps",
     "num_active_queries": "num_active_queries",
     "dqs_threshold": "dqs_threshold",
@@ -86,6 +115,19 @@ class VisualPerceiverConfig(PreTrainedConfig):
     intermediate_size: int = 768  # width of every MLP
     num_queries: int = 64  # Q
     num_cross_attention_heads: int = 1  # of the cross-attention; the paper's maps need one
+    # What makes tokens of an image: "patch", the paper's linear map of patches, or "conv", stages of 3x3 convolutions with
+    # batch norm and a 1x1 projection. `stem_widths` holds the output channels of each stage's convolutions; each stage has
+    # half the resolution of the one before, so patch_size = 2 ** (stages - 1).
+    stem: str = "patch"
+    stem_widths: list[list[int]] | None = None
+    stem_downsample: str = "pool"  # between stages: "pool" (max pooling), or "stride" of the next convolution
+    stem_residual: bool = False  # a shortcut around each convolution that keeps its channels and resolution
+    # Which queries see each other in the blocks: "full", all of them (the paper), or "block_causal": a query sees those of
+    # its own and of earlier blocks, so that the tokens of the first K queries do not depend on later ones.
+    trunk_attention: str = "full"
+    query_blocks: list[int] | None = None  # where blocks of queries end; None is 1, 2, 4, 8, ... up to Q
+    # How queries and positions begin: "random", or "spatial": the first K queries tile the image, for every power of two K.
+    query_init: str = "random"
     hidden_act: str = "gelu"
     qkv_bias: bool = True
     layer_norm_eps: float = 1e-6
@@ -126,6 +168,35 @@ class VisualPerceiverConfig(PreTrainedConfig):
             raise ValueError(
                 f"Expected `image_size` to be a positive multiple of `patch_size`, got {self.image_size} and {self.patch_size}."
             )
+        if self.stem not in ("patch", "conv"):
+            raise ValueError(f"Expected `stem` to be 'patch' or 'conv', got {self.stem!r}.")
+        if self.stem == "patch" and self.stem_widths is not None:
+            raise ValueError(f"Expected `stem_widths` to be None with `stem` 'patch', got {self.stem_widths!r}.")
+        if self.stem == "conv":
+            check_stem(self.stem_widths or [], self.stem_downsample)
+            stride = 2 ** (len(self.stem_widths or []) - 1)
+            if self.patch_size != stride:
+                raise ValueError(
+                    f"Expected `patch_size` to be {stride}, by which {len(self.stem_widths or [])} stages of a stem divide "
+                    f"an image's sides, got {self.patch_size}."
+                )
+        if self.trunk_attention not in ("full", "block_causal"):
+            raise ValueError(
+                f"Expected `trunk_attention` to be 'full' or 'block_causal', got {self.trunk_attention!r}."
+            )
+        if self.query_init not in ("random", "spatial"):
+            raise ValueError(f"Expected `query_init` to be 'random' or 'spatial', got {self.query_init!r}.")
+        if self.query_init == "spatial" and self.hidden_size % 4:
+            raise ValueError(
+                f"Expected `hidden_size` to be a multiple of 4 with `query_init` 'spatial', got {self.hidden_size}."
+            )
+        if self.query_blocks is not None:
+            ends = self.query_blocks
+            ascending = all(a < b for a, b in zip([0, *ends], ends, strict=False))
+            if not ends or not ascending or ends[-1] != self.num_queries:
+                raise ValueError(
+                    f"Expected `query_blocks` to ascend from at least 1 to `num_queries` = {self.num_queries}, got {ends}."
+                )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"Expected `hidden_act` to be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
@@ -143,8 +214,30 @@ class VisualPerceiverConfig(PreTrainedConfig):
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the classes, in the order of the logits."""
-        return [name for _, name in sorted((self.id2label or {}).items())]
+        """Names of the classes, in the order of the logits.
+
+        Raises:
+            ValueError: If the keys of `id2label` are not the indices of the logits, as numbers or as text.
+        """
+        names = {str(key): name for key, name in (self.id2label or {}).items()}
+        indices = [str(i) for i in range(len(names))]
+        if names.keys() != set(indices):
+            raise ValueError(
+                f"Expected the keys of `id2label` to be 0 to {len(names) - 1}, got {', '.join(list(names)[:10])}."
+            )
+        return [names[i] for i in indices]
+
+    @property
+    def block_ends(self) -> list[int]:
+        """Where blocks of queries end: budgets whose tokens do not change when K grows, if the trunk is block-causal.
+
+        Example:
+            >>> VisualPerceiverConfig(num_queries=6).block_ends
+            [1, 2, 4, 6]
+        """
+        if self.query_blocks is not None:
+            return list(self.query_blocks)
+        return [2**i for i in range((self.num_queries - 1).bit_length())] + [self.num_queries]
 
     @property
     def num_patches(self) -> int:
@@ -186,7 +279,7 @@ class VisualPerceiverConfig(PreTrainedConfig):
     @property
     def architecture(self) -> str:
         """The timm name of this architecture, or of the nearest one; `timm_model_args` holds the differences."""
-        trunk = ("hidden_size", "num_hidden_layers", "patch_size")
+        trunk = ("hidden_size", "num_hidden_layers", "patch_size", "stem")
         default = {name: getattr(type(self), name) for name in trunk}
         for name, fields in ARCHITECTURES.items():
             if all(getattr(self, key) == fields.get(key, default[key]) for key in trunk):
@@ -210,13 +303,21 @@ class VisualPerceiverConfig(PreTrainedConfig):
             input_size=[self.num_channels, height, width],
             num_classes=self.num_labels,
             fixed_input_size=True,
-            first_conv="embeddings.patch_embeddings.projection",
+            first_conv=self._first_conv,
             classifier="head",
         )
         labels = self.label_names
         if labels != [f"LABEL_{i}" for i in range(len(labels))]:
             cfg["label_names"] = labels
         return cfg
+
+    @property
+    def _first_conv(self) -> str:
+        """Name of the convolution that reads the image's channels."""
+        if self.stem == "patch":
+            return "embeddings.patch_embeddings.projection"
+        stage = next(i for i, widths in enumerate(self.stem_widths or []) if widths)
+        return f"embeddings.patch_embeddings.stem.stages.{stage}.0.conv"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything transformers and timm need to rebuild the model, as plain values."""

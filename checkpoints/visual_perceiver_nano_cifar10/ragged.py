@@ -11,7 +11,7 @@ A third, "masked", packs nothing: it keeps the dense batch and hides the removed
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -188,6 +188,15 @@ class PackedLayout:
             offsets=offsets,
             groups=groups,
         )
+
+    def causal(self, blocks: torch.Tensor) -> "PackedLayout":
+        """The layout for attention in which a query reads those of its own and of earlier blocks.
+
+        Args:
+            blocks: (Q,) the block of each query.
+        """
+        block = blocks[self.query]  # (T,)
+        return replace(self, groups=tuple(group.causal(block) for group in self.groups))
 
     @property
     def num_tokens(self) -> int:

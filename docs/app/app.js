@@ -3,7 +3,7 @@
 
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
 
-const MAX_PIXELS = 40e6; // of a picture, which takes four bytes each
+const MAX_PIXELS = 2 ** 25; // of a picture, as on the Python side
 const SHOWN = 5; // labels
 const $ = (id) => document.getElementById(id);
 
@@ -157,7 +157,8 @@ async function open(file) {
     return;
   }
   if (picture.width * picture.height > MAX_PIXELS) {
-    say(`Expected a picture of at most ${MAX_PIXELS / 1e6} megapixels, got ${picture.width} x ${picture.height}.`, true);
+    const limit = MAX_PIXELS.toLocaleString("en");
+    say(`Expected an image of at most ${limit} pixels, got ${picture.width}x${picture.height}.`, true);
     return;
   }
   const canvas = new OffscreenCanvas(picture.width, picture.height);

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from ..modeling.handler import MAX_PIXELS, open_image
 from .demo import Demo, Picture
@@ -124,8 +123,6 @@ def launch(app: gr.Blocks, host: str | None = None, port: int | None = None) -> 
 
 def _reason(error: Exception) -> str:
     """Why a file is not shown, without what names where it lies on this machine."""
-    if isinstance(error.__cause__, Image.DecompressionBombError):
-        return f"Expected an image of at most {MAX_PIXELS:,} pixels."
     if isinstance(error, OSError) or error.__cause__ is not None:
         return "It is damaged, or no image that can be read here."
     return str(error)

@@ -8,8 +8,9 @@ import sys
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from support import aligned
+from support import REPOSITORY, aligned
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -18,9 +19,9 @@ from transformers import (
     pipeline,
 )
 
-from hf_visual_perceiver.loading import load_model
+from hf_visual_perceiver.loading import default_model, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
-from hf_visual_perceiver.training.folder import save_folder
+from hf_visual_perceiver.training.folder import create_image_processor, save_folder
 
 
 POINTS = [{}, {"num_active_queries": 7}, {"dqs_threshold": 0.8}, {"num_active_queries": 40, "dqs_threshold": 0.6}]
@@ -143,6 +144,23 @@ def test_pipeline(folder, cifar10):
     answers = classifier(load_images(cifar10, "test").image(0), top_k=3)
     assert len(answers) == 3
     assert answers[0]["label"] in AutoConfig.from_pretrained(folder).label2id
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK"])
+def test_the_processor_takes_images_of_every_mode(folder, mode):
+    image = Image.open(REPOSITORY / "docs" / "cat.png").convert("L").convert(mode)
+    for name in (folder, default_model()):
+        processor = AutoImageProcessor.from_pretrained(name)
+        pixels, expected = (
+            processor(images=x, return_tensors="pt")["pixel_values"] for x in (image, image.convert("RGB"))
+        )
+        assert pixels.shape == (1, 3, 32, 32)
+        assert torch.equal(pixels, expected)
+
+
+def test_only_models_of_three_channels_take_rgb():
+    assert create_image_processor(VisualPerceiverConfig()).do_convert_rgb
+    assert not create_image_processor(VisualPerceiverConfig(num_channels=1)).do_convert_rgb
 
 
 def test_timm_exports_what_transformers_loads(folder, tmp_path):

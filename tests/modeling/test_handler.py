@@ -5,13 +5,18 @@ import io
 import struct
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import REPOSITORY
 
 from hf_visual_perceiver.loading import default_model
 from hf_visual_perceiver.modeling.handler import MAX_PIXELS, EndpointHandler, open_image, read_parameters
 from hf_visual_perceiver.training.folder import create_image_processor
+
+
+CAT = REPOSITORY / "docs" / "cat.png"
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +119,83 @@ def test_a_small_file_with_a_huge_image_is_not_decoded(width, height):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_what_pillow_refuses_is_refused():
-    with pytest.raises(ValueError, match=r"decompression bomb"):
+def test_what_pillow_refuses_is_refused_in_the_same_words():
+    with pytest.raises(ValueError, match="at most 33,554,432 pixels, got more than Pillow opens"):
         open_image(header_of_a_png(60000, 60000))
+
+
+@pytest.mark.parametrize(("size", "decoded"), [((8, 12), (8, 12)), ((16, 12), (8, 6)), ((40, 30), (10, 8))])
+def test_large_jpegs_are_reduced_while_they_are_decoded(monkeypatch, size, decoded):
+    monkeypatch.setattr("hf_visual_perceiver.modeling.handler.MAX_PIXELS", 96)
+    file = io.BytesIO()
+    Image.new("RGB", size, (250, 130, 10)).save(file, "jpeg", quality=95)
+    image = open_image(file.getvalue())
+    assert image.size == decoded
+    assert np.allclose(image.getpixel((3, 3)), (250, 130, 10), atol=3)
+
+
+def test_jpegs_that_stay_too_large_are_refused(monkeypatch):
+    monkeypatch.setattr("hf_visual_perceiver.modeling.handler.MAX_PIXELS", 10)
+    file = io.BytesIO()
+    Image.new("RGB", (80, 40)).save(file, "jpeg")
+    with pytest.raises(ValueError, match="at most 10 pixels, got 80x40"):
+        open_image(file.getvalue())
+
+
+GREY = np.asarray(Image.open(CAT).convert("L"))
+DEEP = {
+    "I;16": Image.fromarray((GREY.astype(np.uint16) * 257).astype("<u2")),
+    "I;16B": Image.fromarray((GREY.astype(np.uint16) * 257).astype(">u2")),
+    "I;16L": Image.frombytes("I;16L", (32, 32), (GREY.astype("<u2") * 257).tobytes(), "raw", "I;16L"),
+    "I;16N": Image.frombytes("I;16N", (32, 32), (GREY.astype("=u2") * 257).tobytes(), "raw", "I;16N"),
+    "I of 8 bits": Image.fromarray(GREY).convert("I"),
+    "I of 16 bits": Image.fromarray(GREY.astype(np.int32) * 257),
+    "I of 24 bits": Image.fromarray(GREY.astype(np.int32) * 65793),
+    "I of 31 bits": Image.fromarray((GREY * ((2**31 - 1) / 255)).astype(np.int32)),
+    "F to 1": Image.fromarray(GREY.astype(np.float32) / 255),
+    "F to 255": Image.fromarray(GREY).convert("F"),
+    "F to 65535": Image.fromarray(GREY.astype(np.float32) * 257),
+}
+
+
+class TestDeepGrey:
+    """Grey of more than 8 bits, which Pillow's own conversion clips to white."""
+
+    @pytest.mark.parametrize("kind", DEEP)
+    def test_it_is_scaled(self, kind):
+        assert DEEP[kind].mode == kind.split()[0]
+        assert np.array_equal(np.asarray(open_image(DEEP[kind])), GREY[:, :, None].repeat(3, 2))
+
+    @pytest.mark.parametrize(
+        ("kind", "suffix"),
+        [("I;16", "png"), ("I;16", "tiff"), ("I;16B", "tiff"), ("I of 31 bits", "tiff"), ("F to 1", "tiff")],
+    )
+    def test_the_cat_stays_a_cat(self, endpoint, kind, suffix):
+        file = io.BytesIO()
+        DEEP[kind].save(file, suffix)
+        answer = endpoint({"inputs": file.getvalue()})
+        assert answer == endpoint({"inputs": png(Image.fromarray(GREY))})
+        assert answer[0]["label"] == "cat"
+
+    @pytest.mark.parametrize(
+        ("values", "mode"),
+        [
+            ([-1000, 3000], "I"),
+            ([-0.5, 1.0], "F"),
+            ([0.0, float("nan")], "F"),
+            ([0.0, float("inf")], "F"),
+            ([0.0, 1e12], "F"),
+        ],
+    )
+    def test_other_ranges_are_refused_by_name(self, values, mode):
+        image = Image.fromarray(np.array([values], np.int32 if mode == "I" else np.float32))
+        with pytest.raises(ValueError, match=rf"Expected values from 0 to .* in a grey image of mode {mode}, got "):
+            open_image(image)
+
+    def test_other_modes_stay_as_pillow_converts_them(self):
+        colour = Image.open(CAT).convert("RGBA")
+        for image in (colour, *(colour.convert(mode) for mode in ("1", "L", "LA", "P", "PA", "CMYK", "YCbCr"))):
+            assert open_image(image).tobytes() == image.convert("RGB").tobytes()
 
 
 def test_the_limit_itself_is_an_image():

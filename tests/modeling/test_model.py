@@ -34,6 +34,26 @@ def one_by_one(model, images, **arguments):
     return torch.cat([o.logits for o in outputs]), torch.cat([o.active_queries for o in outputs])
 
 
+class TestLabelNames:
+    """In the order of the logits, however the keys of `id2label` are written."""
+
+    @pytest.mark.parametrize("key", [str, int])
+    def test_keys_are_numbers_in_any_order(self, key):
+        names = [f"c{i}" for i in range(12)]
+        id2label = {key(i): names[i] for i in reversed(range(12))}
+        config = VisualPerceiverConfig(id2label=id2label)
+        assert config.label_names == names
+        config.id2label = id2label  # as scripts do
+        assert config.label_names == config.timm_pretrained_cfg["label_names"] == names
+
+    @pytest.mark.parametrize("id2label", [{"a": "x", "b": "y"}, {0: "x", 2: "y"}, {"1": "x", "2": "y"}])
+    def test_other_keys_are_refused(self, id2label):
+        config = VisualPerceiverConfig()
+        config.id2label = id2label
+        with pytest.raises(ValueError, match=r"Expected the keys of `id2label` to be 0 to 1, got"):
+            config.label_names  # noqa: B018
+
+
 class TestNumActiveQueries:
     def test_none_is_all(self, model, images):
         assert torch.equal(model(images).logits, model(images, num_active_queries=12).logits)

@@ -2,11 +2,13 @@
 
 import base64
 import io
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import small_config
+from support import REPOSITORY, small_config
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 import hf_visual_perceiver  # registers the task
@@ -46,6 +48,17 @@ def test_without_arguments_it_is_the_stock_pipeline(classifier, picture):
         assert [(a["label"], a["score"]) for a in answers] == [
             (a["label"], pytest.approx(a["score"], abs=1e-5)) for a in stock(picture, **options)
         ]
+
+
+def test_deep_grey_is_scaled_wherever_it_comes_from(classifier, tmp_path, monkeypatch):
+    cat = Image.open(REPOSITORY / "docs" / "cat.png").convert("L")
+    deep = Image.fromarray(np.asarray(cat).astype(np.uint16) * 257)
+    deep.save(tmp_path / "deep.png")
+    data = (tmp_path / "deep.png").read_bytes()
+    session = SimpleNamespace(get=lambda *_, **__: SimpleNamespace(content=data))
+    monkeypatch.setattr("hf_visual_perceiver.adaptive_pipeline.get_session", lambda: session)
+    for source in (deep, str(tmp_path / "deep.png"), base64.b64encode(data).decode(), "https://localhost/deep.png"):
+        assert classifier(source) == classifier(cat)
 
 
 @pytest.mark.parametrize(

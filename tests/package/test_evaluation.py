@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from hf_visual_perceiver import count_macs
+from hf_visual_perceiver import VisualPerceiverConfig, count_macs
 from hf_visual_perceiver.card import write_card
-from hf_visual_perceiver.evaluation import Evaluation, OperatingPoint, default_points, evaluate
+from hf_visual_perceiver.evaluation import Evaluation, OperatingPoint, default_points, evaluate, labels_of_model
 from hf_visual_perceiver.loading import SAMPLE
 from hf_visual_perceiver.metrics import Accuracy
 from hf_visual_perceiver.plots import plot_tradeoff
@@ -85,7 +86,7 @@ def test_labels_must_match(trained, data):
     with pytest.raises(ValueError, match=r"Expected classes among airplane, .*, got zebra"):
         evaluate(trained, dataclasses.replace(data, label_names=["zebra", *data.label_names[1:]]), progress=False)
     eleven = dataclasses.replace(data, label_names=[str(i) for i in range(11)])
-    with pytest.raises(ValueError, match=r"labels in \[0, 10\), got 11 classes"):
+    with pytest.raises(ValueError, match=r"labels in \[0, 10\), got 10"):
         evaluate(trained, eleven, progress=False)
 
 
@@ -94,6 +95,56 @@ def test_labels_are_matched_by_name(trained, data, result):
     reordered = ImageDataset(data.images, 9 - data.labels, names)
     again = evaluate(trained, reordered, [OperatingPoint(64)], progress=False)
     assert again.rows[0].accuracy == next(r.accuracy for r in result.rows if r.num_active_queries == 64)
+
+
+class TestLabelsOfModel:
+    """Which class of the model a label of the dataset is."""
+
+    def indices(self, names, given, labels):
+        config = VisualPerceiverConfig(id2label=dict(enumerate(names)))
+        data = ImageDataset(np.zeros((len(labels), 1, 1, 3), np.uint8), np.array(labels), given)
+        return labels_of_model(SimpleNamespace(config=config), data).tolist()
+
+    @pytest.mark.parametrize(
+        ("names", "given", "expected"),
+        [
+            ([str(i) for i in range(10)], ["3", "7"], [3, 7]),
+            (["0", "1", "10", "2"], ["2", "10"], [3, 2]),  # classes of a folder, in the order of strings
+            ([f"LABEL_{i}" for i in range(4)], ["LABEL_3", "LABEL_1"], [3, 1]),
+            (["crane", "ship", "crane"], ["crane", "ship", "crane"], [0, 1]),  # ImageNet has two classes "crane"
+        ],
+    )
+    def test_names_of_the_model_match_by_name(self, names, given, expected, caplog):
+        assert self.indices(names, given, [0, 1]) == expected
+        assert caplog.records == []
+
+    @pytest.mark.parametrize(
+        ("names", "given", "expected"),
+        [
+            (["ant", "bee", "cat", "dog"], ["0", "1"], [0, 1]),
+            (["ant", "bee", "cat", "dog"], ["1", "3"], [1, 3]),
+            ([*"abcdefghijkl"], ["10", "2"], [10, 2]),
+            (["ant", "bee", "cat", "dog"], ["LABEL_2", "LABEL_0"], [2, 0]),
+            (["LABEL_0", "LABEL_1", "LABEL_2"], ["ant", "bee"], [0, 1]),
+            (["LABEL_0", "LABEL_1", "LABEL_2"], ["2", "1"], [2, 1]),
+        ],
+    )
+    def test_indices_are_taken_where_names_are_missing_and_it_is_said(self, names, given, expected, caplog):
+        assert self.indices(names, given, [0, 1]) == expected
+        assert "matched by index" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("names", "given", "message"),
+        [
+            (["0", "1", "10", "2"], ["1", "3"], "Expected classes among 0, 1, 10, 2, got 3"),
+            (["ant", "bee"], ["0", "2"], r"Expected labels in \[0, 2\), got 2"),
+            (["LABEL_0", "LABEL_1"], ["ant", "bee", "cat"], r"Expected labels in \[0, 2\), got 2"),
+            (["crane", "ship", "crane"], ["ship", "crane"], "Expected names of one class each, got crane"),
+        ],
+    )
+    def test_others_are_refused(self, names, given, message):
+        with pytest.raises(ValueError, match=message):
+            self.indices(names, given, [0, 1])
 
 
 def test_points_must_be_in_range(trained, data):

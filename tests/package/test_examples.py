@@ -31,7 +31,6 @@ MODULES = [
     "hf_visual_perceiver.metrics",
     "hf_visual_perceiver.retrieval",
     "hf_visual_perceiver.robustness",
-    "hf_visual_perceiver.splits",
     "hf_visual_perceiver.modeling.attention_groups",
     "hf_visual_perceiver.modeling.configuration_visual_perceiver",
     "hf_visual_perceiver.modeling.handler",
@@ -49,6 +48,7 @@ MODULES = [
     "hf_visual_perceiver.predictor",
     "hf_visual_perceiver.training.initial",
     "hf_visual_perceiver.training.schedules",
+    "hf_visual_perceiver.training.splits",
     "hf_visual_perceiver.timing",
 ]
 

@@ -16,8 +16,9 @@ from hf_visual_perceiver.evaluation import OperatingPoint
 from hf_visual_perceiver.loading import default_dataset, default_model
 from hf_visual_perceiver.modeling import VisualPerceiverModel
 from hf_visual_perceiver.retrieval import compute_features, knn_classify, measure_retrieval, retrieval_points
-from hf_visual_perceiver.splits import load_split, load_splits, parse_split
+from hf_visual_perceiver.splits import load_splits
 from hf_visual_perceiver.training.data import ImageDataset, load_images, normalise
+from hf_visual_perceiver.training.splits import parse_split
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +166,13 @@ class TestSplits:
             parse_split(split)
 
     def test_a_part_is_the_slice(self, sample):
-        part = load_split(default_dataset(), "test[-30:]")
+        part = load_images(default_dataset(), "test[-30:]")
         assert np.array_equal(part.images, sample.images[-30:])
         assert np.array_equal(part.labels, sample.labels[-30:])
 
     def test_a_part_without_images(self):
         with pytest.raises(ValueError, match=r"Expected images in test\[5000:\] of .*, which has 1,000 in test"):
-            load_split(default_dataset(), "test[5000:]")
+            load_images(default_dataset(), "test[5000:]")
 
     def test_apart(self):
         first, last = load_splits(default_dataset(), "test[:900]", "test[-100:]", apart=True)

@@ -1,5 +1,8 @@
 """Loading, the order of batches, cropping to size."""
 
+import json
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -11,10 +14,13 @@ from hf_visual_perceiver.training.data import (
     BatchOrder,
     ImageDataset,
     ResizedImages,
+    _find_columns,
     load_images,
+    load_table,
     pixels_of_size,
     resize_transform,
 )
+from hf_visual_perceiver.training.stream import load_stream
 
 
 @pytest.fixture
@@ -98,8 +104,170 @@ class TestLoading:
         with pytest.raises(FileNotFoundError, match="which is not there"):
             load_images(str(tmp_path / "absent"))
         (tmp_path / "other.parquet").write_bytes(b"")
-        with pytest.raises(ValueError, match=r"parquet files named train\*\.parquet"):
+        with pytest.raises(ValueError, match=r"parquet files named train\.parquet or train-0.* got other\.parquet"):
             load_images(str(tmp_path), "train")
+        (tmp_path / "flat" / "cat").mkdir(parents=True)
+        with pytest.raises(ValueError, match=r"Expected a folder test in .*flat"):
+            load_images(str(tmp_path / "flat"), "test")
+
+    @pytest.mark.parametrize("cache_gib", [8.0, 0.0])
+    def test_deep_grey_is_scaled(self, tmp_path, cache_gib):
+        grey = np.array([[0, 100, 200, 255]], np.uint16)
+        for name in ("a", "b"):
+            (tmp_path / "train" / name).mkdir(parents=True)
+            Image.fromarray(grey * 257).save(tmp_path / "train" / name / "1.png")
+        image = load_images(str(tmp_path), "train", cache_gib).image(0)
+        assert np.asarray(image)[0, :, 0].tolist() == grey[0].tolist()
+        assert image.mode == "RGB"
+
+    def test_large_jpegs_are_reduced(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("hf_visual_perceiver.modeling.handler.MAX_PIXELS", 96)
+        for name in ("a", "b"):
+            (tmp_path / "train" / name).mkdir(parents=True)
+            Image.new("RGB", (16, 12)).save(tmp_path / "train" / name / "1.jpg")
+        assert load_images(str(tmp_path), "train").image(0).size == (8, 6)
+
+
+class TestColumns:
+    """Which column is the image, and which the label."""
+
+    def columns(self, images, labels):
+        features = {name: datasets.Image() for name in images}
+        features |= {name: datasets.ClassLabel(names=["a", "b"]) for name in labels}
+        return _find_columns(datasets.Dataset.from_dict({n: [] for n in features}, datasets.Features(features)), "it")
+
+    @pytest.mark.parametrize(
+        ("images", "labels", "expected"),
+        [
+            (["mask", "image"], ["label"], ("image", "label")),
+            (["mask", "img", "depth"], ["label"], ("img", "label")),
+            (["mask"], ["kind"], ("mask", "kind")),
+            (["image"], ["coarse_label", "fine_label"], ("image", "fine_label")),
+        ],
+    )
+    def test_usual_names_come_first(self, images, labels, expected):
+        assert self.columns(images, labels) == expected
+
+    def test_a_choice_is_not_made_for_the_user(self):
+        with pytest.raises(ValueError, match="one image column in it, or one called image or img, got mask, photo"):
+            self.columns(["mask", "photo"], ["label"])
+        with pytest.raises(ValueError, match=r"one label column in it, or one called .*, got kind, species"):
+            self.columns(["image"], ["kind", "species"])
+
+
+def fill(folder, *classes, count=3, first=0):
+    """Folders of images that are all different."""
+    for j, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (4, 4), (first + 20 * j + i,) * 3).save(folder / name / f"{i}.png")
+
+
+def shades(data):
+    return sorted(data.images[:, 0, 0, 0].tolist())
+
+
+class TestSplits:
+    """A split is what lies under its name, and nothing else."""
+
+    @pytest.mark.parametrize("parent", ["plain", "my_test_data", "train [v1]"])
+    def test_split_words_in_other_names_mean_nothing(self, tmp_path, parent):
+        for first, split in ((0, "train"), (100, "test")):
+            fill(tmp_path / parent / split, "test_tube", "train_station", first=first)
+            fill(tmp_path / parent / "images" / split, "val_thorens", "test_tube", first=first)
+        for folder in (tmp_path / parent, tmp_path / parent / "images"):
+            train, test = (load_images(str(folder), split) for split in ("train", "test"))
+            assert shades(train) == [0, 1, 2, 20, 21, 22]
+            assert shades(test) == [100, 101, 102, 120, 121, 122]
+            assert train.label_names == sorted(p.name for p in (folder / "train").iterdir())
+
+    def test_without_folders_of_splits_all_images_are_train(self, tmp_path):
+        fill(tmp_path / "my_test_data", "test_tube", "train_station", "cup")
+        data = load_images(str(tmp_path / "my_test_data"), "train")
+        assert (len(data), data.label_names) == (9, ["cup", "test_tube", "train_station"])
+        with pytest.raises(ValueError, match=r"Expected a folder test in .*my_test_data"):
+            load_images(str(tmp_path / "my_test_data"), "test")
+
+    def test_other_names_of_a_split(self, tmp_path):
+        fill(tmp_path / "train", "a", "b")
+        fill(tmp_path / "val", "a", "b", first=100)
+        assert shades(load_images(str(tmp_path), "validation"))[0] == 100
+        with pytest.raises(ValueError, match=r"Expected a folder test in .*, got train, val"):
+            load_images(str(tmp_path), "test")
+        fill(tmp_path / "dev", "a", "b", first=200)
+        with pytest.raises(ValueError, match=r"Expected one folder validation in .*, got dev, val"):
+            load_images(str(tmp_path), "validation")
+
+    def test_in_a_folder_further_down(self, tmp_path):
+        for first, split in ((0, "train"), (100, "test")):
+            fill(tmp_path / "archive" / split, "test_tube", "train_station", first=first)
+        assert shades(load_images(str(tmp_path), "test")) == [100, 101, 102, 120, 121, 122]
+
+    @pytest.mark.parametrize("classes", [["cat"], []])
+    def test_one_class_is_not_enough(self, tmp_path, classes):
+        fill(tmp_path / "train", *classes)
+        Path(tmp_path, "train").mkdir(exist_ok=True)
+        if not classes:
+            Image.new("RGB", (4, 4)).save(tmp_path / "train" / "1.png")
+        got = "cat" if classes else "none"
+        with pytest.raises(ValueError, match=rf"at least two folders of .*train, one for each class, got {got}"):
+            load_images(str(tmp_path), "train")
+
+    def test_classes_lie_side_by_side(self, tmp_path):
+        fill(tmp_path / "train", "cat", "dog/puppy")
+        with pytest.raises(ValueError, match=r"two folders of .*train, one for each class, got cat, dog/puppy"):
+            load_images(str(tmp_path), "train")
+
+    def test_labels_in_a_metadata_file(self, tmp_path):
+        for split in ("train", "test"):
+            fill(tmp_path / split, "a", "b")
+            lines = [json.dumps({"file_name": f"{c}/{i}.png", "label": i}) for c in "ab" for i in range(3)]
+            (tmp_path / split / "metadata.jsonl").write_text("\n".join(lines))
+        assert load_images(str(tmp_path), "test").labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+    def write(self, path, count):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+        values = {"image": [Image.new("RGB", (4, 4))] * count, "label": [0] * count}
+        datasets.Dataset.from_dict(values, features=features).to_parquet(str(path))
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize(
+        ("test", "other"),
+        [
+            ("data/test-00000-of-00001.parquet", "data/train-00000-of-00001.parquet"),  # a downloaded Hub dataset
+            ("plain_text/test-00000-of-00001.parquet", "plain_text/train-00000-of-00001.parquet"),  # another
+            ("test/0000.parquet", "train/0000.parquet"),
+            ("test.parquet", "testmini.parquet"),
+            ("test-0.parquet", "test_hard-0.parquet"),
+        ],
+    )
+    def test_parquet(self, tmp_path, test, other, streaming):
+        self.write(tmp_path / "my_train_data" / test, 5)
+        self.write(tmp_path / "my_train_data" / other, 3)
+        (tmp_path / "my_train_data" / "README.md").write_text("---\nlicense: mit\n---\n")
+        load = load_stream if streaming else load_table
+        assert len(list(load(str(tmp_path / "my_train_data"), "test"))) == 5
+
+    def test_streams_are_whole_splits_of_parquet_files(self, tmp_path):
+        self.write(tmp_path / "test.parquet", 5)
+        with pytest.raises(ValueError, match=r"Expected a whole split to stream, got 'test\[:2\]'"):
+            load_stream(str(tmp_path), "test[:2]")
+        fill(tmp_path / "images" / "train", "a", "b")
+        with pytest.raises(ValueError, match=r"Expected parquet files to stream from in .*images.train, got none"):
+            load_stream(str(tmp_path / "images"), "train")
+
+    def test_slices(self, tmp_path):
+        self.write(tmp_path / "a" / "test.parquet", 5)
+        fill(tmp_path / "b" / "test", "a", "b")
+        for dataset in (tmp_path / "a", tmp_path / "a" / "test.parquet"):
+            assert len(load_images(str(dataset), "test[1:4]")) == 3
+            assert len(load_images(str(dataset), "test[:200]")) == 5
+        assert shades(load_images(str(tmp_path / "b"), "test[-4:]")) == [2, 20, 21, 22]
+        with pytest.raises(ValueError, match=r"Expected images in test\[9:\] of .*b, which has 6 in test"):
+            load_images(str(tmp_path / "b"), "test[9:]")
+        with pytest.raises(ValueError, match='Expected a split such as "test"'):
+            load_images(str(tmp_path / "b"), "test[5]")
 
 
 class TestSplittingOff:
