@@ -79,6 +79,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         trunk_attention: str = "full",
         query_blocks: Sequence[int] | None = None,
         query_init: str = "random",
+        attention_init: str = "random",
         norm_eps: float = 1e-6,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -113,6 +114,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             trunk_attention: Which queries see each other, `"full"` or `"block_causal"`.
             query_blocks: Where blocks of queries end; None is 1, 2, 4, 8, ... up to Q.
             query_init: How queries begin, `"random"` or `"spatial"`.
+            attention_init: How attention in the blocks begins, `"random"` or `"mimetic"`.
             norm_eps: Of every layer norm.
             drop_rate: Dropout before the classifier.
             proj_drop_rate: Dropout after projections, MLPs and position embeddings.
@@ -145,6 +147,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             "trunk_attention": trunk_attention,
             "query_blocks": None if query_blocks is None else list(query_blocks),
             "query_init": query_init,
+            "attention_init": attention_init,
             "layer_norm_eps": norm_eps,
             "hidden_dropout_prob": proj_drop_rate,
             "attention_probs_dropout_prob": attn_drop_rate,
