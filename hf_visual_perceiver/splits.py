@@ -1,7 +1,9 @@
-"""Parts of a dataset's splits, named as the `datasets` library names them: `train[-5000:]`."""
+"""Parts of a dataset's splits, named as the `datasets` library names them: `train[-5000:]`; and fewer images of them."""
 
 import re
 from itertools import combinations
+
+import numpy as np
 
 from .training.data import ImageDataset, load_images
 
@@ -26,6 +28,24 @@ def parse_split(split: str) -> tuple[str, slice]:
         raise ValueError(f'Expected a split such as "test", "train[:10000]" or "train[-5000:]", got {split!r}.')
     name, start, stop = match.groups()
     return name, slice(start and int(start), stop and int(stop))
+
+
+def evenly_spaced(count: int, max_images: int | None = None) -> np.ndarray:
+    """The places of at most `max_images` of `count` images; the first ones may all be of one class.
+
+    Example:
+        >>> evenly_spaced(10, 4).tolist()
+        [0, 2, 5, 7]
+    """
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"Expected at least 1 image, got {max_images}.")
+    taken = count if max_images is None else min(max_images, count)
+    return np.arange(taken) * count // taken
+
+
+def at_most(data: ImageDataset, max_images: int | None) -> ImageDataset:
+    """At most so many of the images, evenly spaced; None is all."""
+    return data if max_images is None else data.subset(evenly_spaced(len(data), max_images))
 
 
 def load_split(dataset: str, split: str) -> ImageDataset:
