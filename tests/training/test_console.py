@@ -3,7 +3,10 @@
 import pytest
 from rich.console import Console
 
+from hf_visual_perceiver.calibration import Target, calibrate
 from hf_visual_perceiver.evaluation import OperatingPoint, evaluate
+from hf_visual_perceiver.retrieval import measure_retrieval
+from hf_visual_perceiver.robustness import measure_robustness
 from hf_visual_perceiver.training import console
 from hf_visual_perceiver.training.console import print_error, tracked
 from hf_visual_perceiver.training.data import load_images
@@ -47,6 +50,17 @@ def test_an_evaluation_says_how_far_it_is(clock, capsys, trained, cifar10):
     assert not output.out
     evaluate(trained, data, [OperatingPoint(1)], batch_size=1, progress=False)
     assert capsys.readouterr() == ("", "")
+
+
+def test_other_long_measurements_say_how_far_they_are(monkeypatch, capsys, trained, cifar10):
+    monkeypatch.setattr(console, "SECONDS", 0.0)
+    data = load_images(cifar10, "test").subset(slice(0, 4))
+    measure_robustness(trained, data, [OperatingPoint(64)], ["fog"], [1])
+    assert "corrupting: 1 of 2" in capsys.readouterr().err
+    measure_retrieval(trained.visual_perceiver, data, data, [OperatingPoint(1)], neighbours=1, batch_size=2)
+    assert "gallery: 1 of 2" in capsys.readouterr().err
+    calibrate(trained, data, Target("macs", 0.5), [OperatingPoint(1)], batch_size=1)
+    assert "evaluating: 1 of 2" in capsys.readouterr().err
 
 
 def test_an_error_is_one_line(capsys):
