@@ -24,6 +24,7 @@ from hf_visual_perceiver.modeling.fast_inference import MixedLengths
 from hf_visual_perceiver.modeling.ragged import attend_in_groups
 from hf_visual_perceiver.timing import interleaved
 from hf_visual_perceiver.training.conditions import measurement_conditions
+from hf_visual_perceiver.training.console import run_command
 
 
 def dense_attention(
@@ -109,4 +110,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -23,6 +23,7 @@ from hf_visual_perceiver.benchmark import FORMS, Rival, benchmark, benchmark_tab
 from hf_visual_perceiver.loading import choose_device, default_dataset, load_model
 from hf_visual_perceiver.modeling import select_queries
 from hf_visual_perceiver.training.conditions import cpu_computes_in_bf16, measurement_conditions
+from hf_visual_perceiver.training.console import run_command
 from hf_visual_perceiver.training.data import load_images, normalise, pixels_of_size
 from hf_visual_perceiver.training.files import write_json
 
@@ -179,4 +180,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -15,6 +15,7 @@ import yaml
 from hf_visual_perceiver.comparison import compare_runs
 from hf_visual_perceiver.modeling import count_macs
 from hf_visual_perceiver.training.conditions import measurement_conditions
+from hf_visual_perceiver.training.console import run_command
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
 from hf_visual_perceiver.training.schedules import create_schedule, step_macs
 from hf_visual_perceiver.training.train import train
@@ -70,4 +71,4 @@ def affordable_steps(recipe: Recipe, epochs: float) -> int:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

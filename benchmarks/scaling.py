@@ -25,6 +25,7 @@ from hf_visual_perceiver.loading import choose_device
 from hf_visual_perceiver.plots import save_figure
 from hf_visual_perceiver.timing import interleaved
 from hf_visual_perceiver.training.conditions import measurement_conditions
+from hf_visual_perceiver.training.console import run_command
 from hf_visual_perceiver.training.files import write_json
 
 
@@ -122,4 +123,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

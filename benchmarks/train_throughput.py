@@ -32,6 +32,7 @@ from timm.utils import ModelEmaV3
 from hf_visual_perceiver.training.augmentation import BatchAugmentation
 from hf_visual_perceiver.training.batches import ResidentBatches
 from hf_visual_perceiver.training.conditions import measurement_conditions
+from hf_visual_perceiver.training.console import run_command
 from hf_visual_perceiver.training.data import BatchOrder, ImageDataset, load_images
 from hf_visual_perceiver.training.factory import compile_blocks, create_model, create_optimizer
 from hf_visual_perceiver.training.objective import Objective
@@ -268,4 +269,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

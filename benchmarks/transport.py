@@ -15,6 +15,7 @@ import typer
 
 from hf_visual_perceiver.training.checkpointing import RunFolder
 from hf_visual_perceiver.training.conditions import measurement_conditions
+from hf_visual_perceiver.training.console import run_command
 from hf_visual_perceiver.training.recipe import load_recipe
 from hf_visual_perceiver.training.train import train
 from hf_visual_perceiver.training.transport import write_transport
@@ -65,4 +66,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

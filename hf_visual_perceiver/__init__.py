@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .adaptive_pipeline import TASK, AdaptiveImageClassificationPipeline
+from .loading import bundled_checkpoint
 from .modeling import (
     ARCHITECTURES,
     VisualPerceiverConfig,
@@ -40,6 +41,12 @@ __all__ = [
     "VisualPerceiverConfig",
     "VisualPerceiverForImageClassification",
     "VisualPerceiverModel",
+    "bundled_checkpoint",
     "count_macs",
     "select_queries",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, without what registering them needs."""
+    return sorted(__all__)

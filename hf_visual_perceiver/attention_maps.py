@@ -3,22 +3,13 @@
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import typer
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from .evaluation import pixel_batches
-from .loading import choose_device, default_dataset, default_model, load_model
 from .modeling import VisualPerceiverForImageClassification
-from .options import BatchSizeOption, DatasetOption, DeviceOption, ModelOption, SplitOption
-from .plots import check_picture, save_figure
-from .training.data import load_images
-from .training.files import check_writable, write_json
-from .training.folder import create_image_processor
+from .plots import save_figure
 
 
 @torch.inference_mode()
@@ -73,48 +64,3 @@ def plot_attention_maps(maps: np.ndarray, path: str | Path, title: str = "") -> 
     if title:
         figure.suptitle(title, fontsize=9, wrap=True)
     save_figure(figure, path)
-
-
-def attention_maps_command(
-    images: Annotated[
-        list[Path] | None, typer.Argument(help="Image files, or folders of them; by default the dataset.")
-    ] = None,
-    model: ModelOption = None,
-    dataset: DatasetOption = None,
-    split: SplitOption = "test",
-    output: Annotated[Path, typer.Option(help="The picture to write: .png, .svg or .pdf.")] = Path(
-        "attention_maps.png"
-    ),
-    num_active_queries: Annotated[int | None, typer.Option(help="K: draw the first K queries.")] = None,
-    batch_size: BatchSizeOption = 256,
-    device: DeviceOption = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the maps to this file.")] = None,
-) -> None:
-    """What each query reads, as a picture: cross-attention averaged over a dataset, or over given images."""
-    # The command line imports this module.
-    from .cli import list_images, read_image
-
-    if images and dataset:
-        raise ValueError("Expected either images or --dataset, got both.")
-    check_picture(output)
-    for file in filter(None, (output, json_file)):
-        check_writable(file)
-    name = model or default_model()
-    network = load_model(name, choose_device(device))
-    if num_active_queries is not None:
-        network.config.operating_point(num_active_queries)
-    batches: Iterable[torch.Tensor]
-    if images:
-        pictures = [read_image(path) for path in list_images(images)]
-        processor, count = create_image_processor(network.config), len(pictures)
-        pixels = processor(images=pictures, return_tensors="pt")["pixel_values"].to(network.device)
-        batches = pixels.split(batch_size)
-    else:
-        data = load_images(dataset or default_dataset(), split)
-        shown = "averaging" if Console(stderr=True).is_terminal else None
-        batches, count = (pixels for _, pixels in pixel_batches(network, data, batch_size, shown)), len(data)
-    maps = average_attention(network, batches, num_active_queries)
-    plot_attention_maps(maps, output, f"{Path(name).name}: cross-attention of each query, {count:,} images")
-    if json_file:
-        write_json(json_file, {"images": count, "maps": maps.tolist()})
-    typer.echo(f"Attention of {len(maps)} queries over {count:,} images: {output}")

@@ -12,15 +12,12 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
+from .choices import FORMS
 from .evaluation import PAPER_QUERIES, OperatingPoint
 from .memory import fitting
 from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
 from .plots import save_figure
 from .timing import GRAPH_WARMUPS, interleaved, matmul_peak, median_ratio, page_faults, peak_memory
-
-
-# "grouped" is eager too, but selection attends in groups where "eager" has variable-length attention.
-FORMS = ("eager", "optimized", "compiled", "grouped")
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ def benchmark(
         repetitions: Of all settings.
         rivals: Other networks, by name.
         budgets: K to measure, beside all queries; None is the paper's.
-        progress: Show a bar.
+        progress: Say on stderr how far it is.
 
     Raises:
         ValueError: If an argument is out of its range, or a batch does not fit in memory (with a size that does).

@@ -1,24 +1,27 @@
 """`visual-perceiver benchmark`."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.console import Console
 
-from .benchmark import FORMS, benchmark, benchmark_table, plot_benchmark
-from .loading import check_dtype, choose_device, default_dataset, default_model, load_model
-from .options import DeviceOption, JsonOption, ModelOption, model_label
-from .plots import check_picture
-from .training.conditions import cpu_computes_in_bf16, measurement_conditions
-from .training.data import load_images, normalise, pixels_of_size
-from .training.files import check_writable, write_json
+from .choices import FORMS, check_dtype
+from .options import (
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    ModelOption,
+    chosen_model,
+    model_label,
+    output_console,
+    picture_option,
+    write_result,
+)
 
 
 def benchmark_command(
+    checkpoint: ModelArgument = None,
     model: ModelOption = None,
     batch_size: Annotated[list[int], typer.Option(help="Repeat for several.")] = [1, 64],  # noqa: B006
     num_active_queries: Annotated[
@@ -32,21 +35,24 @@ def benchmark_command(
     ] = None,
     repetitions: Annotated[int, typer.Option(help="Of all settings.")] = 7,
     device: DeviceOption = "auto",
-    plot: Annotated[Path | None, typer.Option(help="Write relative time against MACs to this picture.")] = None,
+    plot: Annotated[Path | None, picture_option("Write relative time against MACs to this picture.")] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Time and memory of a checkpoint on this machine, at every budget and in each form, side by side."""
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    if plot:
-        check_picture(plot)
-    for output in filter(None, (plot, json_file)):
-        check_writable(output)
+    import torch
+
+    from .benchmark import benchmark, benchmark_table, plot_benchmark
+    from .loading import choose_device, default_dataset, load_model
+    from .training.conditions import cpu_computes_in_bf16, measurement_conditions
+    from .training.data import load_images, normalise, pixels_of_size
+
+    console = output_console(json_file, width=150)
     place = choose_device(device)
     fast_bf16 = place != "cpu" or cpu_computes_in_bf16()
     dtypes = dtype or ["float32", *(["bfloat16"] if fast_bf16 else [])]
     for name in dtypes:
         check_dtype(name)
-    name = model or default_model()
+    name = chosen_model(checkpoint, model)
     network = load_model(name, place)
     for K in num_active_queries or ():
         network.config.operating_point(K)
@@ -62,14 +68,12 @@ def benchmark_command(
         [getattr(torch, name) for name in dtypes],
         repetitions,
         budgets=num_active_queries,
-        progress=sys.stderr.isatty(),
     )
     for size in batch_size:
         console.print(benchmark_table([row for row in rows if row.batch_size == size]))
     conditions = measurement_conditions(place, model=model_label(name), repetitions=repetitions)
     console.print(", ".join(f"{key} {value}" for key, value in conditions.items()), style="dim", highlight=False)
-    if json_file:
-        write_json(json_file, {"conditions": conditions, "rows": [asdict(row) for row in rows]})
+    write_result(json_file, {"conditions": conditions, "rows": [asdict(row) for row in rows]})
     if plot:
         plot_benchmark(rows, plot)
         console.print(f"Plot: {plot}")

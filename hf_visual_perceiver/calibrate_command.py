@@ -1,41 +1,36 @@
 """`visual-perceiver calibrate`."""
 
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .calibration import (
-    Calibration,
-    Target,
-    calibrate,
-    candidate_points,
-    small_set_warning,
-    target_value,
-    write_operating_point,
-)
-from .evaluation import OperatingPoint, Row
-from .loading import choose_device, default_dataset, default_model, load_model
 from .options import (
     BatchSizeOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    MaxImagesOption,
+    ModelArgument,
     ModelOption,
     SplitOption,
+    chosen_model,
     dataset_label,
     model_label,
+    output_console,
+    write_result,
 )
-from .training.conditions import measurement_conditions
-from .training.data import load_images
-from .training.files import check_writable, write_json
+
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 
 def calibrate_command(
+    checkpoint: ModelArgument = None,
     target_macs: Annotated[
         float | None, typer.Option(help="At most this fraction of the MACs that all queries take.")
     ] = None,
@@ -66,33 +61,36 @@ def calibrate_command(
         ),
     ] = None,
     split: SplitOption = "test",
-    max_images: Annotated[int | None, typer.Option(min=2, help="Only the last so many images of the split.")] = None,
+    max_images: MaxImagesOption = None,
     batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
     json_file: JsonOption = None,
 ) -> None:
     """Choose K or t for a budget or an accuracy, and report what it does on images that it was not chosen on."""
-    console, messages = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
+    from .calibration import Target, calibrate, candidate_points, small_set_warning, write_operating_point
+    from .evaluation import OperatingPoint
+    from .loading import choose_device, default_dataset, load_model
+    from .splits import at_most
+    from .training.conditions import measurement_conditions
+    from .training.data import load_images
+
+    console, messages = output_console(json_file), Console(stderr=True)
     # What could fail at the end fails now.
     target = Target.from_options(target_macs, target_ms, max_accuracy_drop)
-    name = model or default_model()
+    name = chosen_model(checkpoint, model)
     if write and not (Path(name) / "config.json").is_file():
         raise ValueError(f"Expected --write to go with a model folder, got {name!r}.")
-    if json_file:
-        check_writable(json_file)
     network = load_model(name, choose_device(device), dtype)
     points = candidate_points(network.config, search, target)
     if num_active_queries or dqs_threshold:
         budgets: list[int | None] = [*num_active_queries] if num_active_queries else [None]
         thresholds: list[float | None] = [*dqs_threshold] if dqs_threshold else [None]
         points = [OperatingPoint(K, t) for K in budgets for t in thresholds]
-    data = load_images(dataset or default_dataset(), split)
-    if max_images is not None:
-        data = data.subset(slice(-max_images, None))
+    data = at_most(load_images(dataset or default_dataset(), split), max_images)
     if warning := small_set_warning(len(data)):
         messages.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
-    result = calibrate(network, data, target, points, batch_size, progress=messages.is_terminal)
+    result = calibrate(network, data, target, points, batch_size)
     conditions = measurement_conditions(
         next(network.parameters()).device,
         dtype=dtype,
@@ -106,19 +104,18 @@ def calibrate_command(
     console.print(calibration_table(result))
     for line in calibration_lines(result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if json_file:
-        write_json(json_file, {"conditions": conditions, **result.to_dict()})
+    write_result(json_file, {"conditions": conditions, **result.to_dict()})
     if write:
         write_operating_point(name, result.point)
         console.print(f"Written to {Path(name) / 'config.json'}: {result.point}", highlight=False, markup=False)
 
 
-def calibration_table(result: Calibration) -> Table:
+def calibration_table(result: "Calibration") -> Table:
     """What the chosen point did where it was chosen and elsewhere, beside all queries."""
     table = Table(title=f"{result.point}: {result.target}", title_justify="left", box=box.SIMPLE_HEAD)
     for header in ("setting", "images", "queries", "MACs (M)", "of all", "ms/image", "accuracy (%)"):
         table.add_column(header, justify="left" if header in ("setting", "images") else "right", no_wrap=True)
-    rows: list[tuple[str, str, Row]] = [
+    rows = [
         (str(result.point), "it was chosen on", result.chosen_on),
         (str(result.point), "held out", result.achieved),
         ("all queries", "held out", result.full),
@@ -136,8 +133,10 @@ def calibration_table(result: Calibration) -> Table:
     return table
 
 
-def calibration_lines(result: Calibration) -> list[str]:
+def calibration_lines(result: "Calibration") -> list[str]:
     """What to expect, in words."""
+    from .calibration import target_value
+
     low, high = (100 * x for x in result.accuracy_interval)
     drop_low, drop_high = result.drop_interval
     lines = [

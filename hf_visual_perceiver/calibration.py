@@ -220,7 +220,7 @@ def calibrate(
         target: What to meet.
         points: What to try beside all queries; `candidate_points` if None.
         batch_size: Images of a batch; matters to a target of time.
-        progress: Show a bar.
+        progress: Say on stderr how far it is.
 
     Raises:
         ValueError: If the target cannot be met, or the data do not fit the model.

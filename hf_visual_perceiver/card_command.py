@@ -6,18 +6,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .card import rewrite_card
+from .options import ModelOption, RequiredModelArgument, chosen_model
 from .training.files import check_writable
 
 
 def card_command(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint with its evaluation.json.")],
+    checkpoint: RequiredModelArgument = None,
+    model: ModelOption = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Write the card here, as model_cards/NAME.md; by default README.md in the folder."),
     ] = None,
 ) -> None:
     """Write a checkpoint's model card anew from its JSON files: evaluation, and, if there, training and robustness."""
+    from .card import rewrite_card
+
+    folder = Path(chosen_model(checkpoint, model))
     if output:
         check_writable(output)
     Console().print(f"Card: {rewrite_card(folder, output)}", soft_wrap=True)

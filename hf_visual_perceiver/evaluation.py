@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from .confusion import Confusion
 from .memory import fitting
@@ -25,6 +23,7 @@ from .modeling import (
     count_macs,
 )
 from .training.conditions import measurement_conditions
+from .training.console import tracked
 from .training.data import ImageDataset, normalise, pixels_of_size
 
 
@@ -174,7 +173,7 @@ def evaluate(
         data: Images that the model has labels for.
         points: What to measure; `default_points` if None.
         batch_size: Images of a batch.
-        progress: Show a bar.
+        progress: Say on stderr how far it is.
         conditions: More facts to keep with the result, such as the names of model and dataset.
 
     Raises:
@@ -260,12 +259,12 @@ def pixel_batches(
 ) -> Iterator[tuple[range, torch.Tensor]]:
     """The indices of each batch and its `pixel_values` (B, C, H, W), as the model takes them and where it is.
 
-    With a `description` a progress bar shows it.
+    With a `description`, stderr shows how far it is.
     """
     config = model.config
     cfg = config.timm_pretrained_cfg
     batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
-    for indices in track(batches, description or "", console=Console(stderr=True), disable=description is None):
+    for indices in tracked(batches, description):
         pixels = pixels_of_size(data, indices, config.image_height_width, cfg["interpolation"])
         pixels = normalise(pixels, cfg["mean"], cfg["std"])
         yield indices, pixels.to(model.device, model.dtype)

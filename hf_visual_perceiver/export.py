@@ -33,7 +33,6 @@ from .modeling.timm_visual_perceiver import checkpoint_filter_fn
 from .training.files import check_writable, folder_written_aside, write_json, written_aside
 
 
-FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors-timm": "_timm"}
 INPUTS = ("pixel_values", "dqs_threshold", "num_active_queries")
 OUTPUTS = ("logits", "active_queries")
 

@@ -1,8 +1,7 @@
 """`visual-perceiver export` and `visual-perceiver compare-exports`."""
 
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -10,26 +9,32 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .evaluation import OperatingPoint
-from .export import FORMATS, check_output, export_onnx, export_program, export_timm, require
-from .export_comparison import ExportComparison, ExportRow, compare_exports
-from .loading import default_dataset, default_model, load_config, load_model
+from .choices import FORMATS
 from .options import (
     BatchSizeOption,
     DatasetNameOption,
     DatasetOption,
     JsonOption,
+    MaxImagesOption,
+    ModelArgument,
     ModelOption,
+    chosen_model,
     dataset_label,
     model_label,
+    one_of,
+    output_console,
+    write_result,
 )
-from .training.data import load_images
-from .training.files import check_writable, write_json
+
+
+if TYPE_CHECKING:
+    from .export_comparison import ExportComparison, ExportRow
 
 
 def export_command(
-    folder: Annotated[str, typer.Argument(help="The checkpoint: a folder or Hub id.")],
-    format: Annotated[str, typer.Option(help=f"{', '.join(FORMATS)}.")] = "onnx",
+    checkpoint: ModelArgument = None,
+    model: ModelOption = None,
+    format: Annotated[str, typer.Option(callback=one_of(FORMATS), help=f"{', '.join(FORMATS)}.")] = "onnx",
     output: Annotated[
         Path | None, typer.Option(help="File (timm: folder) to write; by default named after the checkpoint, here.")
     ] = None,
@@ -46,9 +51,10 @@ def export_command(
     A graph takes pixel_values (B, C, H, W), dqs_threshold (float32; 1 keeps all queries) and num_active_queries (int64) and
     gives logits (B, labels) and active_queries (B, Q). The batch is dynamic.
     """
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    if format not in FORMATS:
-        raise ValueError(f"Expected --format to be one of {', '.join(FORMATS)}, got {format!r}.")
+    from .export import check_output, export_onnx, export_program, export_timm, require
+    from .loading import load_config, load_model
+
+    console, folder = output_console(), chosen_model(checkpoint, model)
     if num_active_queries is not None and dynamic_queries:
         raise ValueError(
             f"Expected --num-active-queries (K fixed in the graph) or --dynamic-queries (K as an input), got both "
@@ -72,14 +78,14 @@ def export_command(
                 f"Expected a file that ends in {FORMATS[format]} for --format {format}, got {output.name!r}."
             )
         check_output(output)
-    model = load_model(folder)
+    network = load_model(folder)
     with Console(stderr=True).status(f"{format}: tracing, writing, comparing with PyTorch"):
         if format == "onnx":
-            difference = export_onnx(model, output, num_active_queries, int8)
+            difference = export_onnx(network, output, num_active_queries, int8)
         elif format == "torch-export":
-            difference = export_program(model, output, num_active_queries)
+            difference = export_program(network, output, num_active_queries)
         else:
-            difference = export_timm(model, output)
+            difference = export_timm(network, output)
     size = sum(path.stat().st_size for path in (output.rglob("*") if output.is_dir() else [output]))
     console.print(f"{format}: {output} ({size / 1e6:.2f} MB)", soft_wrap=True, markup=False, highlight=False)
     if int8:
@@ -100,7 +106,7 @@ def compare_exports_command(
         typer.Option(help="K to measure; repeat. By default 8, 16, 32 and all, or what a file has fixed."),
     ] = None,
     dqs_threshold: Annotated[list[float] | None, typer.Option(help="t to measure with all queries; repeat.")] = None,
-    max_images: Annotated[int | None, typer.Option(min=1, help="At most so many images.")] = None,
+    max_images: MaxImagesOption = None,
     batch_size: BatchSizeOption = 64,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in markdown.")] = False,
     json_file: JsonOption = None,
@@ -109,21 +115,23 @@ def compare_exports_command(
 
     OMP_NUM_THREADS sets the threads of all of them.
     """
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    if json_file:
-        check_writable(json_file)
+    from .export import require
+    from .export_comparison import compare_exports
+    from .loading import default_dataset, load_model
+    from .splits import at_most
+    from .training.data import load_images
+
+    console = output_console(json_file)
     if any(path.suffix == ".onnx" for path in files):
         require("onnxruntime")
-    name, data_name = model or default_model(), dataset or default_dataset()
-    data = load_images(data_name, split)
+    name = chosen_model(None, model)
     result = compare_exports(
         load_model(name),
         files,
-        data if max_images is None else data.subset(slice(0, max_images)),
+        at_most(load_images(dataset or default_dataset(), split), max_images),
         num_active_queries,
         dqs_threshold,
         batch_size,
-        progress=sys.stderr.isatty(),
         conditions={
             "model": model_label(name),
             "dataset": dataset_label(dataset, dataset_name),
@@ -135,15 +143,16 @@ def compare_exports_command(
     else:
         console.print(comparison_table(result))
     console.print(", ".join(f"{key} {value}" for key, value in result.conditions.items()), style="dim", highlight=False)
-    if json_file:
-        write_json(json_file, result.to_dict())
+    write_result(json_file, result.to_dict())
 
 
 COLUMNS = ("setting", "form", "MB", "accuracy (%)", "same answer (%)", "queries", "ms/image", "time")
 
 
-def comparison_cells(row: ExportRow) -> list[str]:
+def comparison_cells(row: "ExportRow") -> list[str]:
     """What `COLUMNS` name, of one row."""
+    from .evaluation import OperatingPoint
+
     return [
         str(OperatingPoint(row.num_active_queries, row.dqs_threshold)),
         row.form,
@@ -156,7 +165,7 @@ def comparison_cells(row: ExportRow) -> list[str]:
     ]
 
 
-def comparison_table(result: ExportComparison) -> Table:
+def comparison_table(result: "ExportComparison") -> Table:
     """One section for each operating point."""
     table = Table(title="exported, side by side", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in COLUMNS:
@@ -174,7 +183,7 @@ def comparison_table(result: ExportComparison) -> Table:
     return table
 
 
-def comparison_markdown(result: ExportComparison) -> str:
+def comparison_markdown(result: "ExportComparison") -> str:
     """The table for documents."""
     lines = [COLUMNS, ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2), *map(comparison_cells, result.rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from .evaluation import OperatingPoint, forward_at, labels_of_model
 from .exported import ExportedClassifier, load_exported
 from .metrics import Accuracy
 from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
 from .training.conditions import measurement_conditions
+from .training.console import tracked
 from .training.data import ImageDataset, normalise, pixels_of_size
 
 
@@ -83,7 +83,7 @@ def compare_exports(
         num_active_queries: K; None is 8, 16, 32 and all, or the one K that the files have fixed.
         dqs_thresholds: t, with all queries (or the K that is fixed); None is 0.8 where K is not given either.
         batch_size: Images of a batch.
-        progress: Show a bar.
+        progress: Say on stderr how far it is.
         conditions: More facts to keep with the result.
 
     Raises:
@@ -102,7 +102,7 @@ def compare_exports(
     queries: dict[tuple[OperatingPoint, str], list[float]] = {key: [] for key in answers}
     seconds: dict[tuple[OperatingPoint, str], list[float]] = {key: [] for key in answers}
     batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
-    for number, indices in enumerate(track(batches, "comparing", disable=not progress)):
+    for number, indices in enumerate(tracked(batches, "comparing" if progress else None)):
         pixels = pixels_of_size(data, indices, model.config.image_height_width, cfg["interpolation"])
         pixels = normalise(pixels, cfg["mean"], cfg["std"])
         for point in points:

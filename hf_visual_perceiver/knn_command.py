@@ -1,15 +1,12 @@
 """`visual-perceiver knn`."""
 
-import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from .evaluation import OperatingPoint
-from .loading import choose_device, default_dataset, default_model, load_model
+from .choices import FEATURES
 from .options import (
     BatchSizeOption,
     DatasetNameOption,
@@ -17,16 +14,23 @@ from .options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    MaxImagesOption,
+    ModelArgument,
     ModelOption,
+    chosen_model,
     dataset_label,
     model_label,
+    output_console,
+    write_result,
 )
-from .retrieval import FEATURES, Retrieval, measure_retrieval, retrieval_points
-from .splits import load_splits
-from .training.files import check_writable, write_json
+
+
+if TYPE_CHECKING:
+    from .retrieval import Retrieval
 
 
 def knn_command(
+    checkpoint: ModelArgument = None,
     model: ModelOption = None,
     dataset: DatasetOption = None,
     dataset_name: DatasetNameOption = None,
@@ -34,6 +38,7 @@ def knn_command(
         str, typer.Option(help='Images to search in, such as "train" or "train[:10000]".')
     ] = "train",
     split: Annotated[str, typer.Option(help='Images to search for, such as "test" or "train[-5000:]".')] = "test",
+    max_images: MaxImagesOption = None,
     num_active_queries: Annotated[
         list[int] | None, typer.Option(help="K to measure; repeat for several. By default 4, 16 and all.")
     ] = None,
@@ -52,15 +57,17 @@ def knn_command(
 
     The checkpoint's own classes play no part, so the dataset may have others.
     """
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    if json_file:
-        check_writable(json_file)
-    name, data_name = model or default_model(), dataset or default_dataset()
+    from .loading import choose_device, default_dataset, load_model
+    from .retrieval import measure_retrieval, retrieval_points
+    from .splits import at_most, load_splits
+
+    console, name = output_console(json_file), chosen_model(checkpoint, model)
     network = load_model(name, choose_device(device), dtype).visual_perceiver
     points = retrieval_points(network.config.num_queries, num_active_queries, dqs_threshold)
     for point in points:
         network.config.operating_point(point.num_active_queries, point.dqs_threshold)
-    gallery, queried = load_splits(data_name, gallery_split, split, apart=True)
+    parts = load_splits(dataset or default_dataset(), gallery_split, split, apart=True)
+    gallery, queried = (at_most(part, max_images) for part in parts)
     result = measure_retrieval(
         network,
         gallery,
@@ -70,7 +77,6 @@ def knn_command(
         neighbours=neighbours,
         temperature=temperature,
         batch_size=batch_size,
-        progress=sys.stderr.isatty(),
         conditions={
             "dtype": dtype,
             "model": model_label(name),
@@ -86,12 +92,13 @@ def knn_command(
         highlight=False,
         markup=False,
     )
-    if json_file:
-        write_json(json_file, result.to_dict())
+    write_result(json_file, result.to_dict())
 
 
-def retrieval_table(result: Retrieval) -> Table:
+def retrieval_table(result: "Retrieval") -> Table:
     """One line for each operating point."""
+    from .evaluation import OperatingPoint
+
     table = Table(title="nearest neighbours", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in ("setting", "queries", "MACs (M)", "gallery alike (%)", "gallery at all queries (%)"):
         table.add_column(header, justify="left" if header == "setting" else "right", no_wrap=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .timing import peak_memory
+from .training.console import OUT_OF_MEMORY
 
 
 # Of what is free; the rest is for fragments and for what else runs.
@@ -17,8 +18,8 @@ USABLE = 0.9
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch ran out of memory, on a GPU or on a CPU, where it has no exception of its own for that."""
-    on_cpu = isinstance(error, RuntimeError) and any(s in str(error) for s in ("not enough memory", "can't allocate"))
-    return isinstance(error, torch.OutOfMemoryError) or on_cpu
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or said
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .evaluation import Evaluation
-from .training.files import written_aside
+from .training.files import check_picture, written_aside
 
 
 def plot_tradeoff(evaluation: Evaluation, path: str | Path) -> None:
@@ -60,12 +60,6 @@ def tradeoff_figure(evaluation: Evaluation) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
-
-
-def check_picture(path: Path) -> None:
-    """Raise a `ValueError` unless the file's name is that of a picture."""
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"Expected a plot's file to end in .png, .svg or .pdf, got {path.name!r}.")
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

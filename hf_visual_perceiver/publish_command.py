@@ -3,24 +3,40 @@
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from huggingface_hub import HfApi
-from huggingface_hub.utils import disable_progress_bars
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .hub_page import describe_point, read_card
-from .publishing import Plan, Published, prepare, upload
-from .space.repository import PublishedSpace, check_space, space_files, upload_space
+from .options import ModelOption, chosen_model, required_model
+
+
+if TYPE_CHECKING:
+    from .publishing import Plan, Published
+    from .space.repository import PublishedSpace
+
+
+def _two_places(context: typer.Context, value: list[str]) -> list[str]:
+    if len(value) > 2:
+        raise typer.BadParameter(f"Expected a checkpoint and a repository, got {len(value)} arguments.", context)
+    required_model(context, value[0] if len(value) == 2 else None)
+    return value
 
 
 def publish_command(
-    folder: Annotated[Path, typer.Argument(help="The checkpoint's folder; it is not changed.")],
-    repo_id: Annotated[str, typer.Argument(help="Where to on the Hub: namespace/name.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL] REPO_ID",
+            callback=_two_places,
+            help="The checkpoint's folder, which is not changed, unless --model names it; where to on the Hub: "
+            "namespace/name.",
+        ),
+    ],
+    model: ModelOption = None,
     private: Annotated[bool, typer.Option("--private", help="Create the repository for its owner's eyes.")] = False,
     revision: Annotated[str, typer.Option(help="Branch to commit to; created if it is not there.")] = "main",
     tag: Annotated[str | None, typer.Option(help="Tag of the commit; by default the next of v1, v2, ...")] = None,
@@ -38,6 +54,15 @@ def publish_command(
 
     The check runs the folder's own code, in a process of its own without this package, a token or the Hub.
     """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    from .hub_page import read_card
+    from .publishing import prepare, upload
+    from .space.repository import check_space, space_files, upload_space
+
+    *checkpoint, repo_id = places
+    folder = Path(chosen_model(checkpoint[0] if checkpoint else None, model))
     # Not a terminal, no width: lines are then as long as they need.
     console = Console(width=None if sys.stdout.isatty() else 120)
     if not sys.stderr.isatty():
@@ -72,7 +97,9 @@ def publish_command(
         raise typer.Exit(130) from None
 
 
-def _show_plan(console: Console, plan: Plan) -> None:
+def _show_plan(console: Console, plan: "Plan") -> None:
+    from .hub_page import describe_point
+
     ways = ", ".join(f"{way} ({difference:.1g})" for way, difference in plan.differences.items())
     console.print(f"Loads alike everywhere; largest difference of a logit: {ways}.", highlight=False)
     console.print(f"By default it uses {describe_point(plan.config)}.", highlight=False)
@@ -89,7 +116,7 @@ def _show_files(console: Console, where: str, sizes: dict[str, int]) -> None:
     console.print(table)
 
 
-def _show_published(console: Console, published: Published) -> None:
+def _show_published(console: Console, published: "Published") -> None:
     done = "Published" if published.changed else "Nothing changed since"
     seen = ", private" if published.private else ""
     lines = f"""{done} {published.tag} (commit {published.commit[:7]}{seen}): {published.url}
@@ -104,7 +131,7 @@ def _show_published(console: Console, published: Published) -> None:
     console.print(lines, markup=False, highlight=False, soft_wrap=True)
 
 
-def _show_space(console: Console, space: PublishedSpace) -> None:
+def _show_space(console: Console, space: "PublishedSpace") -> None:
     done = "Published the Space" if space.changed else "Nothing changed in the Space"
     token = (
         "It is private: for a private model, add a token that may read it as its secret HF_TOKEN."

@@ -4,7 +4,6 @@ python -m hf_visual_perceiver.reproduce --output-dir outputs/paper
 """
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,11 +22,14 @@ from .options import (
     DatasetOption,
     DeviceOption,
     DtypeOption,
+    MaxImagesOption,
     SplitOption,
     dataset_label,
 )
 from .reproduce_measure import Measurements, measure, read_checkpoints
 from .reproduce_sections import PICTURES, SECTIONS, difference_from_paper
+from .splits import at_most
+from .training.console import run_command
 from .training.data import load_images
 from .training.files import folder_written_aside, write_json, write_text
 
@@ -104,6 +106,7 @@ def command(
     dataset: DatasetOption = None,
     dataset_name: DatasetNameOption = None,
     split: SplitOption = "test",
+    max_images: MaxImagesOption = None,
     batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -120,7 +123,7 @@ def command(
     checkpoints = read_checkpoints(config or shipped("reproduce.yaml"))
     for role, name in checkpoints.missing.items():
         messages.print(f"missing: {role}" + (f", {name}" if name else ""), markup=False, highlight=False)
-    data = load_images(dataset or default_dataset(), split)
+    data = at_most(load_images(dataset or default_dataset(), split), max_images)
     chosen = choose_device(device)
     called = dataset_label(dataset, dataset_name)
     found = measure(
@@ -131,7 +134,7 @@ def command(
         dtype,
         seed,
         image,
-        messages.is_terminal,
+        True,
         robustness_images,
         robustness_severity,
         conditions={"dataset": called, "split": split},
@@ -139,6 +142,7 @@ def command(
     parts = ["python", "-m", "hf_visual_perceiver.reproduce"]
     parts += ["--config", str(config)] if config else []
     parts += ["--dataset", called] if called != SAMPLE else []
+    parts += ["--max-images", str(max_images)] if max_images else []
     parts += ["--split", split, "--batch-size", str(batch_size), "--device", chosen, "--dtype", dtype]
     parts += ["--seed", str(seed), "--image", str(image), "--robustness-images", str(robustness_images)]
     parts += [word for severity in robustness_severity for word in ("--robustness-severity", str(severity))]
@@ -150,11 +154,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        typer.run(command)
-    except (ValueError, OSError) as error:
-        messages.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+    run_command(command, out_of_memory="a smaller --batch-size needs less")
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def measure(
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
         seed: Of the random subsets.
         example: Index of the image whose similarities are shown.
-        progress: Show bars on stderr.
+        progress: Say on stderr how far it is.
         robustness_images: Also measure this many images under common corruptions, evenly spaced; 0 for none.
         robustness_severities: Of the corruptions, some of 1 to 5.
         conditions: More facts to keep with the results, such as the name of the dataset.

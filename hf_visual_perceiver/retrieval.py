@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from .choices import FEATURES
 from .evaluation import OperatingPoint, mean_macs, output_at, pixel_batches
 from .metrics import Accuracy
 from .modeling import VisualPerceiverModel
@@ -18,7 +19,6 @@ from .training.conditions import measurement_conditions
 from .training.data import ImageDataset
 
 
-FEATURES = ("pooled", "mean")
 BUDGETS = (4, 16)  # and all
 
 
@@ -143,7 +143,7 @@ def compute_features(
         points: The operating points.
         feature: `"pooled"`, what the output query reads, or `"mean"`, the mean of the active queries' tokens.
         batch_size: Images of a batch.
-        description: Of a progress bar; None shows none.
+        description: What stderr calls it while it says how far it is; None says nothing.
 
     Raises:
         ValueError: If the feature is unknown or a point out of the model's range.
@@ -192,7 +192,7 @@ def measure_retrieval(
         neighbours: See `knn_classify`.
         temperature: See `knn_classify`.
         batch_size: Images of a batch.
-        progress: Show bars.
+        progress: Say on stderr how far it is.
         conditions: More facts to keep with the result.
 
     Raises:

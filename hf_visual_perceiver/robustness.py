@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from .corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from .difficulty import Difficulty, measure_difficulty
 from .evaluation import OperatingPoint, form_of, forward_at, labels_of_model
 from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification
+from .splits import evenly_spaced
 from .training.conditions import measurement_conditions
+from .training.console import tracked
 from .training.data import ImageDataset, normalise, pixels_of_size
 
 
@@ -171,7 +171,7 @@ def measure_robustness(
         max_images: At most so many, evenly spaced in the dataset; None for all.
         seed: Of the corruptions.
         batch_size: Images of a batch.
-        progress: Show a bar on stderr.
+        progress: Say on stderr how far it is.
         conditions: More facts to keep with the result, such as the names of model and dataset.
 
     Raises:
@@ -180,10 +180,9 @@ def measure_robustness(
     config = model.config
     points = robustness_points(config.num_queries) if points is None else list(dict.fromkeys(points))
     corruptions, severities = list(dict.fromkeys(corruptions)), sorted(set(severities))
-    _check(model, points, corruptions, severities, max_images, batch_size)
-    count = len(data) if max_images is None else min(max_images, len(data))
-    stride = len(data) // count
-    chosen = data.subset(slice(0, count * stride, stride))
+    _check(model, points, corruptions, severities, batch_size)
+    places_in_data = evenly_spaced(len(data), max_images)
+    chosen, count = data if max_images is None else data.subset(places_in_data), len(places_in_data)
     labels = labels_of_model(model, chosen)
 
     kinds = [(CLEAN, 0), *((c, s) for c in corruptions for s in severities)]
@@ -193,23 +192,20 @@ def measure_robustness(
     full = points.index(OperatingPoint(config.num_queries))
     cfg = config.timm_pretrained_cfg
     batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
-    with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("corrupting", total=len(batches) * len(kinds))
-        for places in batches:
-            here = slice(places.start, places.stop)
-            clean = pixels_of_size(chosen, places, config.image_height_width, cfg["interpolation"])
-            for kind, (corruption, severity) in enumerate(kinds):
-                images = clean
-                if corruption != CLEAN:
-                    images = corrupt(clean, corruption, severity, seed, [stride * place for place in places])
-                pixels = normalise(images, cfg["mean"], cfg["std"]).to(model.device, model.dtype)
-                for number, point in enumerate(points):
-                    logits, active = forward_at(model, pixels, point)
-                    right[kind, number, here] = logits.argmax(-1).cpu().numpy() == labels[here]
-                    queries[kind, number, here] = active.sum(1).cpu().numpy()
-                    if corruption == CLEAN and number == full:
-                        confidence[here] = logits.float().softmax(-1).amax(-1).cpu().numpy()
-                bar.advance(task)
+    pieces = [(places, kind) for places in batches for kind in range(len(kinds))]
+    for places, kind in tracked(pieces, "corrupting" if progress else None):
+        (corruption, severity), here = kinds[kind], slice(places.start, places.stop)
+        if corruption == CLEAN:  # the first kind
+            images = clean = pixels_of_size(chosen, places, config.image_height_width, cfg["interpolation"])
+        else:
+            images = corrupt(clean, corruption, severity, seed, places_in_data[here].tolist())
+        pixels = normalise(images, cfg["mean"], cfg["std"]).to(model.device, model.dtype)
+        for number, point in enumerate(points):
+            logits, active = forward_at(model, pixels, point)
+            right[kind, number, here] = logits.argmax(-1).cpu().numpy() == labels[here]
+            queries[kind, number, here] = active.sum(1).cpu().numpy()
+            if corruption == CLEAN and number == full:
+                confidence[here] = logits.float().softmax(-1).amax(-1).cpu().numpy()
 
     def cell(corruption: str, severity: int | None, members: list[int]) -> Cell:
         scores = right[members].mean(0)  # (points, images)
@@ -246,7 +242,6 @@ def _check(
     points: list[OperatingPoint],
     corruptions: list[str],
     severities: list[int],
-    max_images: int | None,
     batch_size: int,
 ) -> None:
     for point in points:
@@ -260,7 +255,5 @@ def _check(
         raise ValueError(f"Expected corruptions among {', '.join(CORRUPTIONS)}, got {', '.join(unknown) or 'none'}.")
     if not severities or not set(severities) <= set(SEVERITIES):
         raise ValueError(f"Expected severities from 1 to 5, got {', '.join(map(str, severities)) or 'none'}.")
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"Expected at least 1 image, got {max_images}.")
     if batch_size < 1:
         raise ValueError(f"Expected a batch size of at least 1, got {batch_size}.")

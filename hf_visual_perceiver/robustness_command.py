@@ -1,17 +1,12 @@
 """`visual-perceiver robustness`."""
 
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from .corruptions import CORRUPTIONS, SEVERITIES
-from .difficulty import difficulty_verdict
-from .loading import choose_device, default_dataset, default_model, load_model, load_optimized
 from .options import (
     BatchSizeOption,
     DatasetNameOption,
@@ -20,18 +15,25 @@ from .options import (
     DtypeOption,
     FastOption,
     JsonOption,
+    MaxImagesOption,
+    ModelArgument,
     ModelOption,
     SplitOption,
+    chosen_model,
     dataset_label,
     model_label,
+    output_console,
+    write_result,
 )
-from .robustness import ALL, BUDGETS, CLEAN, THRESHOLDS, Robustness, measure_robustness, robustness_points
-from .robustness_report import robustness_section, robustness_verdict, severities_in_words
-from .training.data import load_images
-from .training.files import check_writable, write_json, write_text
+from .training.files import write_json, write_text
+
+
+if TYPE_CHECKING:
+    from .robustness import Robustness
 
 
 def robustness_command(
+    checkpoint: ModelArgument = None,
     model: ModelOption = None,
     dataset: DatasetOption = None,
     dataset_name: DatasetNameOption = None,
@@ -44,7 +46,7 @@ def robustness_command(
     dqs_threshold: Annotated[
         list[float] | None, typer.Option(help="t to measure; repeat for several. By default 0.7, 0.8, 0.9.")
     ] = None,
-    max_images: Annotated[int | None, typer.Option(help="At most so many images, evenly spaced in the split.")] = None,
+    max_images: MaxImagesOption = None,
     seed: Annotated[int, typer.Option(help="Of the corruptions.")] = 0,
     batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
@@ -56,24 +58,26 @@ def robustness_command(
     ] = None,
 ) -> None:
     """Accuracy and queries kept under common corruptions; whether selection spends more on harder images."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    name, data_name = model or default_model(), dataset or default_dataset()
-    # What could fail at the end fails now.
-    if json_file:
-        check_writable(json_file)
-    if output_dir:
+    from .corruptions import CORRUPTIONS, SEVERITIES
+    from .difficulty import difficulty_verdict
+    from .loading import choose_device, default_dataset, load_model, load_optimized
+    from .robustness import BUDGETS, THRESHOLDS, measure_robustness, robustness_points
+    from .robustness_report import robustness_section, robustness_verdict
+    from .training.data import load_images
+
+    console, name = output_console(json_file), chosen_model(checkpoint, model)
+    if output_dir:  # what could fail at the end fails now
         output_dir.mkdir(parents=True, exist_ok=True)
     network = (load_optimized if fast else load_model)(name, choose_device(device), dtype)
     result = measure_robustness(
         network,
-        load_images(data_name, split),
+        load_images(dataset or default_dataset(), split),
         robustness_points(network.config.num_queries, num_active_queries or BUDGETS, dqs_threshold or THRESHOLDS),
         corruption or tuple(CORRUPTIONS),
         severity or SEVERITIES,
         max_images,
         seed,
         batch_size,
-        progress=sys.stderr.isatty(),
         conditions={
             "model": model_label(name),
             "dataset": dataset_label(dataset, dataset_name),
@@ -83,15 +87,18 @@ def robustness_command(
     console.print(robustness_rich_table(result))
     for sentence in (robustness_verdict(result), *map(difficulty_verdict, result.difficulty)):
         console.print(sentence, highlight=False)
-    for file in filter(None, (json_file, output_dir and output_dir / "robustness.json")):
-        write_json(file, result.to_dict())
+    write_result(json_file, result.to_dict())
     if output_dir:
+        write_json(output_dir / "robustness.json", result.to_dict())
         write_text(output_dir / "robustness.md", robustness_section(result, output_dir))
         console.print(f"Report: {output_dir / 'robustness.md'}")
 
 
-def robustness_rich_table(result: Robustness) -> Table:
+def robustness_rich_table(result: "Robustness") -> Table:
     """Accuracy by corruption, mean over severities, for the terminal; with selection, the mean queries in brackets."""
+    from .robustness import ALL, CLEAN
+    from .robustness_report import severities_in_words
+
     title = f"accuracy (%), mean over {severities_in_words(result)}; queries kept in brackets"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in ("corruption", *map(str, result.points)):

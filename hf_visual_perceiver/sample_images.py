@@ -10,6 +10,7 @@ import datasets
 import typer
 
 from .loading import default_dataset
+from .training.console import run_command
 from .training.data import load_images
 
 
@@ -35,4 +36,4 @@ def command(
 
 
 if __name__ == "__main__":
-    typer.run(command)
+    run_command(command)

@@ -1,9 +1,29 @@
-"""Several parts of a dataset, such as `train[:10000]` and `train[-5000:]`, without loading a split twice."""
+"""Several parts of a dataset, such as `train[:10000]` and `train[-5000:]`, and fewer images of them."""
 
 from itertools import combinations
 
+import numpy as np
+
 from .training.data import ImageDataset, load_images
 from .training.splits import parse_split
+
+
+def evenly_spaced(count: int, max_images: int | None = None) -> np.ndarray:
+    """The places of at most `max_images` of `count` images; the first ones may all be of one class.
+
+    Example:
+        >>> evenly_spaced(10, 4).tolist()
+        [0, 2, 5, 7]
+    """
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"Expected at least 1 image, got {max_images}.")
+    taken = count if max_images is None else min(max_images, count)
+    return np.arange(taken) * count // taken
+
+
+def at_most(data: ImageDataset, max_images: int | None) -> ImageDataset:
+    """At most so many of the images, evenly spaced; None is all."""
+    return data if max_images is None else data.subset(evenly_spaced(len(data), max_images))
 
 
 def load_splits(dataset: str, *splits: str, apart: bool = False) -> list[ImageDataset]:

@@ -8,13 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .modeling import VisualPerceiverConfig
 from .modeling.fast_inference import FusedLinear
+from .training.console import tracked
 
 
 try:
@@ -53,8 +52,8 @@ def interleaved(
         runs: What to time, by name.
         repetitions: At least 1.
         device: Where they run.
-        title: Of the progress bar.
-        progress: Show it.
+        title: What stderr calls it.
+        progress: Say there how far it is.
         warmups: Repetitions before, untimed. What records CUDA graphs needs `GRAPH_WARMUPS`.
 
     Raises:
@@ -69,7 +68,7 @@ def interleaved(
         raise ValueError(f"Expected at least 1 repetition, got {repetitions}.")
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     last = dict.fromkeys(runs, SHORT)
-    for number in track(range(warmups + repetitions), title, console=Console(stderr=True), disable=not progress):
+    for number in tracked(range(warmups + repetitions), title if progress else None):
         for name, run in runs.items():
             if last[name] < SHORT:
                 run()

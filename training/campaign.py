@@ -32,6 +32,7 @@ from rich.table import Table
 
 from hf_visual_perceiver.training.carrying import PART_BYTES, carry_in, carry_out, list_carried
 from hf_visual_perceiver.training.checkpointing import FREE_KEYS, RunFolder
+from hf_visual_perceiver.training.console import run_command
 from hf_visual_perceiver.training.recipe import Recipe, build, load_recipe
 from hf_visual_perceiver.training.train import train
 
@@ -454,26 +455,20 @@ def command(
             files = carry_out(run.folder, run.name, run.recipe.steps, carry_out_to, carry_files)
             _say(f"{run.name}: {len(files)} files for {carry_out_to}")
 
-    try:
-        runs = load_campaign(campaign, runs_dir, dataset or [], overrides or [])
-        if carry_in_from is not None:
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise ValueError(
-                    "Expected --carry-in to be given to one process: with --status, before the others begin."
-                )
-            restored = restore_runs(runs, carry_in_from, allow_recipe_change)
-            _say(f"Carried in: {', '.join(restored) or 'nothing that is further than here'}.")
-        if status:
-            if main_process:
-                out = Console(width=None if sys.stdout.isatty() else 120)
-                out.print(status_table(runs))
-                for run in runs:
-                    out.print(f"{run.name}: {run.command}", markup=False, highlight=False, soft_wrap=True)
-            return
-        well = continue_campaign(runs, max_minutes, only, allow_recipe_change, carry)
-    except (ValueError, OSError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
+    runs = load_campaign(campaign, runs_dir, dataset or [], overrides or [])
+    if carry_in_from is not None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("Expected --carry-in to be given to one process: with --status, before the others begin.")
+        restored = restore_runs(runs, carry_in_from, allow_recipe_change)
+        _say(f"Carried in: {', '.join(restored) or 'nothing that is further than here'}.")
+    if status:
+        if main_process:
+            out = Console(width=None if sys.stdout.isatty() else 120)
+            out.print(status_table(runs))
+            for run in runs:
+                out.print(f"{run.name}: {run.command}", markup=False, highlight=False, soft_wrap=True)
+        return
+    well = continue_campaign(runs, max_minutes, only, allow_recipe_change, carry)
     if not well:
         raise SystemExit(1)
 
@@ -481,7 +476,7 @@ def command(
 def main() -> None:
     """Entry point of the script."""
     logging.getLogger("datasets").setLevel(logging.ERROR)
-    typer.run(command)
+    run_command(command, out_of_memory="a smaller micro_batch_size needs less")
 
 
 if __name__ == "__main__":

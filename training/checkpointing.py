@@ -68,8 +68,9 @@ class RunFolder:
 
     def changes(self, recipe: Recipe) -> list[str]:
         """What `recipe` would learn differently from the run's own: "key (old -> new)" for each key that differs."""
-        old = recipe_from_dict(yaml.safe_load(self.recipe_file.read_text()), str(self.recipe_file)).to_dict()
-        new = recipe.to_dict()
+        before = recipe_from_dict(yaml.safe_load(self.recipe_file.read_text()), str(self.recipe_file))
+        # A share of the steps, and the number that it is, are the same warm-up.
+        old, new = ({**r.to_dict(), "warmup_steps": r.warmup} for r in (before, recipe))
         differing = [key for key in new if key not in FREE_KEYS and new[key] != old[key]]
         return [f"{key} ({old[key]!r} -> {new[key]!r})" for key in differing]
 

@@ -40,7 +40,7 @@ def main_process_alone(accelerator: Accelerator, act: Callable[[], object]) -> N
     if accelerator.is_main_process:
         try:
             act()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             verdict = [error]
     broadcast_object_list(verdict)
     if verdict[0] is not None:

@@ -55,3 +55,9 @@ def check_writable(path: Path) -> None:
     """Raise a `ValueError` unless a file of this name can be made."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"Expected a file name in an existing folder, got {str(path)!r}.")
+
+
+def check_picture(path: Path) -> None:
+    """Raise a `ValueError` unless the file's name is that of a picture."""
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"Expected a plot's file to end in .png, .svg or .pdf, got {path.name!r}.")

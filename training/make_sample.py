@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import typer
 
+from hf_visual_perceiver.training.console import run_command
 from hf_visual_perceiver.training.data import load_table
 from hf_visual_perceiver.training.files import written_aside
 
@@ -37,4 +38,4 @@ def command(
 
 
 if __name__ == "__main__":
-    typer.run(command)
+    run_command(command)

@@ -93,7 +93,7 @@ class Recipe:
     batch_size: int = 512  # images of one step, over all processes
     learning_rate: float = 5e-4
     min_learning_rate: float = 1e-5
-    warmup_steps: int = 0
+    warmup_steps: int | float = 0  # steps, or, as a number below 1 with a point, a share of `steps`
     warmup_learning_rate: float = 1e-6
     optimizer: str = "adamw"  # a name of timm's factory
     weight_decay: float = 0.05
@@ -121,7 +121,7 @@ class Recipe:
         positive = ("steps", "batch_size", "save_every", "keep_checkpoints", "log_every")
         for name in positive:
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("validation", "warmup_steps", "workers", "weight_decay", "cache_gib", "seed"):
+        for name in ("validation", "workers", "weight_decay", "cache_gib", "seed"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
         for name in ("min_learning_rate", "warmup_learning_rate"):
@@ -140,7 +140,14 @@ class Recipe:
             padding,
         )
         _require(padding is None or padding >= 0, "augmentation.random_crop_padding", "at least 0", padding)
-        _require(self.warmup_steps < self.steps, "warmup_steps", f"below steps = {self.steps}", self.warmup_steps)
+        warmup = self.warmup_steps
+        fits = 0 <= warmup < 1 if isinstance(warmup, float) else warmup >= 0
+        _require(fits, "warmup_steps", "a number of steps, or a share of them in [0, 1)", warmup)
+        if warmup >= self.steps:
+            raise ValueError(
+                f"Expected `warmup_steps` to be below steps = {self.steps}, got {warmup}: "
+                f"add warmup_steps={self.steps // 10}, or a share of the steps such as warmup_steps=0.05."
+            )
         _one_of("mixed_precision", self.mixed_precision, "no", "bf16", "fp16")
         if self.ema_decay is not None:
             _require(0 < self.ema_decay < 1, "ema_decay", "in (0, 1)", self.ema_decay)
@@ -189,6 +196,13 @@ class Recipe:
             _require(config.stem == "conv", "config.stem", "conv with `initial_stem`", config.stem)
         for K in self.evaluate_queries or []:
             config.operating_point(K)
+
+    @property
+    def warmup(self) -> int:
+        """The number of steps that `warmup_steps` is, or is a share of."""
+        if isinstance(self.warmup_steps, float):
+            return min(round(self.warmup_steps * self.steps), self.steps - 1)
+        return self.warmup_steps
 
     @property
     def timm_name(self) -> str | None:

@@ -114,7 +114,7 @@ class TrainingRun:
             self.optimizer,
             sched="cosine",
             num_epochs=recipe.steps,
-            warmup_epochs=recipe.warmup_steps,
+            warmup_epochs=recipe.warmup,
             min_lr=recipe.min_learning_rate,
             warmup_lr=recipe.warmup_learning_rate,
             step_on_epochs=False,
@@ -145,12 +145,10 @@ class TrainingRun:
         folder, facts, teacher = recipe.teacher.cache, self.cache_facts, self.teacher
         if self.cache is None:
             self.say(f"Computing the teacher's answers on {facts['views']} views of each image, once, for {folder}.")
-            with Progress(console=console, disable=not self.accelerator.is_main_process) as progress:
-                augment = self.view_augmentation()
-                main_process_alone(
-                    self.accelerator,
-                    lambda: create_cache(folder, facts, augment, teacher, data, self.accelerator, progress=progress),
-                )
+            augment = self.view_augmentation()
+            main_process_alone(
+                self.accelerator, lambda: create_cache(folder, facts, augment, teacher, data, self.accelerator)
+            )
             self.cache = open_cache(folder, facts, augment)
         self.teacher = None
 

@@ -13,6 +13,7 @@ import typer
 
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.modeling.macs import count_trunk_macs
+from hf_visual_perceiver.training.console import run_command
 
 
 IMAGES = 1_281_167  # training images of ImageNet-1k
@@ -197,4 +198,4 @@ def command(
 
 
 if __name__ == "__main__":
-    typer.run(command)
+    run_command(command)

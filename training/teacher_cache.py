@@ -6,6 +6,7 @@ good teacher is patient and consistent" (Beyer et al. 2022) is why the teacher a
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from rich.progress import Progress
 
 from .augmentation import BatchAugmentation, Draws
+from .console import tracked
 from .data import ImageDataset
 from .files import folder_written_aside, write_json
 from .recipe import Augmentation
@@ -146,9 +147,8 @@ def create_cache(
     data: ImageDataset,
     accelerator: Accelerator,
     batch_size: int = 500,
-    progress: Progress | None = None,
 ) -> None:
-    """Compute and write a cache; the folder is complete or absent.
+    """Compute and write a cache; the folder is complete or absent. On the way, stderr says how far it is.
 
     Args:
         folder: New, or an empty folder.
@@ -158,28 +158,23 @@ def create_cache(
         data: The training images, decoded and of one size.
         accelerator: Says where and in which precision.
         batch_size: Images of one pass.
-        progress: Where to show how far it is.
     """
     n, size = len(data), (data.images.shape[1], data.images.shape[2])
-    task = progress.add_task("teacher's answers", total=facts["views"] * n, status="") if progress else None
     teacher.to(accelerator.device)
     with folder_written_aside(folder) as aside:
         shape = (facts["views"], n, len(data.label_names))
         logits = np.lib.format.open_memmap(aside / LOGITS, mode="w+", dtype=np.float16, shape=shape)
-        for view in range(facts["views"]):
-            draws = view_draws(augment, view, n, size)
-            for first in range(0, n, batch_size):
-                chosen = np.arange(first, min(first + batch_size, n))
-                images = torch.from_numpy(data.images[chosen]).permute(0, 3, 1, 2).contiguous()
-                labels = torch.from_numpy(data.labels[chosen])
-                pixel_values, _ = augment.apply(
-                    images.to(accelerator.device), labels.to(accelerator.device), draws[chosen]
-                )
-                with accelerator.autocast():
-                    answers = teacher(pixel_values)
-                logits[view, chosen] = answers.float().cpu().numpy()
-                if progress is not None and task is not None:
-                    progress.advance(task, len(chosen))
+        batches = list(itertools.product(range(facts["views"]), range(0, n, batch_size)))
+        for view, first in tracked(batches, "the teacher's answers, batches"):
+            if first == 0:
+                draws = view_draws(augment, view, n, size)
+            chosen = np.arange(first, min(first + batch_size, n))
+            images = torch.from_numpy(data.images[chosen]).permute(0, 3, 1, 2).contiguous()
+            labels = torch.from_numpy(data.labels[chosen])
+            pixel_values, _ = augment.apply(images.to(accelerator.device), labels.to(accelerator.device), draws[chosen])
+            with accelerator.autocast():
+                answers = teacher(pixel_values)
+            logits[view, chosen] = answers.float().cpu().numpy()
         logits.flush()
         write_json(aside / FACTS, facts)
 

@@ -5,6 +5,7 @@ step, so that a run in pieces, on whatever devices, is one run.
 """
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from accelerate.utils import parse_flag_from_env
 
 from hf_visual_perceiver.training.checkpointing import RunFolder
 from hf_visual_perceiver.training.conditions import cpu_computes_in_bf16
+from hf_visual_perceiver.training.console import run_command
 from hf_visual_perceiver.training.distributed import main_process_alone
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
 from hf_visual_perceiver.training.run import TrainingRun, console
@@ -81,30 +83,37 @@ def _tracker(name: str | None) -> str | None:
 def command(
     config: Annotated[Path, typer.Option(help="The recipe, a YAML file.", exists=True, dir_okay=False)],
     output_dir: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the run in the output folder, with its own recipe and what is given."),
+    ] = False,
     max_minutes: Annotated[
         float | None, typer.Option(help="Stop after this time with everything saved; --resume goes on.")
     ] = None,
     allow_recipe_change: Annotated[
-        bool, typer.Option("--allow-recipe-change", help="Resume with a recipe that differs from the run's.")
+        bool,
+        typer.Option(
+            "--allow-recipe-change", help="Resume with the recipe of --config, though it differs from the run's."
+        ),
     ] = False,
     dataset: Annotated[str | None, typer.Option(help="Hub id, folder of parquet files, or imagefolder.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Keys of the recipe, such as steps=100.")] = None,
 ) -> None:
     """Train a Visual Perceiver by a recipe."""
-    try:
-        recipe = load_recipe(config, [*(overrides or []), *([f"dataset={dataset}"] if dataset else [])])
-        folder = output_dir or Path("runs") / config.stem
-        train(recipe, folder, resume, config.name, max_minutes, allow_recipe_change)
-    except (ValueError, OSError, FloatingPointError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
+    folder, source = RunFolder(output_dir or Path("runs") / config.stem), config
+    # What the run was started with need not be given again.
+    if resume and not allow_recipe_change and folder.recipe_file.exists():
+        source = folder.recipe_file
+        if os.environ.get("RANK", "0") == "0":
+            console.print(f"The recipe is the run's own, {source}.", markup=False, highlight=False, soft_wrap=True)
+    recipe = load_recipe(source, [*(overrides or []), *([f"dataset={dataset}"] if dataset else [])])
+    train(recipe, folder.path, resume, config.name, max_minutes, allow_recipe_change)
 
 
 def main() -> None:
     """Entry point of the script."""
     logging.getLogger("datasets").setLevel(logging.ERROR)
-    typer.run(command)
+    run_command(command, out_of_memory="a smaller micro_batch_size needs less")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from .checkpointing import RunFolder
+from .console import run_command
 from .files import folder_written_aside
 from .state import lighter, write_state
 
@@ -60,14 +61,9 @@ def command(
 ) -> None:
     """Write a run's newest checkpoint in a small form, to be continued elsewhere with --resume."""
     console = Console()
-    try:
-        files = write_transport(run, target)
-    except (ValueError, OSError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
-    for file in files:
+    for file in write_transport(run, target):
         console.print(f"{file.stat().st_size / 1e6:8.2f} MB  {file}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
-    typer.run(command)
+    run_command(command)

@@ -77,6 +77,7 @@ TIMM_ARGUMENTS = {
     "trunk_attention": "trunk_attention",
     "query_blocks": "query_blocks",
     "query_init": "query_init",
+    "attention_init": "attention_init",
     "norm_eps": "layer_norm_eps",
     "num_active_queries": "num_active_queries",
     "dqs_threshold": "dqs_threshold",
@@ -128,6 +129,8 @@ class VisualPerceiverConfig(PreTrainedConfig):
     query_blocks: list[int] | None = None  # where blocks of queries end; None is 1, 2, 4, 8, ... up to Q
     # How queries and positions begin: "random", or "spatial": the first K queries tile the image, for every power of two K.
     query_init: str = "random"
+    # How attention in the blocks begins: "random", or "mimetic", near what trained networks have (Trockman & Kolter 2023).
+    attention_init: str = "random"
     hidden_act: str = "gelu"
     qkv_bias: bool = True
     layer_norm_eps: float = 1e-6
@@ -186,6 +189,8 @@ class VisualPerceiverConfig(PreTrainedConfig):
             )
         if self.query_init not in ("random", "spatial"):
             raise ValueError(f"Expected `query_init` to be 'random' or 'spatial', got {self.query_init!r}.")
+        if self.attention_init not in ("random", "mimetic"):
+            raise ValueError(f"Expected `attention_init` to be 'random' or 'mimetic', got {self.attention_init!r}.")
         if self.query_init == "spatial" and self.hidden_size % 4:
             raise ValueError(
                 f"Expected `hidden_size` to be a multiple of 4 with `query_init` 'spatial', got {self.hidden_size}."

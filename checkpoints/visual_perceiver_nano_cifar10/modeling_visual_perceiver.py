@@ -32,7 +32,7 @@ from .fast_inference import FastPerceiver
 from .plain_inference import PlainPerceiver
 from .query_selection import select_queries
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
-from .spatial_init import query_features, token_features
+from .spatial_init import mimetic_attention, query_features, token_features
 
 
 @dataclass
@@ -757,6 +757,10 @@ def init_weights(module: nn.Module, std: float) -> None:
         if module.config.query_init == "spatial":
             height, width = (side // module.config.patch_size for side in module.config.image_height_width)
             init.copy_(module.position_embeddings, token_features(height, width, module.config.hidden_size))
+    elif isinstance(module, VisualPerceiverSelfAttention) and module.config.attention_init == "mimetic":
+        qkv, proj = mimetic_attention(module.config.hidden_size, module.num_heads)
+        init.copy_(module.qkv.weight, qkv)
+        init.copy_(module.proj.weight, proj)
     elif isinstance(module, VisualPerceiverCrossAttention):
         init.trunc_normal_(module.queries, std=std)
         D, reads_image = module.config.hidden_size, module.queries.shape[0] == module.config.num_queries
@@ -784,6 +788,11 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
         super().__init__(config)
         self.build_parts(config)
         self.post_init()
+        # transformers initialises modules that own parameters themselves; these two set those of their children.
+        if not self.cross_attention.queries.is_meta:
+            for module in self.modules():
+                if isinstance(module, (ConvBlock, VisualPerceiverSelfAttention)):
+                    self._init_weights(module)
 
     # `hidden_states[-1]` is the last block's output as it is, with the rows of removed queries not yet zeroed.
     @capture_outputs(tie_last_hidden_states=False)

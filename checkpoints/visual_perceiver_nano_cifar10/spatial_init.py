@@ -1,6 +1,6 @@
-"""Learned queries that begin as places in the image, so that the first K of them tile it, for every power of two K.
+"""Initial weights from which attention learns faster: queries that are places in the image, and attention to similar tokens.
 
-Positions begin as sines and cosines of the tokens' places (Vaswani et al. 2017; in two dimensions as in He et al. 2022), and
+The first K queries tile the image, for every power of two K. Positions begin as sines and cosines of the tokens' places (Vaswani et al. 2017; in two dimensions as in He et al. 2022), and
 a query as the mean of these features over a region: query 0 all of the image, the next ones cells of a grid that gets finer
 with each doubling of K, in the order of a Sobol sequence. With equal weights for queries and keys, a query then reads its
 region. All of it is learned from there on.
@@ -82,3 +82,32 @@ def sobol_point(index: int) -> tuple[float, float]:
             y ^= direction
         direction ^= direction >> 1
     return x / 2**32, y / 2**32
+
+
+def mimetic_attention(width: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of self-attention near what trained networks have (Trockman & Kolter 2023, "Mimetic Initialization of
+    Self-Attention Layers"): W_q^T W_k is about 0.7 I in every head, so that similar tokens attend to each other, and the
+    product of values and output projection about -0.4 I, each with as much noise.
+
+    Returns:
+        Of queries, keys and values, (3 D, D), and of the output projection, (D, D), as `nn.Linear` has them.
+
+    Example:
+        >>> qkv, proj = mimetic_attention(24, 3)
+        >>> qkv.shape, proj.shape
+        (torch.Size([72, 24]), torch.Size([24, 24]))
+    """
+
+    def noisy(scale: float, sign: float) -> torch.Tensor:
+        return scale * (torch.randn(width, width) / math.sqrt(width) + sign * torch.eye(width))
+
+    queries, keys = [], []
+    for _ in range(heads):
+        u, s, vh = torch.linalg.svd(noisy(0.7, 1.0))
+        rank = width // heads
+        root = s[:rank].sqrt()[:, None]
+        queries.append(root * u.T[:rank])
+        keys.append(root * vh[:rank])
+    u, s, vh = torch.linalg.svd(noisy(0.4, -1.0))
+    # proj @ value, as matrices that multiply column vectors, is their product.
+    return torch.cat([*queries, *keys, s.sqrt()[:, None] * vh]), u * s.sqrt()

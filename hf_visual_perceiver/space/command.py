@@ -4,12 +4,11 @@ from typing import Annotated
 
 import typer
 
-from ..loading import choose_device, default_model
-from ..options import DeviceOption, ModelOption
-from .demo import Demo
+from ..options import DeviceOption, ModelArgument, ModelOption, chosen_model
 
 
 def demo_app_command(
+    checkpoint: ModelArgument = None,
     model: ModelOption = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of this machine.")
@@ -18,10 +17,13 @@ def demo_app_command(
     device: DeviceOption = "auto",
 ) -> None:
     """A page that shows what the two knobs do to one image; needs the extra `demo`."""
+    from ..loading import choose_device
+    from .demo import Demo
+
     try:
         from .app import build_app, launch
     except ModuleNotFoundError as error:
         raise ValueError(
             f'Expected Gradio, got "{error}": `pip install "hf-visual-perceiver[demo]"`, or `pip install -e ".[demo]"` in a checkout.'
         ) from error
-    launch(build_app(Demo.load(model or default_model(), device=choose_device(device))), host, port)
+    launch(build_app(Demo.load(chosen_model(checkpoint, model), device=choose_device(device))), host, port)

@@ -12,8 +12,9 @@ from huggingface_hub import ModelCard
 from support import REPOSITORY
 
 from hf_visual_perceiver.card import render_card, rewrite_card, training_lines, write_card
-from hf_visual_perceiver.cli import errors_line, main
+from hf_visual_perceiver.cli import main
 from hf_visual_perceiver.confusion import Confusion
+from hf_visual_perceiver.evaluate_command import errors_line
 from hf_visual_perceiver.evaluation import Evaluation, OperatingPoint, evaluate, read_evaluation
 from hf_visual_perceiver.loading import default_model, load_config
 from hf_visual_perceiver.robustness import Cell, Outcome, Robustness

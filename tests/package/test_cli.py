@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 from support import run
 
-from hf_visual_perceiver.cli import evaluation_table, main
+from hf_visual_perceiver.cli import main
+from hf_visual_perceiver.evaluate_command import evaluation_table
 from hf_visual_perceiver.evaluation import Evaluation
 from hf_visual_perceiver.loading import default_dataset, default_model
 from hf_visual_perceiver.sample_images import write_sample_images
@@ -141,7 +142,6 @@ def test_mistakes_are_said_in_one_line(arguments, message, pictures, tmp_path, m
     places = {"folder": tmp_path, "text": tmp_path / "notes.txt", "picture": next(pictures.iterdir())}
     # In this process, as importing everything takes seconds each time.
     monkeypatch.setattr("sys.argv", ["visual-perceiver", *(a.format(**places) for a in arguments)])
-    monkeypatch.setattr("hf_visual_perceiver.cli.messages", Console(stderr=True))
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 1

@@ -230,7 +230,7 @@ def test_int8_on_the_command_line(small_folder, tmp_path):
     assert names(tmp_path) == ["m.onnx"]
     assert load_exported(tmp_path / "m.onnx").precision == "int8"
     files = [str(tmp_path / "m.onnx"), "--model", str(small_folder), "--json", str(tmp_path / "c.json")]
-    points = ["--num-active-queries", "3", "--dqs-threshold", "0.5", "--max-images", "40"]
+    points = ["--num-active-queries", "3", "--dqs-threshold", "0.5", "--split", "test[:40]", "--max-images", "40"]
     compared = CliRunner().invoke(app, ["compare-exports", *files, *points])
     assert compared.exit_code == 0, compared.exception
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]

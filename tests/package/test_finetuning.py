@@ -40,10 +40,9 @@ def draw_shapes(folder):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with `pictures` and, as in a checkout, `checkpoints`."""
+    """A folder with `pictures`."""
     folder = tmp_path_factory.mktemp("finetuning")
     draw_shapes(folder / "pictures")
-    (folder / "checkpoints").symlink_to(REPOSITORY / "checkpoints")
     return folder
 
 

@@ -25,7 +25,8 @@ def wheel(tmp_path_factory):
 
 def test_wheel_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"hf_visual_perceiver"}
+    top = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert top == {"hf_visual_perceiver", "visual_perceiver_launcher.py"}
     package = {name.removeprefix("hf_visual_perceiver/") for name in names}
     assert {
         "__init__.py",
@@ -45,19 +46,20 @@ def test_wheel_contents(wheel):
     } <= package
     assert not any("test_" in name for name in names)
     entry_points = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
-    assert "visual-perceiver = hf_visual_perceiver.cli:main" in entry_points
+    assert "visual-perceiver = visual_perceiver_launcher:main" in entry_points
 
 
 def test_the_installed_wheel_works(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     # The unpacked wheel comes first on the path, away from the checkout.
     code = (
-        "import hf_visual_perceiver, hf_visual_perceiver.training.train, timm, sys;"
-        "from hf_visual_perceiver.cli import main;"
-        "assert hf_visual_perceiver.__file__.startswith(sys.argv.pop());"
-        "timm.create_model('visual_perceiver_tiny_patch4_32');"
-        "sys.argv = ['visual-perceiver', 'evaluate', '--num-active-queries', '4'];"
-        "main()"
+        "import sys; path = sys.argv.pop();"
+        "from visual_perceiver_launcher import main;"
+        "sys.argv = ['visual-perceiver', 'evaluate', '--num-active-queries', '4', '--max-images', '20'];"
+        "exec('try: main()\\nexcept SystemExit as stop: assert not stop.code');"
+        "import hf_visual_perceiver, hf_visual_perceiver.training.train, timm;"
+        "assert hf_visual_perceiver.__file__.startswith(path);"
+        "timm.create_model('visual_perceiver_tiny_patch4_32')"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],

@@ -21,7 +21,7 @@ from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from support import REPOSITORY, small_config
 
-from hf_visual_perceiver import cli, folder_check, publish_command, publishing
+from hf_visual_perceiver import cli, folder_check, publishing
 from hf_visual_perceiver.folder_check import check_folder
 from hf_visual_perceiver.hub_errors import explain
 from hf_visual_perceiver.loading import default_model, load_config, load_model
@@ -243,7 +243,7 @@ class TestCheck:
         def check(stage):
             raise ValueError("Without this package, transformers cannot load it: ImportError")
 
-        monkeypatch.setattr(publish_command, "prepare", partial(prepare, check=check))
+        monkeypatch.setattr(publishing, "prepare", partial(prepare, check=check))
         code, _, err = publish(small)
         assert code == 1
         assert err == "error: Without this package, transformers cannot load it: ImportError\n"
@@ -278,10 +278,10 @@ def hub(running, monkeypatch, tmp_path):
 @pytest.fixture
 def publish(hub, monkeypatch, capsys):
     """The command, in this process, without the check of the folder; returns its exit status and what it printed."""
-    monkeypatch.setattr(publish_command, "prepare", partial(prepare, check=lambda stage: {"timm": 0.0}))
+    monkeypatch.setattr(publishing, "prepare", partial(prepare, check=lambda stage: {"timm": 0.0}))
 
     def command(folder, *options, repo=REPO, token="writer", endpoint=None):
-        monkeypatch.setattr(publish_command, "HfApi", lambda **kw: HfApi(endpoint=endpoint or hub.url, token=token))
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda **kw: HfApi(endpoint=endpoint or hub.url, token=token))
         monkeypatch.setattr("sys.argv", ["visual-perceiver", "publish", str(folder), repo, *options])
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -509,7 +509,7 @@ def test_interrupted(hub, small, publish, monkeypatch, method, state):
 def test_a_real_ctrl_c(hub, small, tmp_path):
     """SIGINT to the command while the weights are on their way; then the command again."""
     code = (
-        "import sys; from functools import partial; from hf_visual_perceiver import cli, publish_command as c;"
+        "import sys; from functools import partial; from hf_visual_perceiver import cli, publishing as c;"
         # Where the tests run in a shell's background, SIGINT is ignored, also by the processes they start.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "c.prepare = partial(c.prepare, check=lambda stage: {}); sys.argv = ['visual-perceiver', *sys.argv[1:]]; cli.main()"

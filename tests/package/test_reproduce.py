@@ -213,7 +213,6 @@ def test_the_yaml_that_ships_names_a_checkpoint():
 def run_main(run, arguments, monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", *map(str, arguments)])
     monkeypatch.setattr("hf_visual_perceiver.reproduce.messages", Console(stderr=True, width=300))
-    monkeypatch.setattr("hf_visual_perceiver.cli.messages", Console(stderr=True, width=300))
     with pytest.raises(SystemExit) as stop:
         run()
     return stop.value.code

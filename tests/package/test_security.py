@@ -23,7 +23,8 @@ from support import REPOSITORY, run, small_config
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 from typer.testing import CliRunner
 
-from hf_visual_perceiver import export_command
+from hf_visual_perceiver import export as export_module
+from hf_visual_perceiver import loading
 from hf_visual_perceiver.cli import app
 from hf_visual_perceiver.loading import default_model, load_config, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
@@ -212,10 +213,10 @@ class TestPlaces:
 
         model = VisualPerceiverForImageClassification(small_config())
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(export_command, "load_config", lambda name: model.config)
-        monkeypatch.setattr(export_command, "load_model", lambda name: model)
+        monkeypatch.setattr(loading, "load_config", lambda name: model.config)
+        monkeypatch.setattr(loading, "load_model", lambda name: model)
         for function in ("export_onnx", "export_program", "export_timm"):
-            monkeypatch.setattr(export_command, function, export)
+            monkeypatch.setattr(export_module, function, export)
         result = CliRunner().invoke(app, ["export", name, "--format", form])
         assert result.exit_code == 0, result.exception
         assert [output.resolve().parent for output in written] == [tmp_path]

@@ -40,9 +40,29 @@ def test_overrides():
     assert load_recipe(RECIPES[0], ["mixed_precision=no"]).mixed_precision == "no"
 
 
+def test_warmup_as_a_share_of_the_steps():
+    path = shipped("training/recipes/cifar10_nano_stratified.yaml")
+    assert load_recipe(path).warmup == 400
+    assert load_recipe(path, ["steps=1000"]).warmup == 25
+    assert load_recipe(path, ["steps=10"]).warmup == 0
+    assert load_recipe(path, ["warmup_steps=7"]).warmup == 7
+    # The lengths that published numbers were made with.
+    for name, warmup in (("cifar10_stratified", 440), ("imagenet_tiny_patch16_224", 6255), ("cifar10_nano_cpu", 400)):
+        assert load_recipe(shipped(f"training/recipes/{name}.yaml")).warmup == warmup
+    with pytest.raises(
+        ValueError, match=r"`warmup_steps` to be below steps = 10, got 400: .* warmup_steps=1, or .*=0.05"
+    ):
+        load_recipe(shipped("training/recipes/cifar10_nano_cpu.yaml"), ["steps=10"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("warmup_steps=1.5", r"`warmup_steps` to be a number of steps, or a share of them in \[0, 1\), got 1.5"),
+        ("warmup_steps=-0.1", r"a share of them in \[0, 1\), got -0.1"),
+        ("warmup_steps=-1", "`warmup_steps` to be a number of steps, .*got -1"),
+        ("warmup_steps=nan", "`warmup_steps` to be a number of steps, .*got nan"),
+        ("warmup_steps=few", r"Expected int \| float in .*warmup_steps, got 'few'"),
         ("stepps=7", "Unknown key `stepps`.*Allowed keys: architecture, attention"),
         ("augmentation.mixupp=1", "Unknown key `mixupp`.*Allowed keys: .*auto_augment"),
         ("steps=many", "Expected int in .*steps, got 'many'"),

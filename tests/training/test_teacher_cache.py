@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from hf_visual_perceiver.loading import default_dataset
+from hf_visual_perceiver.training import console
 from hf_visual_perceiver.training import run as run_module
 from hf_visual_perceiver.training.augmentation import BatchAugmentation
 from hf_visual_perceiver.training.data import load_images
@@ -151,6 +152,11 @@ class TestRuns:
         assert any("running_var" in name for name in a)
         for name, value in a.items():
             torch.testing.assert_close(b[name], value, rtol=0, atol=1e-5)
+
+    def test_its_computation_says_how_far_it_is(self, teacher, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(console, "SECONDS", 0.0)
+        train(student(teacher, tmp_path / "answers", steps=1), tmp_path / "run")
+        assert "the teacher's answers, batches: 1 of" in capsys.readouterr().err
 
     def test_another_recipe_is_refused_before_anything_is_written(self, teacher, tmp_path):
         train(student(teacher, tmp_path / "answers", steps=1), tmp_path / "a")

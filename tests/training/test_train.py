@@ -189,12 +189,33 @@ class TestResuming:
         process.wait()
         assert RunFolder(folder).saved_steps()
         assert not (folder / "model").exists()
-        result = run(*command, "--output-dir", folder, "--resume", *overrides, env={"OMP_NUM_THREADS": "1"})
+        # The run's own recipe: the overrides need not be given again.
+        result = run(*command, "--output-dir", folder, "--resume", env={"OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr
         assert "Resuming after step" in result.stderr
+        assert f"The recipe is the run's own, {folder / 'recipe.yaml'}." in result.stderr
         recipe = small_recipe(steps=60, evaluate_every=None)
         train(recipe, tmp_path / "whole")
         assert_same_run(tmp_path / "whole", folder)
+
+    def test_overrides_apply_to_the_runs_own_recipe(self, tmp_path, recipe_file, monkeypatch):
+        asked = []
+        monkeypatch.setattr(train_module, "train", lambda recipe, *rest: asked.append(recipe))
+        folder = RunFolder(tmp_path / "run")
+        folder.start(small_recipe(steps=60, seed=3))
+        train_module.command(recipe_file, folder.path, resume=True)
+        train_module.command(recipe_file, folder.path, resume=True, overrides=["log_every=5", "steps=70"])
+        train_module.command(recipe_file, folder.path, resume=True, allow_recipe_change=True, overrides=["seed=4"])
+        train_module.command(recipe_file, tmp_path / "new")
+        assert [(r.steps, r.seed, r.log_every) for r in asked] == [(60, 3, 1), (70, 3, 5), (6, 4, 1), (6, 0, 1)]
+        assert folder.changes(asked[0]) == []
+        assert folder.changes(asked[1]) == ["steps (60 -> 70)"]  # which `train` refuses
+
+    def test_a_share_and_the_steps_that_it_stands_for_are_one_recipe(self, tmp_path):
+        folder = RunFolder(tmp_path / "run")
+        folder.start(small_recipe(steps=60, warmup_steps=6))
+        assert folder.changes(small_recipe(steps=60, warmup_steps=0.1)) == []
+        assert folder.changes(small_recipe(steps=60, warmup_steps=0.2)) == ["warmup_steps (6 -> 12)"]
 
     def test_a_finished_run_stays_as_it_is(self, tmp_path):
         folder = train(small_recipe(), tmp_path / "run")
@@ -504,3 +525,27 @@ class TestMistakes:
         assert result.returncode == 1
         assert "error: Expected int in" in result.stderr
         assert "Traceback" not in result.stderr
+
+    @pytest.mark.parametrize(
+        ("error", "message"),
+        [
+            (torch.OutOfMemoryError("CUDA out of memory."), "a smaller micro_batch_size needs less"),
+            (RuntimeError("mkldnn failed\nat a.cpp"), "error: mkldnn failed (--debug shows where)"),
+        ],
+        ids=["memory", "kernel"],
+    )
+    def test_what_a_machine_lacks_is_said_in_one_line(self, error, message, recipe_file, monkeypatch, capsys):
+        def fail(*args):
+            raise error
+
+        monkeypatch.setattr(train_module, "train", fail)
+        monkeypatch.setattr("sys.argv", ["train.py", "--config", str(recipe_file)])
+        with pytest.raises(SystemExit) as stop:
+            train_module.main()
+        assert stop.value.code == 1
+        said = capsys.readouterr().err
+        assert message in said
+        assert len(said.strip().splitlines()) == 1
+        monkeypatch.setattr("sys.argv", ["train.py", "--config", str(recipe_file), "--debug"])
+        with pytest.raises(type(error)):
+            train_module.main()

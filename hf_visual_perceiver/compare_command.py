@@ -1,0 +1,37 @@
+"""`visual-perceiver compare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from .options import JsonOption, output_console, picture_option, write_result
+
+
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs.")],
+    plot: Annotated[Path | None, picture_option("Write accuracy against K to this .png, .svg or .pdf.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in markdown.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Validation accuracy of training runs at every K, side by side: mean and deviation over seeds."""
+    from .comparison import compare_runs, plot_comparison
+
+    console, comparison = output_console(json_file), compare_runs(runs)
+    if markdown:
+        console.print(comparison.to_markdown(), markup=False, highlight=False, soft_wrap=True)
+    else:
+        headers, *lines = comparison.table()
+        table = Table(title="validation accuracy (%)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for header in headers:
+            table.add_column(header, justify="left" if header == "runs" else "right", no_wrap=header != "runs")
+        for line in lines:
+            table.add_row(*map(escape, line))
+        console.print(table)
+    write_result(json_file, comparison.to_dict())
+    if plot:
+        plot_comparison(comparison, plot)
+        console.print(f"Plot: {plot}")

@@ -1,0 +1,89 @@
+"""What commands say on stderr: mistakes in one line, and how far they are."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+
+T = TypeVar("T")
+
+SECONDS = 30.0  # between two lines of a command that is not on a terminal
+# In messages of torch: on a GPU; on a CPU, for which it has no exception of its own.
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate")
+DEBUG = "--debug"
+DEBUG_HELP = "Show the traceback of an error."
+
+
+def print_error(message: object) -> None:
+    """One red line."""
+    line = " ".join(str(message).split("\n"))
+    Console(stderr=True).print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def errors_in_one_line(debug: bool = False, out_of_memory: str = "") -> Iterator[None]:
+    """Say in one line, without a traceback, what a user or a machine can cause, and exit with status 1.
+
+    A `TypeError` and the like are mistakes of this project, and keep their traceback.
+
+    Args:
+        debug: Let the error through.
+        out_of_memory: What to do when torch has run out of memory.
+    """
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, RuntimeError) as error:
+        if debug:
+            raise
+        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+            print_error(error)
+        else:
+            # torch says more on the lines that follow, for those who work on it.
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            lacks_memory = isinstance(error, MemoryError) or any(words in first for words in OUT_OF_MEMORY)
+            print_error(f"{first} ({out_of_memory if lacks_memory and out_of_memory else f'{DEBUG} shows where'})")
+        raise SystemExit(1) from None
+
+
+def run_command(command: Callable[..., None], out_of_memory: str = "") -> None:
+    """`typer.run`, with errors in one line, or with their traceback if --debug is among the arguments."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(epilog=f"{DEBUG}: {DEBUG_HELP}")(command)
+    run_app(app, out_of_memory)
+
+
+def run_app(app: typer.Typer, out_of_memory: str = "") -> None:
+    """As `run_command`. --debug may stand anywhere, before a subcommand's name or behind it."""
+    arguments = sys.argv[1:]
+    with errors_in_one_line(DEBUG in arguments, out_of_memory):
+        app([argument for argument in arguments if argument != DEBUG])
+
+
+def tracked(items: Sequence[T], description: str | None) -> Iterable[T]:
+    """Go through `items` with a bar on stderr; where that is no terminal, with a line now and then.
+
+    Args:
+        items: What to go through.
+        description: What is being done; None says nothing.
+    """
+    console = Console(stderr=True)
+    if description is None:
+        return items
+    if console.is_terminal:
+        return track(items, description, console=console)
+    return _with_lines(items, description, console)
+
+
+def _with_lines(items: Sequence[T], description: str, console: Console) -> Iterator[T]:
+    said = time.monotonic()
+    for number, item in enumerate(items):
+        if time.monotonic() - said >= SECONDS:
+            said = time.monotonic()
+            console.print(f"{description}: {number:,} of {len(items):,}", highlight=False, markup=False, soft_wrap=True)
+        yield item
