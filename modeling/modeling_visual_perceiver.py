@@ -9,6 +9,7 @@ and by timm's model in `timm_visual_perceiver.py`, so that one file of weights s
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -30,7 +31,7 @@ from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, ConvStem
 from .fast_inference import FastPerceiver
 from .plain_inference import PlainPerceiver
-from .query_selection import select_queries
+from .query_selection import select_queries, without_autocast
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
 from .spatial_init import query_features, token_features
 
@@ -126,7 +127,7 @@ def eager_attention(
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     # torch's kernels add up in float32 whatever the dtype. Autocast would have float32 tensors written and converted back as
     # well.
-    with torch.autocast(scores.device.type, enabled=False):
+    with without_autocast(scores.device):
         weights = scores.softmax(dim=-1)
     return (F.dropout(weights, dropout, module.training) @ value).transpose(1, 2), weights
 
@@ -497,6 +498,11 @@ class QuerySubset:
     dqs_threshold: float | None = None
     images: slice = field(default_factory=lambda: slice(None))
 
+    def checked(self, config: VisualPerceiverConfig) -> "QuerySubset":
+        """The same in Python's numbers, or a `ValueError` if a value is out of its range."""
+        t = math.inf if self.dqs_threshold is None else self.dqs_threshold
+        return QuerySubset(*config.operating_point(self.num_active_queries, t), self.images)
+
 
 class PerceiverParts:
     """The network itself, mixed into transformers' and timm's model classes: build, read, select, process, decode."""
@@ -544,7 +550,7 @@ class PerceiverParts:
             ValueError: If the backend that was asked for is not available there.
         """
         config, device = self.config, tokens.device
-        autocast = torch.is_autocast_enabled(device.type)
+        autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
         requested = self._ragged_backend
         if config.trunk_attention == "block_causal":
             if requested == "varlen":
@@ -647,8 +653,7 @@ class PerceiverParts:
         Raises:
             ValueError: If the images or a subset are not as described.
         """
-        for subset in subsets:
-            self.config.operating_point(subset.num_active_queries, subset.dqs_threshold)
+        subsets = [subset.checked(self.config) for subset in subsets]
         if self.are_prefixes(subsets):
             return self.forward_prefixes(pixel_values, [subset.num_active_queries for subset in subsets])
         y = self.read(pixel_values, max(subset.num_active_queries for subset in subsets))
@@ -802,7 +807,7 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
             num_active_queries: K in [1, Q]: use the first K queries. None is the config's value, or Q.
             dqs_threshold: Drop, per image, each of those queries whose cross-attention output has a cosine above this
                 with that of an earlier one (section 3.4); at least -1, and 1 keeps all. None is the config's value, or
-                no selection. With hidden states or attentions asked for, all K run and the dropped are masked.
+                no selection; infinity is no selection whatever the config says. With hidden states or attentions asked for, all K run and the dropped are masked.
             interpolate_pos_encoding: Take images of any multiple of the patch size by resampling the positions.
             **kwargs: transformers' `output_hidden_states`, `output_attentions`, `return_dict`.
 
@@ -1023,7 +1028,7 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
 
         Args:
             pixel_values: (B, C, H, W), normalised.
-            labels: (B,) class indices; or what the config's `problem_type` asks for, (B, labels).
+            labels: (B,) class indices, -100 for images that do not count; or what the config's `problem_type` asks for, (B, labels).
             num_active_queries: As in `VisualPerceiverModel.forward`.
             dqs_threshold: As in `VisualPerceiverModel.forward`.
             interpolate_pos_encoding: As in `VisualPerceiverModel.forward`.
@@ -1123,15 +1128,17 @@ def check_linears(parts: PerceiverParts) -> None:
 
 
 def check_labels(labels: torch.Tensor, num_labels: int) -> None:
-    """Raise a `ValueError` for class indices outside [0, num_labels).
+    """Raise a `ValueError` for class indices outside [0, num_labels) that are not -100, which the loss ignores.
 
     Only where looking is free: on an accelerator it would make the host wait, and under compile break the graph.
     """
     if labels.is_floating_point() or labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    labels = labels[labels != -100]
     if labels.numel() and not (labels.min() >= 0 and labels.max() < num_labels):
         raise ValueError(
-            f"Expected labels in [0, {num_labels}), got values from {labels.min().item()} to {labels.max().item()}."
+            f"Expected labels in [0, {num_labels}), got values from {labels.min().item()} to {labels.max().item()}; "
+            "only -100 is ignored."
         )
 
 

@@ -95,6 +95,14 @@ def check_backend(name: str) -> None:
         raise ValueError(f"Expected a ragged backend among auto, {', '.join(BACKENDS)}, got {name!r}.")
 
 
+def check_values(tokens: torch.Tensor) -> None:
+    """Raise a `ValueError` for tokens without values, whose number after selection nobody knows."""
+    if tokens.is_meta:
+        raise ValueError(
+            "Expected tokens with values, by which `dqs_threshold` selects, got meta tensors; without it they will do."
+        )
+
+
 @dataclass(frozen=True)
 class PackedLayout:
     """Where each token of a packed batch comes from.
@@ -132,6 +140,7 @@ class PackedLayout:
         With `"varlen"`, T is rounded up to a multiple of `round_to`. The rows in excess repeat a token, as if of images
         after the last one, which attend to themselves; nothing reads them, but `unpack` cannot be used.
         """
+        check_values(keep)
         B, K = keep.shape
         lengths, order = keep.sum(dim=1), None
         if backend == "grouped":

@@ -48,7 +48,7 @@ class AttentionGroup:
         length: L, tokens of the longest.
         rows: (n L,) the token at each place of the padded block; None if all are L long.
         places: (tokens,) the place of each token in the padded block; None likewise.
-        mask: (n, 1, 1, L) bool, which places hold a token; None likewise.
+        mask: (n, 1, 1 or L, L) bool, which places may be read; None if all may.
     """
 
     first: int
@@ -68,6 +68,12 @@ class AttentionGroup:
         """(n, L, H, d) -> (tokens, H, d)."""
         y = y.flatten(0, 1)
         return y if self.places is None else y[self.places]
+
+    def causal(self, block: torch.Tensor) -> "AttentionGroup":
+        """The group with a mask (n, 1, L, L) that lets a token read those whose `block`, (T,), is not above its own."""
+        own = self.dense(block[:, None, None])[:, 0, :, 0]  # (n, L)
+        mask = (own[:, :, None] >= own[:, None])[:, None]
+        return replace(self, mask=mask if self.mask is None else mask & self.mask)
 
     def moved(self, tokens: int) -> "AttentionGroup":
         """The group in a batch that has so many tokens before it."""

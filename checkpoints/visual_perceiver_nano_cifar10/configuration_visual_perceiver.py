@@ -1,5 +1,6 @@
 """Configuration of the Visual Perceiver, and the named architectures that transformers and timm share."""
 
+import math
 import operator
 from typing import Any, ClassVar
 
@@ -7,7 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-from .query_selection import check_threshold
+from .conv_stem import check_stem
+from .query_selection import as_number, checked_threshold
 
 
 CIFAR_STATISTICS = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2470, 0.2435, 0.2616]}
@@ -17,6 +19,27 @@ IMAGENET_STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.22
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "visual_perceiver_nano_patch4_32": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 6},
     "visual_perceiver_tiny_patch4_32": {},
+    "visual_perceiver_nano_conv_32": {
+        "hidden_size": 96,
+        "intermediate_size": 384,
+        "num_hidden_layers": 6,
+        "stem": "conv",
+        "stem_widths": [[16], [32], [64]],
+    },
+    "visual_perceiver_micro_conv_32": {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "stem": "conv",
+        "stem_widths": [[16], [40], [96]],
+    },
+    "visual_perceiver_tiny_conv_32": {
+        "num_hidden_layers": 8,
+        "stem": "conv",
+        "stem_widths": [[32], [64, 64], [128, 128]],
+        "stem_residual": True,
+    },
     "visual_perceiver_tiny_patch16_224": {"image_size": 224, "patch_size": 16, "num_queries": 196},
     "visual_perceiver_small_patch16_224": {
         "image_size": 224,
@@ -48,6 +71,13 @@ TIMM_ARGUMENTS = {
     "num_cross_heads": "num_cross_attention_heads",
     "act_layer": "hidden_act",
     "qkv_bias": "qkv_bias",
+    "stem": "stem",
+    "stem_widths": "stem_widths",
+    "stem_downsample": "stem_downsample",
+    "stem_residual": "stem_residual",
+    "trunk_attention": "trunk_attention",
+    "query_blocks": "query_blocks",
+    "query_init": "query_init",
     "norm_eps": "layer_norm_eps",
     "num_active_queries": "num_active_queries",
     "dqs_threshold": "dqs_threshold",
@@ -86,6 +116,19 @@ class VisualPerceiverConfig(PreTrainedConfig):
     intermediate_size: int = 768  # width of every MLP
     num_queries: int = 64  # Q
     num_cross_attention_heads: int = 1  # of the cross-attention; the paper's maps need one
+    # What makes tokens of an image: "patch", the paper's linear map of patches, or "conv", stages of 3x3 convolutions with
+    # batch norm and a 1x1 projection. `stem_widths` holds the output channels of each stage's convolutions; each stage has
+    # half the resolution of the one before, so patch_size = 2 ** (stages - 1).
+    stem: str = "patch"
+    stem_widths: list[list[int]] | None = None
+    stem_downsample: str = "pool"  # between stages: "pool" (max pooling), or "stride" of the next convolution
+    stem_residual: bool = False  # a shortcut around each convolution that keeps its channels and resolution
+    # Which queries see each other in the blocks: "full", all of them (the paper), or "block_causal": a query sees those of
+    # its own and of earlier blocks, so that the tokens of the first K queries do not depend on later ones.
+    trunk_attention: str = "full"
+    query_blocks: list[int] | None = None  # where blocks of queries end; None is 1, 2, 4, 8, ... up to Q
+    # How queries and positions begin: "random", or "spatial": the first K queries tile the image, for every power of two K.
+    query_init: str = "random"
     hidden_act: str = "gelu"
     qkv_bias: bool = True
     layer_norm_eps: float = 1e-6
@@ -94,8 +137,8 @@ class VisualPerceiverConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0  # stochastic depth of the last block; grows linearly from 0 at the first
     # Operating point: what `forward` does when its arguments of the same name are None.
-    num_active_queries: int | None = None  # K: use the first K queries; None is all
-    dqs_threshold: float | int | None = None  # t: drop queries more similar than this to an earlier one; None is off
+    num_active_queries: Any = None  # K: use the first K queries; None is all
+    dqs_threshold: Any = None  # t: drop queries more similar than this to an earlier one; None is off
     dqs_reference: str = "all"  # what "earlier" means: "all" earlier queries, or only "kept" ones
     # Preprocessing in timm's terms (mean, std, interpolation, ...); None is CIFAR-10's up to 64 pixels, else ImageNet's.
     pretrained_cfg: dict[str, Any] | None = None
@@ -112,6 +155,10 @@ class VisualPerceiverConfig(PreTrainedConfig):
                 self.image_size = self.image_size[0]
         self._check()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The knobs may be tensors or NumPy's numbers, which config.json cannot hold.
+        super().__setattr__(name, as_number(value) if name in ("num_active_queries", "dqs_threshold") else value)
+
     def _check(self) -> None:
         sizes = ["patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads"]
         for name in (*sizes, "intermediate_size", "num_queries", "num_cross_attention_heads"):
@@ -126,6 +173,35 @@ class VisualPerceiverConfig(PreTrainedConfig):
             raise ValueError(
                 f"Expected `image_size` to be a positive multiple of `patch_size`, got {self.image_size} and {self.patch_size}."
             )
+        if self.stem not in ("patch", "conv"):
+            raise ValueError(f"Expected `stem` to be 'patch' or 'conv', got {self.stem!r}.")
+        if self.stem == "patch" and self.stem_widths is not None:
+            raise ValueError(f"Expected `stem_widths` to be None with `stem` 'patch', got {self.stem_widths!r}.")
+        if self.stem == "conv":
+            check_stem(self.stem_widths or [], self.stem_downsample)
+            stride = 2 ** (len(self.stem_widths or []) - 1)
+            if self.patch_size != stride:
+                raise ValueError(
+                    f"Expected `patch_size` to be {stride}, by which {len(self.stem_widths or [])} stages of a stem divide "
+                    f"an image's sides, got {self.patch_size}."
+                )
+        if self.trunk_attention not in ("full", "block_causal"):
+            raise ValueError(
+                f"Expected `trunk_attention` to be 'full' or 'block_causal', got {self.trunk_attention!r}."
+            )
+        if self.query_init not in ("random", "spatial"):
+            raise ValueError(f"Expected `query_init` to be 'random' or 'spatial', got {self.query_init!r}.")
+        if self.query_init == "spatial" and self.hidden_size % 4:
+            raise ValueError(
+                f"Expected `hidden_size` to be a multiple of 4 with `query_init` 'spatial', got {self.hidden_size}."
+            )
+        if self.query_blocks is not None:
+            ends = self.query_blocks
+            ascending = all(a < b for a, b in zip([0, *ends], ends, strict=False))
+            if not ends or not ascending or ends[-1] != self.num_queries:
+                raise ValueError(
+                    f"Expected `query_blocks` to ascend from at least 1 to `num_queries` = {self.num_queries}, got {ends}."
+                )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"Expected `hidden_act` to be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
@@ -133,6 +209,8 @@ class VisualPerceiverConfig(PreTrainedConfig):
                 raise ValueError(f"Expected `{name}` to be in [0, 1), got {getattr(self, name)}.")
         if self.dqs_reference not in ("all", "kept"):
             raise ValueError(f"Expected `dqs_reference` to be 'all' or 'kept', got {self.dqs_reference!r}.")
+        if self.dqs_threshold is not None:
+            checked_threshold(self.dqs_threshold)
         self.operating_point()
 
     @property
@@ -147,6 +225,18 @@ class VisualPerceiverConfig(PreTrainedConfig):
         return [name for _, name in sorted((self.id2label or {}).items())]
 
     @property
+    def block_ends(self) -> list[int]:
+        """Where blocks of queries end: budgets whose tokens do not change when K grows, if the trunk is block-causal.
+
+        Example:
+            >>> VisualPerceiverConfig(num_queries=6).block_ends
+            [1, 2, 4, 6]
+        """
+        if self.query_blocks is not None:
+            return list(self.query_blocks)
+        return [2**i for i in range((self.num_queries - 1).bit_length())] + [self.num_queries]
+
+    @property
     def num_patches(self) -> int:
         """N, the number of input tokens."""
         height, width = self.image_height_width
@@ -157,12 +247,21 @@ class VisualPerceiverConfig(PreTrainedConfig):
     ) -> tuple[int, float | None]:
         """The (K, t) that these arguments of `forward` mean for this config; t is None without selection.
 
+        Args:
+            num_active_queries: K, a number or a tensor or array of one; None is the config's value, or Q.
+            dqs_threshold: t, likewise; None is the config's value. Infinity is no selection, whatever the config says.
+
         Raises:
-            ValueError: If K is not an integer in [1, Q], or t not a finite number of at least -1.
+            ValueError: If K is not an integer in [1, Q], or t not a number of at least -1.
+
+        Example:
+            >>> config = VisualPerceiverConfig(dqs_threshold=0.8)
+            >>> config.operating_point(16), config.operating_point(16, float("inf"))
+            ((16, 0.8), (16, None))
         """
         Q = self.num_queries
-        K = self.num_active_queries if num_active_queries is None else num_active_queries
-        t = self.dqs_threshold if dqs_threshold is None else dqs_threshold
+        K = self.num_active_queries if num_active_queries is None else as_number(num_active_queries)
+        t = self.dqs_threshold if dqs_threshold is None else as_number(dqs_threshold)
         K = Q if K is None else K
         try:
             # Integers of every library, and no floats. A compiler would take what `operator.index` gives for a constant,
@@ -172,9 +271,8 @@ class VisualPerceiverConfig(PreTrainedConfig):
             k = 0
         if not 1 <= k <= Q:
             raise ValueError(f"Expected `num_active_queries` to be an integer in [1, {Q}], got {K!r}.")
-        if t is not None:
-            check_threshold(t)
-        return k, t
+        off = t is None or (isinstance(t, float) and t == math.inf)
+        return k, None if off else checked_threshold(t)
 
     @classmethod
     def from_architecture(cls, name: str, **kwargs: Any) -> "VisualPerceiverConfig":
@@ -186,7 +284,7 @@ class VisualPerceiverConfig(PreTrainedConfig):
     @property
     def architecture(self) -> str:
         """The timm name of this architecture, or of the nearest one; `timm_model_args` holds the differences."""
-        trunk = ("hidden_size", "num_hidden_layers", "patch_size")
+        trunk = ("hidden_size", "num_hidden_layers", "patch_size", "stem")
         default = {name: getattr(type(self), name) for name in trunk}
         for name, fields in ARCHITECTURES.items():
             if all(getattr(self, key) == fields.get(key, default[key]) for key in trunk):
@@ -210,13 +308,21 @@ class VisualPerceiverConfig(PreTrainedConfig):
             input_size=[self.num_channels, height, width],
             num_classes=self.num_labels,
             fixed_input_size=True,
-            first_conv="embeddings.patch_embeddings.projection",
+            first_conv=self._first_conv,
             classifier="head",
         )
         labels = self.label_names
         if labels != [f"LABEL_{i}" for i in range(len(labels))]:
             cfg["label_names"] = labels
         return cfg
+
+    @property
+    def _first_conv(self) -> str:
+        """Name of the convolution that reads the image's channels."""
+        if self.stem == "patch":
+            return "embeddings.patch_embeddings.projection"
+        stage = next(i for i, widths in enumerate(self.stem_widths or []) if widths)
+        return f"embeddings.patch_embeddings.stem.stages.{stage}.0.conv"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything transformers and timm need to rebuild the model, as plain values."""

@@ -9,9 +9,10 @@ and by timm's model in `timm_visual_perceiver.py`, so that one file of weights s
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -27,9 +28,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .compiled_inference import CompiledPerceiver
 from .configuration_visual_perceiver import VisualPerceiverConfig
+from .conv_stem import ConvBlock, ConvStem
 from .fast_inference import FastPerceiver
-from .query_selection import select_queries
+from .plain_inference import PlainPerceiver
+from .query_selection import select_queries, without_autocast
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
+from .spatial_init import query_features, token_features
 
 
 @dataclass
@@ -72,6 +76,9 @@ class VisualPerceiverImageClassifierOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+KeysAndValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 def check_pixel_values(pixel_values: torch.Tensor, config: VisualPerceiverConfig, any_size: bool = False) -> None:
@@ -120,7 +127,7 @@ def eager_attention(
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     # torch's kernels add up in float32 whatever the dtype. Autocast would have float32 tensors written and converted back as
     # well.
-    with torch.autocast(scores.device.type, enabled=False):
+    with without_autocast(scores.device):
         weights = scores.softmax(dim=-1)
     return (F.dropout(weights, dropout, module.training) @ value).transpose(1, 2), weights
 
@@ -145,15 +152,27 @@ def sdpa_attention(
 
 
 class VisualPerceiverPatchEmbeddings(nn.Module):
-    """Images to patch tokens: (B, C, H, W) -> (B, N, D). A convolution, so that timm can adapt its input channels."""
+    """Images to tokens: (B, C, H, W) -> (B, N, D), by a linear map of patches, or by a conv stem and a 1x1 projection.
+
+    The linear map is a convolution, so that timm can adapt its input channels.
+    """
 
     def __init__(self, config: VisualPerceiverConfig):
         super().__init__()
-        size = config.patch_size
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
+        if config.stem == "conv":
+            widths = config.stem_widths or []
+            stem = ConvStem(
+                config.num_channels, widths, config.stem_downsample, config.stem_residual, config.hidden_act
+            )
+            self.stem: nn.Module = stem
+            self.projection = nn.Conv2d(stem.out_channels, config.hidden_size, kernel_size=1)
+        else:
+            size = config.patch_size
+            self.stem = nn.Identity()
+            self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
+        return self.projection(self.stem(pixel_values)).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
 
 
 class VisualPerceiverEmbeddings(nn.Module):
@@ -318,6 +337,24 @@ class VisualPerceiverSelfAttention(MultiHeadAttention):
             y, weights = self.attend_packed(query, key, value, layout), None
         return self.dropout(self.proj(y.flatten(-2))), weights
 
+    def extend(
+        self, x: torch.Tensor, past: KeysAndValues, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, KeysAndValues]:
+        """Attention of new tokens to earlier ones and to each other.
+
+        Args:
+            x: (B, n, D), the new tokens.
+            past: Keys and values of the earlier tokens, each (B, H, P, d).
+            mask: (1, 1, n, P + n) bool, true where a key may be read; None reads all.
+
+        Returns:
+            (B, n, D), and keys and values of all P + n tokens.
+        """
+        query, key, value = (part.transpose(1, 2) for part in self.split_heads(self.qkv(x), 3))  # (B, H, n, d)
+        key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        y, _ = self.attend(query, key, value, mask)
+        return self.dropout(self.proj(y.flatten(-2))), (key, value)
+
 
 class VisualPerceiverCrossAttention(MultiHeadAttention):
     """A cross-attention block with its learned queries: Q of them read the patches, or one reads the result (decoder).
@@ -399,6 +436,14 @@ class VisualPerceiverLayer(GradientCheckpointingLayer):
         y = self.mlp(self.norm2(x))
         return x + (y if path_scales is None else y * path_scales[1])
 
+    def extend(
+        self, x: torch.Tensor, past: KeysAndValues, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, KeysAndValues]:
+        """The block for new tokens, after earlier ones; see `VisualPerceiverSelfAttention.extend`."""
+        y, past = self.attention.extend(self.norm1(x), past, mask)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), past
+
 
 @dataclass(frozen=True)
 class ActiveTokens:
@@ -453,6 +498,11 @@ class QuerySubset:
     dqs_threshold: float | None = None
     images: slice = field(default_factory=lambda: slice(None))
 
+    def checked(self, config: VisualPerceiverConfig) -> "QuerySubset":
+        """The same in Python's numbers, or a `ValueError` if a value is out of its range."""
+        t = math.inf if self.dqs_threshold is None else self.dqs_threshold
+        return QuerySubset(*config.operating_point(self.num_active_queries, t), self.images)
+
 
 class PerceiverParts:
     """The network itself, mixed into transformers' and timm's model classes: build, read, select, process, decode."""
@@ -500,9 +550,14 @@ class PerceiverParts:
             ValueError: If the backend that was asked for is not available there.
         """
         config, device = self.config, tokens.device
-        autocast = torch.is_autocast_enabled(device.type)
+        autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        requested = self._ragged_backend
+        if config.trunk_attention == "block_causal":
+            if requested == "varlen":
+                raise ValueError("Expected a ragged backend that takes masks, grouped or masked, got 'varlen'.")
+            requested = "grouped" if requested == "auto" else requested
         return resolve_backend(
-            self._ragged_backend,
+            requested,
             device,
             torch.get_autocast_dtype(device.type) if autocast else tokens.dtype,
             config.hidden_size // config.num_attention_heads,
@@ -558,9 +613,26 @@ class PerceiverParts:
     def process(self, active: ActiveTokens, **record: bool) -> ActiveTokens:
         """The self-attention blocks."""
         x = active.tokens
+        mask, layout = self.trunk_masks(active)
         for layer, path_scales in zip(self.layers, self.draw_paths(active), strict=True):
-            x = layer(x, active.mask, active.layout, path_scales=path_scales, **record)
+            x = layer(x, mask, layout, path_scales=path_scales, **record)
         return ActiveTokens(x, active.keep, active.layout)
+
+    def trunk_masks(self, active: ActiveTokens) -> tuple[torch.Tensor | None, PackedLayout | None]:
+        """What the blocks are told of who may read whom: a mask (B or 1, 1, K or 1, K) of dense tokens, a layout of packed ones."""
+        if self.config.trunk_attention == "full":
+            return active.mask, active.layout
+        blocks = self.query_block(active.tokens.device)
+        if active.layout is not None:
+            return None, active.layout.causal(blocks)
+        blocks = blocks[: active.tokens.shape[1]]
+        mask = (blocks[:, None] >= blocks)[None, None]  # (1, 1, K, K)
+        return (mask if active.mask is None else mask & active.mask), None
+
+    def query_block(self, device: torch.device) -> torch.Tensor:
+        """(Q,) the block of each query in a block-causal trunk."""
+        ends = torch.tensor(self.config.block_ends, device=device)
+        return torch.bucketize(torch.arange(self.config.num_queries, device=device), ends, right=True)
 
     def forward_subsets(
         self, pixel_values: torch.Tensor, subsets: Sequence[QuerySubset], together: bool = True
@@ -581,8 +653,9 @@ class PerceiverParts:
         Raises:
             ValueError: If the images or a subset are not as described.
         """
-        for subset in subsets:
-            self.config.operating_point(subset.num_active_queries, subset.dqs_threshold)
+        subsets = [subset.checked(self.config) for subset in subsets]
+        if self.are_prefixes(subsets):
+            return self.forward_prefixes(pixel_values, [subset.num_active_queries for subset in subsets])
         y = self.read(pixel_values, max(subset.num_active_queries for subset in subsets))
         B = y.shape[0]
         counts = [len(range(*subset.images.indices(B))) for subset in subsets]
@@ -609,6 +682,23 @@ class PerceiverParts:
             return [self.decode(self.process(batch)) for batch in batches]
         pooled = self.decode(self.process(ActiveTokens.join(batches, backend)))
         return list(pooled.split(counts))
+
+    def are_prefixes(self, subsets: Sequence[QuerySubset]) -> bool:
+        """Whether one pass through the trunk answers for all of these subsets.
+
+        A block-causal trunk computes the tokens of the first K queries on the way to more of them, if K ends a block.
+        """
+        largest = max(subset.num_active_queries for subset in subsets)
+        ends = {*self.config.block_ends, largest}
+        return self.config.trunk_attention == "block_causal" and all(
+            subset.dqs_threshold is None and subset.images == slice(None) and subset.num_active_queries in ends
+            for subset in subsets
+        )
+
+    def forward_prefixes(self, pixel_values: torch.Tensor, budgets: Sequence[int]) -> list[torch.Tensor]:
+        """What the output query reads from the first K tokens, (B, D) for each K, by one pass through the trunk."""
+        active = self.process(self.select(self.read(pixel_values, max(budgets)), None))
+        return [self.decode(ActiveTokens(active.tokens[:, :K])) for K in budgets]
 
     def decode(self, active: ActiveTokens) -> torch.Tensor:
         """What the output query reads from the active tokens, normalised: (B, D)."""
@@ -657,13 +747,32 @@ def init_weights(module: nn.Module, std: float) -> None:
         init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
         init.ones_(module.weight)
         init.zeros_(module.bias)
+        if isinstance(module, nn.BatchNorm2d):
+            statistics: Any = module
+            init.zeros_(statistics.running_mean)
+            init.ones_(statistics.running_var)
+            init.zeros_(statistics.num_batches_tracked)
+    elif isinstance(module, ConvBlock):
+        init.kaiming_normal_(module.conv.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, VisualPerceiverEmbeddings):
         init.trunc_normal_(module.position_embeddings, std=std)
+        if module.config.query_init == "spatial":
+            height, width = (side // module.config.patch_size for side in module.config.image_height_width)
+            init.copy_(module.position_embeddings, token_features(height, width, module.config.hidden_size))
     elif isinstance(module, VisualPerceiverCrossAttention):
         init.trunc_normal_(module.queries, std=std)
+        D, reads_image = module.config.hidden_size, module.queries.shape[0] == module.config.num_queries
+        if module.config.query_init == "spatial" and reads_image:
+            grid = max(module.config.image_height_width) // module.config.patch_size
+            init.copy_(module.queries, module.queries.detach().cpu() + query_features(len(module.queries), grid, D))
+            # Scores are then those of similar positions.
+            init.copy_(module.query.weight, torch.eye(D))
+            weight = module.key_value.weight.detach().cpu().clone()
+            weight[:D] = torch.eye(D)
+            init.copy_(module.key_value.weight, weight)
 
 
 class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
@@ -698,7 +807,7 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
             num_active_queries: K in [1, Q]: use the first K queries. None is the config's value, or Q.
             dqs_threshold: Drop, per image, each of those queries whose cross-attention output has a cosine above this
                 with that of an earlier one (section 3.4); at least -1, and 1 keeps all. None is the config's value, or
-                no selection. With hidden states or attentions asked for, all K run and the dropped are masked.
+                no selection; infinity is no selection whatever the config says. With hidden states or attentions asked for, all K run and the dropped are masked.
             interpolate_pos_encoding: Take images of any multiple of the patch size by resampling the positions.
             **kwargs: transformers' `output_hidden_states`, `output_attentions`, `return_dict`.
 
@@ -721,6 +830,112 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
         )
 
 
+@dataclass
+class IncrementalState:
+    """Images that have been answered with some queries, and can be with more.
+
+    With a block-causal trunk going on repeats nothing but queries of a block that was not complete. With the paper's, in
+    which all queries see each other, the image is read once and the trunk runs anew.
+
+    Attributes:
+        parts: The network.
+        head: The classifier.
+        keys_and_values: Of the images' tokens, each (B, H, N, d), as the queries read them.
+        tokens: (B, K, D) after the cross-attention block.
+        past: Keys and values of the K tokens in each block of the trunk, each (B, H, K, d); empty with the paper's trunk.
+        processed: (B, K, D) tokens after the trunk.
+        versions: Of the weights, when the images were read.
+    """
+
+    parts: PerceiverParts
+    head: nn.Module
+    keys_and_values: KeysAndValues
+    tokens: torch.Tensor
+    past: list[KeysAndValues]
+    processed: torch.Tensor
+    versions: tuple[tuple[int, int], ...]
+
+    @classmethod
+    @torch.no_grad()
+    def read(cls, parts: PerceiverParts, head: nn.Module, pixel_values: torch.Tensor) -> "IncrementalState":
+        """Read images; see `VisualPerceiverForImageClassification.start`."""
+        cross = parts.cross_attention
+        inputs = cross.norm_inputs(parts.embeddings(pixel_values))  # (B, N, D)
+        key, value = (x.transpose(1, 2) for x in cross.split_heads(cross.key_value(inputs), 2))  # (B, H, N, d)
+        none = inputs[:, :0]
+        past: list[KeysAndValues] = []
+        if parts.config.trunk_attention == "block_causal":
+            heads = parts.config.num_attention_heads
+            empty = none.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, 0, d)
+            past = [(empty, empty)] * len(parts.layers)
+        return cls(parts, head, (key, value), none, past, none, weight_versions(parts))
+
+    @property
+    def num_active_queries(self) -> int:
+        """K so far; 0 before the first answer."""
+        return self.tokens.shape[1]
+
+    @torch.no_grad()
+    def extend(self, num_active_queries: int) -> VisualPerceiverImageClassifierOutput:
+        """Answer with the first K queries, going on from those that there are.
+
+        Raises:
+            ValueError: If K is out of its range or smaller than before, or the weights have changed since.
+        """
+        parts, before = self.parts, self.num_active_queries
+        K, _ = parts.config.operating_point(num_active_queries)
+        if before > K:
+            raise ValueError(f"Expected at least the {before} queries that there are, got {K}.")
+        if weight_versions(parts) != self.versions:
+            raise ValueError(
+                "Expected the weights that read the images, got others: the model has changed; start anew."
+            )
+        if before < K:
+            self.add(K)
+        pooled = parts.decode(ActiveTokens(self.processed))
+        active = parts.active_queries(ActiveTokens(self.processed))
+        return VisualPerceiverImageClassifierOutput(logits=self.head(pooled), active_queries=active)
+
+    def add(self, K: int) -> None:
+        """Compute the tokens of the queries that are missing to the first K."""
+        parts, cross, before = self.parts, self.parts.cross_attention, self.num_active_queries
+        new = torch.arange(before, K, device=self.tokens.device)
+        query = cross.query(cross.norm_queries(cross.queries[new]))
+        query = query.unflatten(-1, (cross.num_heads, -1)).transpose(0, 1)[None]  # (1, H, new, d)
+        key, value = self.keys_and_values
+        y, _ = cross.attend(query.expand(key.shape[0], -1, -1, -1), key, value)
+        self.tokens = torch.cat([self.tokens, cross.finish(y.flatten(-2), new)], dim=1)  # (B, K, D)
+        if parts.config.trunk_attention == "full":
+            self.processed = parts.process(ActiveTokens(self.tokens)).tokens
+            return
+        # Queries of a block see all of it, so a block that was cut off begins anew.
+        start = max(end for end in [0, *parts.config.block_ends] if end <= before)
+        blocks = parts.query_block(self.tokens.device)
+        mask = (blocks[start:K, None] >= blocks[:K])[None, None]  # (1, 1, n, K)
+        x = self.tokens[:, start:]
+        for i, layer in enumerate(parts.layers):
+            assert isinstance(layer, VisualPerceiverLayer)
+            key, value = self.past[i]
+            x, self.past[i] = layer.extend(x, (key[:, :, :start], value[:, :, :start]), mask)
+        self.processed = torch.cat([self.processed[:, :start], x], dim=1)
+
+    def __getitem__(self, images: torch.Tensor) -> "IncrementalState":
+        """The state of some of the images: (B,) bool or indices."""
+        return replace(
+            self,
+            keys_and_values=(self.keys_and_values[0][images], self.keys_and_values[1][images]),
+            tokens=self.tokens[images],
+            past=[(key[images], value[images]) for key, value in self.past],
+            processed=self.processed[images],
+        )
+
+
+def weight_versions(parts: PerceiverParts) -> tuple[tuple[int, int], ...]:
+    """What changes when a weight does: its identity, and how often it was written to."""
+    assert isinstance(parts, nn.Module)
+    return tuple((id(p), 0 if p.is_inference() else p._version) for p in parts.parameters())
+
+
 class OptimizedVisualPerceiver(nn.Module):
     """A classifier as `optimize_for_inference` makes it: a snapshot of the weights, called as the model is.
 
@@ -733,7 +948,10 @@ class OptimizedVisualPerceiver(nn.Module):
     def __init__(self, parts: PerceiverParts, head: nn.Module, dtype: torch.dtype | None, tokens_per_chunk: int | None):
         super().__init__()
         check_linears(parts)
-        engine = CompiledPerceiver if parts.cross_attention.queries.is_cuda else FastPerceiver
+        # The other two know the paper's form alone.
+        papers = parts.config.stem == "patch" and parts.config.trunk_attention == "full"
+        fast = CompiledPerceiver if parts.cross_attention.queries.is_cuda else FastPerceiver
+        engine = fast if papers else PlainPerceiver
         self.config, self.engine = parts.config, engine(parts, dtype, tokens_per_chunk)
         self.dtype, self.device = self.engine.dtype, self.engine.queries.device
         self.head = copy.deepcopy(head).requires_grad_(False)
@@ -810,7 +1028,7 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
 
         Args:
             pixel_values: (B, C, H, W), normalised.
-            labels: (B,) class indices; or what the config's `problem_type` asks for, (B, labels).
+            labels: (B,) class indices, -100 for images that do not count; or what the config's `problem_type` asks for, (B, labels).
             num_active_queries: As in `VisualPerceiverModel.forward`.
             dqs_threshold: As in `VisualPerceiverModel.forward`.
             interpolate_pos_encoding: As in `VisualPerceiverModel.forward`.
@@ -854,6 +1072,22 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
         """
         return [self.head(pooled) for pooled in self.visual_perceiver.forward_subsets(pixel_values, subsets, together)]
 
+    def start(self, pixel_values: torch.Tensor) -> IncrementalState:
+        """Read images, to answer with few queries first and with more later: `state.extend(K)`.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+
+        Example:
+            >>> config = VisualPerceiverConfig(num_labels=10, trunk_attention="block_causal")
+            >>> model = VisualPerceiverForImageClassification(config).eval()
+            >>> state = model.start(torch.zeros(2, 3, 32, 32))
+            >>> few, more = state.extend(4), state.extend(16)  # 12 more queries; nothing is computed twice
+            >>> torch.allclose(more.logits, model(torch.zeros(2, 3, 32, 32), num_active_queries=16).logits, atol=1e-5)
+            True
+        """
+        return IncrementalState.read(self.visual_perceiver, self.head, pixel_values)
+
     def optimize_for_inference(
         self, dtype: torch.dtype | None = None, tokens_per_chunk: int | None = None
     ) -> OptimizedVisualPerceiver:
@@ -894,15 +1128,17 @@ def check_linears(parts: PerceiverParts) -> None:
 
 
 def check_labels(labels: torch.Tensor, num_labels: int) -> None:
-    """Raise a `ValueError` for class indices outside [0, num_labels).
+    """Raise a `ValueError` for class indices outside [0, num_labels) that are not -100, which the loss ignores.
 
     Only where looking is free: on an accelerator it would make the host wait, and under compile break the graph.
     """
     if labels.is_floating_point() or labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    labels = labels[labels != -100]
     if labels.numel() and not (labels.min() >= 0 and labels.max() < num_labels):
         raise ValueError(
-            f"Expected labels in [0, {num_labels}), got values from {labels.min().item()} to {labels.max().item()}."
+            f"Expected labels in [0, {num_labels}), got values from {labels.min().item()} to {labels.max().item()}; "
+            "only -100 is ignored."
         )
 
 

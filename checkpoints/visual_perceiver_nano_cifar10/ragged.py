@@ -11,7 +11,7 @@ A third, "masked", packs nothing: it keeps the dense batch and hides the removed
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -95,6 +95,14 @@ def check_backend(name: str) -> None:
         raise ValueError(f"Expected a ragged backend among auto, {', '.join(BACKENDS)}, got {name!r}.")
 
 
+def check_values(tokens: torch.Tensor) -> None:
+    """Raise a `ValueError` for tokens without values, whose number after selection nobody knows."""
+    if tokens.is_meta:
+        raise ValueError(
+            "Expected tokens with values, by which `dqs_threshold` selects, got meta tensors; without it they will do."
+        )
+
+
 @dataclass(frozen=True)
 class PackedLayout:
     """Where each token of a packed batch comes from.
@@ -132,6 +140,7 @@ class PackedLayout:
         With `"varlen"`, T is rounded up to a multiple of `round_to`. The rows in excess repeat a token, as if of images
         after the last one, which attend to themselves; nothing reads them, but `unpack` cannot be used.
         """
+        check_values(keep)
         B, K = keep.shape
         lengths, order = keep.sum(dim=1), None
         if backend == "grouped":
@@ -188,6 +197,15 @@ class PackedLayout:
             offsets=offsets,
             groups=groups,
         )
+
+    def causal(self, blocks: torch.Tensor) -> "PackedLayout":
+        """The layout for attention in which a query reads those of its own and of earlier blocks.
+
+        Args:
+            blocks: (Q,) the block of each query.
+        """
+        block = blocks[self.query]  # (T,)
+        return replace(self, groups=tuple(group.causal(block) for group in self.groups))
 
     @property
     def num_tokens(self) -> int:

@@ -3,6 +3,7 @@
 import base64
 import io
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -97,6 +98,11 @@ def test_the_target_is_met_as_closely_as_can_be(fraction, selects):
     full = count_macs(config, 64)
     assert count_macs(config, K, K if selects else None) <= fraction * full
     assert K == 64 or count_macs(config, K + 1, K + 1 if selects else None) > fraction * full
+
+
+def test_a_target_of_another_library():
+    config = small_config()
+    assert {queries_for_macs(config, half) for half in (0.5, np.float32(0.5), torch.tensor(0.5))} == {4}
 
 
 def test_a_target_of_everything_is_everything():
