@@ -4,6 +4,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -100,6 +101,6 @@ def as_number(value: Any) -> Any:
         >>> as_number(torch.tensor([3])), as_number(0.5)
         (3, 0.5)
     """
-    if not hasattr(value, "item") or math.prod(getattr(value, "shape", (0,))) != 1:
+    if not isinstance(value, (torch.Tensor, np.ndarray, np.generic)) or math.prod(value.shape) != 1:
         return value
     return value if getattr(value, "is_meta", False) else value.item()

@@ -26,6 +26,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_groups import AttentionGroup  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .compiled_inference import CompiledPerceiver
 from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, ConvStem
@@ -111,7 +112,7 @@ def check_pixel_values(pixel_values: torch.Tensor, config: VisualPerceiverConfig
         )
 
 
-def eager_attention(
+def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -121,7 +122,10 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, with the weights: (n, H, L_q, d), (n, H, L, d) x 2 -> (n, L_q, H, d), (n, H, L_q, L)."""
+    """Attention written out, with the weights: (n, H, L_q, d), (n, H, L, d) x 2 -> (n, L_q, H, d), (n, H, L_q, L).
+
+    By its name transformers knows that `set_attn_implementation` can be obeyed.
+    """
     scores = (query * scaling) @ key.transpose(2, 3)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -142,7 +146,7 @@ def sdpa_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`eager_attention` by torch's fused kernels, without the weights.
+    """`eager_attention_forward` by torch's fused kernels, without the weights.
 
     Called directly rather than through transformers' wrapper, whose Python test of the length breaks torch.export and
     torch.fx when the number of queries is dynamic.
@@ -260,7 +264,7 @@ class MultiHeadAttention(nn.Module):
         if implementation in ("sdpa", None) or (beyond_flash and "flash" in implementation):
             attention: Callable = sdpa_attention
         else:
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return attention(self, query, key, value, mask, dropout=self.attention_dropout, scaling=self.scaling)
 
     @property
@@ -305,7 +309,7 @@ class MultiHeadAttention(nn.Module):
             attention = torch_varlen_attention()
             assert attention is not None, "resolve_backend has looked"
             return attention(query, key, value, query_offsets, key_offsets, max_queries, max_keys)  # scales by d^-1/2
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, H, T, d), as if of one image
         lengths = {"cu_seq_lens_q": query_offsets, "cu_seq_lens_k": key_offsets}
         longest = {"max_length_q": max_queries, "max_length_k": max_keys}

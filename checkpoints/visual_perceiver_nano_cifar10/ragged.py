@@ -103,7 +103,7 @@ def check_values(tokens: torch.Tensor) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch 2.8's compiler makes constants of a frozen one's fields
 class PackedLayout:
     """Where each token of a packed batch comes from.
 
@@ -244,7 +244,7 @@ class PackedLayout:
             (T, H, d) for self-attention, else (B, 1, H, d) in packed order.
         """
         if self.backend == "grouped":
-            return attend_in_groups(self.groups, attention, query, key, value)
+            return self.attend_grouped(attention, query, key, value)
         B, K = self.shape
         if query.ndim == 3:
             return attention(query, key, value, self.offsets, self.offsets, K, K)
@@ -253,9 +253,16 @@ class PackedLayout:
         assert self.offsets is not None
         return attention(query, key, value, ones, self.offsets[: B + 1], 1, K)[:, None]
 
+    # The compiler would unroll the loop for the groups of this batch, and the next batch has others. It must not see how
+    # many they are, so it is the layout that it hands over.
+    @torch.compiler.disable
+    def attend_grouped(
+        self, attention: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """`attend` by groups."""
+        return attend_in_groups(self.groups, attention, query, key, value)
 
-# The compiler would unroll the loop for the groups of this batch, and the next batch has others.
-@torch.compiler.disable
+
 def attend_in_groups(
     groups: Sequence[AttentionGroup],
     attention: Callable,
