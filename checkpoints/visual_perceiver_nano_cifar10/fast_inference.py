@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 from .attention_groups import AttentionGroup, GroupCost, attention_groups
 from .query_selection import select_queries
-from .ragged import check_values
 
 
 # Large enough for a matrix product to be efficient, small enough that no tensor of a chunk makes glibc return its memory to
@@ -381,7 +380,6 @@ class FastPerceiver:
                 n = part.shape[0] // K
                 reads.append(self.process(part, self.queries[:K].repeat(n, 1), EqualLengths(n, K)))
             return self.decode(torch.cat(reads, dim=1)), torch.ones(B, K, dtype=torch.bool, device=y.device)
-        check_values(pixel_values)
         masks, kept = [], []
         for part in self.read(pixel_values, K):
             masks.append(select_queries(part, threshold, self.config.dqs_reference))

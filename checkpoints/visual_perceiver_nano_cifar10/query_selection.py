@@ -4,7 +4,6 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 
 
@@ -101,6 +100,6 @@ def as_number(value: Any) -> Any:
         >>> as_number(torch.tensor([3])), as_number(0.5)
         (3, 0.5)
     """
-    if not isinstance(value, (torch.Tensor, np.ndarray, np.generic)) or math.prod(value.shape) != 1:
+    if isinstance(value, (int, float)) or not hasattr(value, "item"):
         return value
-    return value if getattr(value, "is_meta", False) else value.item()
+    return value if math.prod(value.shape) != 1 or getattr(value, "is_meta", False) else value.item()
