@@ -983,9 +983,10 @@ class OptimizedVisualPerceiver(nn.Module):
         """Logits (B, labels) and the active queries (B, Q)."""
         K, threshold = self.config.operating_point(num_active_queries, dqs_threshold)
         check_pixel_values(pixel_values, self.config)
-        pooled, active = self.engine(pixel_values, K, threshold)
-        parameter = next(self.head.parameters(), pooled)
-        return self.head(pooled.to(parameter.dtype)), active
+        with without_autocast(self.device):  # the form has a dtype of its own
+            pooled, active = self.engine(pixel_values, K, threshold)
+            parameter = next(self.head.parameters(), pooled)
+            return self.head(pooled.to(parameter.dtype)), active
 
     def forward(
         self, pixel_values: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
