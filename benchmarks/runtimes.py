@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hf_visual_perceiver.evaluate_command import conditions_line
+from hf_visual_perceiver.evaluation import OperatingPoint
 from hf_visual_perceiver.export import export_onnx, quantise, require, trace
 from hf_visual_perceiver.export_comparison import runtime_versions
 from hf_visual_perceiver.exported import OnnxClassifier, numpy_inputs
@@ -46,12 +47,16 @@ EAGER = "eager"
 
 def pytorch_runtimes(model: VisualPerceiverForImageClassification, compile_model: bool) -> dict[str, Forward]:
     """PyTorch's own forms."""
-    runtimes: dict[str, Forward] = {EAGER: lambda x, K: model(x, num_active_queries=K).logits}
+
+    def knobs(K: int) -> dict[str, Any]:
+        return OperatingPoint(K).knobs(model.config)
+
+    runtimes: dict[str, Forward] = {EAGER: lambda x, K: model(x, **knobs(K)).logits}
     fast = model.optimize_for_inference()
-    runtimes["optimised"] = lambda x, K: fast(x, num_active_queries=K).logits
+    runtimes["optimised"] = lambda x, K: fast(x, **knobs(K)).logits
     if compile_model:
         compiled = torch.compile(model)
-        runtimes["compile"] = lambda x, K: compiled(x, num_active_queries=K).logits
+        runtimes["compile"] = lambda x, K: compiled(x, **knobs(K)).logits
     module = trace(model).module()
     runtimes["torch.export"] = lambda x, K: module(x, torch.tensor(1.0), torch.tensor(K))[0]
     return runtimes
@@ -175,7 +180,7 @@ def warm_up(
         RuntimeError: If its logits are others.
     """
     for K in budgets:
-        expected = model(pixels, num_active_queries=K).logits
+        expected = model(pixels, **OperatingPoint(K).knobs(model.config)).logits
         difference = (forward(pixels, K) - expected).abs().max().item()
         if "int8" not in name and difference > 1e-3 * max(1.0, expected.abs().max().item()):
             raise RuntimeError(f"its logits differ from eager PyTorch's by {difference:.2g} at K = {K}")

@@ -11,6 +11,7 @@ from transformers import ImageClassificationPipeline
 
 from .modeling import VisualPerceiverConfig, count_macs
 from .modeling.handler import open_image
+from .modeling.query_selection import as_number
 
 
 TASK = "adaptive-image-classification"
@@ -116,6 +117,7 @@ def queries_for_macs(config: VisualPerceiverConfig, fraction: float, selects: bo
         >>> queries_for_macs(VisualPerceiverConfig(num_labels=10), 0.25)
         15
     """
+    fraction = as_number(fraction)
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         raise ValueError(f"Expected `target_macs` to be in (0, 1], got {fraction!r}.")
     full = count_macs(config, config.num_queries)

@@ -225,8 +225,7 @@ def plan(
     for form, (network, dtype) in contenders.items():
         converted = pixels.to(dtype)
         for name, setting in settings.items():
-            K = setting.point.num_active_queries or Q
-            call = partial(network, converted, num_active_queries=K, dqs_threshold=setting.point.dqs_threshold)
+            call = partial(network, converted, **setting.point.knobs(config))
             runs.append(
                 Run(
                     form,

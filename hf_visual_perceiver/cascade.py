@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
 from .modeling.macs import count_extension_macs, count_trunk_macs
 from .modeling.modeling_visual_perceiver import VisualPerceiverImageClassifierOutput
+from .modeling.query_selection import as_number
 from .training.files import write_json
 
 
@@ -54,10 +55,10 @@ class Cascade:
             raise ValueError(
                 f"Expected a threshold for each of {len(stages)} stages but the last, got {len(thresholds)}."
             )
-        for threshold in thresholds:
-            if isinstance(threshold, bool) or not 0 <= threshold < math.inf:
+        self.thresholds = [as_number(threshold) for threshold in thresholds]
+        for threshold in self.thresholds:
+            if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
                 raise ValueError(f"Expected thresholds of at least 0, got {threshold!r}.")
-        self.thresholds = [float(threshold) for threshold in thresholds]
 
     @torch.no_grad()
     def __call__(self, pixel_values: torch.Tensor) -> VisualPerceiverImageClassifierOutput:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from .modeling import (
     VisualPerceiverModel,
     count_macs,
 )
+from .modeling.query_selection import as_number
 from .training.conditions import measurement_conditions
 from .training.console import tracked
 from .training.data import ImageDataset, normalise, pixels_of_size
@@ -40,6 +42,23 @@ class OperatingPoint:
 
     num_active_queries: int | None = None
     dqs_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_active_queries", "dqs_threshold"):
+            object.__setattr__(self, name, as_number(getattr(self, name)))
+
+    def knobs(self, config: VisualPerceiverConfig) -> dict[str, Any]:
+        """The arguments of `forward` that mean this point; to it None would be the checkpoint's default.
+
+        Example:
+            >>> OperatingPoint(8).knobs(VisualPerceiverConfig(dqs_threshold=0.8))
+            {'num_active_queries': 8, 'dqs_threshold': inf}
+        """
+        K, t = self.num_active_queries, self.dqs_threshold
+        return {
+            "num_active_queries": config.num_queries if K is None else K,
+            "dqs_threshold": math.inf if t is None else t,
+        }
 
     def __str__(self) -> str:
         parts = [f"K = {self.num_active_queries}"] if self.num_active_queries is not None else []
@@ -337,16 +356,9 @@ def output_at(model: Any, pixels: torch.Tensor, point: OperatingPoint) -> Any:
     Raises:
         ValueError: As `forward_at`.
     """
-    # None means the checkpoint's default to `forward`, but all queries, or no selection, here.
-    default = model.config.dqs_threshold
-    model.config.dqs_threshold = None
-    try:
-        K = model.config.num_queries if point.num_active_queries is None else point.num_active_queries
-        run = partial(model, num_active_queries=K, dqs_threshold=point.dqs_threshold)
-        with fitting(run, pixels):
-            return run(pixels)
-    finally:
-        model.config.dqs_threshold = default
+    run = partial(model, **point.knobs(model.config))
+    with fitting(run, pixels):
+        return run(pixels)
 
 
 def mean_macs(config: VisualPerceiverConfig, counts: np.ndarray, point: OperatingPoint) -> float:

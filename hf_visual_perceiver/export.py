@@ -98,7 +98,7 @@ def trace(
     """
     config = model.config
     if num_active_queries is not None:
-        config.operating_point(num_active_queries)
+        num_active_queries, _ = config.operating_point(num_active_queries)
     pixels = torch.zeros(2, config.num_channels, *config.image_height_width)
     inputs: tuple[torch.Tensor, ...] = (pixels, torch.tensor(1.0))
     if num_active_queries is None:
@@ -133,7 +133,7 @@ def metadata(config: VisualPerceiverConfig, num_active_queries: int | None, prec
         "std": list(cfg["std"]),
         "interpolation": cfg["interpolation"],
         "num_queries": config.num_queries,
-        "num_active_queries": num_active_queries,
+        "num_active_queries": None if num_active_queries is None else K,
         "default_num_active_queries": K,
         "default_dqs_threshold": 1.0 if t is None else t,
         "precision": precision,

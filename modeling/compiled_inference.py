@@ -54,7 +54,20 @@ class CompiledPerceiver:
         self.dtype = dtype or parts.cross_attention.queries.dtype
         self.parts = copy.deepcopy(parts).to(self.dtype).requires_grad_(False).eval()
         self.queries = self.parts.cross_attention.queries
-        self.answer, self.candidates, self.finish = map(compiler, (self._answer, self._candidates, self._finish))
+        self.compiler = compiler
+        self.compile()
+
+    def compile(self) -> None:
+        """Make the fast forms."""
+        self.answer, self.candidates, self.finish = map(self.compiler, (self._answer, self._candidates, self._finish))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is compiled belongs to this process.
+        return {name: value for name, value in self.__dict__.items() if name not in ("answer", "candidates", "finish")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.compile()
 
     def __call__(
         self, pixel_values: torch.Tensor, K: int, threshold: float | None = None

@@ -45,13 +45,15 @@ ONEDNN_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_pytorch_tanh": ("gelu", "t
 
 
 def onednn_linears(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this build of torch has oneDNN's fused linears, for tensors of this device and dtype."""
-    return (
-        device.type == "cpu"
-        and dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
-        and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
-    )
+    """Whether this build of torch has oneDNN's fused linears, and this CPU what they need in this dtype."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        return False
+    names = ["_linear_pointwise", "_reorder_linear_weight"]
+    if dtype == torch.bfloat16:
+        names.append("_is_mkldnn_bf16_supported")
+    if not all(hasattr(torch.ops.mkldnn, name) for name in names):
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def copied(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -85,10 +87,22 @@ class FusedLinear:
             weight = weight * gain
         self.weight = copied(weight, dtype)
         self.bias = None if bias is None else copied(bias, dtype)
-        self.fused = onednn_linears(weight.device, dtype)
+        self.reorder()
+
+    def reorder(self) -> None:
+        """Bring the weights into the order in which oneDNN reads them, if it does here."""
+        self.fused = onednn_linears(self.weight.device, self.weight.dtype)
         if self.fused:
-            # In the order in which oneDNN reads them; 64 rows: other numbers of rows use the same order.
+            # 64 rows: other numbers of rows use the same order.
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What oneDNN has reordered cannot be copied, and another machine may have another order.
+        return {**self.__dict__, "weight": self.weight.to_dense() if self.fused else self.weight}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.reorder()
 
     @classmethod
     def of(cls, linear: nn.Linear, dtype: torch.dtype, norm: nn.LayerNorm | None = None) -> "FusedLinear":

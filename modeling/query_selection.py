@@ -1,6 +1,8 @@
 """Dynamic Query Selection: which queries an image needs (Dancette & Cord 2022, section 3.4)."""
 
-import numbers
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -38,7 +40,7 @@ def select_queries(tokens: torch.Tensor, threshold: float, reference: str = "all
         raise ValueError(
             f"Expected `tokens` of shape (B, K, D) and a floating-point dtype, got {tuple(tokens.shape)} {tokens.dtype}."
         )
-    check_threshold(threshold)
+    threshold = checked_threshold(threshold)
     if reference not in ("all", "kept"):
         raise ValueError(f"Expected `reference` to be 'all' or 'kept', got {reference!r}.")
 
@@ -62,7 +64,7 @@ def keep_dissimilar(too_similar: torch.Tensor, reference: str) -> torch.Tensor:
 @torch.no_grad()
 def cosine_similarities(tokens: torch.Tensor) -> torch.Tensor:
     """Cosines between the tokens of each image, in float32 and never above 1: (B, K, D) -> (B, K, K)."""
-    with torch.autocast(tokens.device.type, enabled=False):
+    with without_autocast(tokens.device):
         tokens = tokens.float()
         tiny = torch.finfo(torch.float32).tiny
         # Scaled by the largest entry first, so that the squares neither overflow nor vanish.
@@ -73,8 +75,31 @@ def cosine_similarities(tokens: torch.Tensor) -> torch.Tensor:
         return (products * scale[:, :, None] * scale[:, None]).clamp(max=1.0)
 
 
-def check_threshold(threshold: float) -> None:
-    """Raise a `ValueError` unless the threshold is a finite number of at least -1."""
-    is_number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)  # NumPy's numbers are Real too
-    if not is_number or not -1 <= threshold < float("inf"):
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which operations on this device keep the dtype of their arguments."""
+    # Meta tensors know no autocast, and torch refuses to switch it off.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def checked_threshold(threshold: Any) -> float:
+    """The threshold as Python's number.
+
+    Raises:
+        ValueError: Unless it is a finite number of at least -1.
+    """
+    number = as_number(threshold)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not -1 <= number < math.inf:
         raise ValueError(f"Expected `dqs_threshold` to be a finite number of at least -1, got {threshold!r}.")
+    return number
+
+
+def as_number(value: Any) -> Any:
+    """A tensor or NumPy array of one element as Python's number; everything else as it is.
+
+    Example:
+        >>> as_number(torch.tensor([3])), as_number(0.5)
+        (3, 0.5)
+    """
+    if isinstance(value, (int, float)) or not hasattr(value, "item"):
+        return value
+    return value if math.prod(value.shape) != 1 or getattr(value, "is_meta", False) else value.item()

@@ -48,6 +48,9 @@ def hardware_name(device: torch.device) -> str:
 
 def cpu_computes_in_bf16() -> bool:
     """Whether the CPU multiplies bfloat16 matrices itself; without, torch converts, which is many times slower than float32."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if supported is not None and not supported():
+        return False  # or torch is told not to use what the CPU has
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return True  # nothing is known

@@ -1,5 +1,6 @@
 """Configuration of the Visual Perceiver, and the named architectures that transformers and timm share."""
 
+import math
 import operator
 from typing import Any, ClassVar
 
@@ -8,7 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .conv_stem import check_stem
-from .query_selection import check_threshold
+from .query_selection import as_number, checked_threshold
 
 
 CIFAR_STATISTICS = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2470, 0.2435, 0.2616]}
@@ -139,8 +140,8 @@ class VisualPerceiverConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0  # stochastic depth of the last block; grows linearly from 0 at the first
     # Operating point: what `forward` does when its arguments of the same name are None.
-    num_active_queries: int | None = None  # K: use the first K queries; None is all
-    dqs_threshold: float | int | None = None  # t: drop queries more similar than this to an earlier one; None is off
+    num_active_queries: Any = None  # K: use the first K queries; None is all
+    dqs_threshold: Any = None  # t: drop queries more similar than this to an earlier one; None is off
     dqs_reference: str = "all"  # what "earlier" means: "all" earlier queries, or only "kept" ones
     # Preprocessing in timm's terms (mean, std, interpolation, ...); None is CIFAR-10's up to 64 pixels, else ImageNet's.
     pretrained_cfg: dict[str, Any] | None = None
@@ -156,6 +157,10 @@ class VisualPerceiverConfig(PreTrainedConfig):
             if self.image_size[0] == self.image_size[1]:
                 self.image_size = self.image_size[0]
         self._check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The knobs may be tensors or NumPy's numbers, which config.json cannot hold.
+        super().__setattr__(name, as_number(value) if name in ("num_active_queries", "dqs_threshold") else value)
 
     def _check(self) -> None:
         sizes = ["patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads"]
@@ -209,6 +214,8 @@ class VisualPerceiverConfig(PreTrainedConfig):
                 raise ValueError(f"Expected `{name}` to be in [0, 1), got {getattr(self, name)}.")
         if self.dqs_reference not in ("all", "kept"):
             raise ValueError(f"Expected `dqs_reference` to be 'all' or 'kept', got {self.dqs_reference!r}.")
+        if self.dqs_threshold is not None:
+            checked_threshold(self.dqs_threshold)
         self.operating_point()
 
     @property
@@ -255,12 +262,21 @@ class VisualPerceiverConfig(PreTrainedConfig):
     ) -> tuple[int, float | None]:
         """The (K, t) that these arguments of `forward` mean for this config; t is None without selection.
 
+        Args:
+            num_active_queries: K, a number or a tensor or array of one; None is the config's value, or Q.
+            dqs_threshold: t, likewise; None is the config's value. Infinity is no selection, whatever the config says.
+
         Raises:
-            ValueError: If K is not an integer in [1, Q], or t not a finite number of at least -1.
+            ValueError: If K is not an integer in [1, Q], or t not a number of at least -1.
+
+        Example:
+            >>> config = VisualPerceiverConfig(dqs_threshold=0.8)
+            >>> config.operating_point(16), config.operating_point(16, float("inf"))
+            ((16, 0.8), (16, None))
         """
         Q = self.num_queries
-        K = self.num_active_queries if num_active_queries is None else num_active_queries
-        t = self.dqs_threshold if dqs_threshold is None else dqs_threshold
+        K = self.num_active_queries if num_active_queries is None else as_number(num_active_queries)
+        t = self.dqs_threshold if dqs_threshold is None else as_number(dqs_threshold)
         K = Q if K is None else K
         try:
             # Integers of every library, and no floats. A compiler would take what `operator.index` gives for a constant,
@@ -270,9 +286,8 @@ class VisualPerceiverConfig(PreTrainedConfig):
             k = 0
         if not 1 <= k <= Q:
             raise ValueError(f"Expected `num_active_queries` to be an integer in [1, {Q}], got {K!r}.")
-        if t is not None:
-            check_threshold(t)
-        return k, t
+        off = t is None or (isinstance(t, float) and t == math.inf)
+        return k, None if off else checked_threshold(t)
 
     @classmethod
     def from_architecture(cls, name: str, **kwargs: Any) -> "VisualPerceiverConfig":

@@ -9,6 +9,7 @@ and by timm's model in `timm_visual_perceiver.py`, so that one file of weights s
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -25,12 +26,13 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_groups import AttentionGroup  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .compiled_inference import CompiledPerceiver
 from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, ConvStem
 from .fast_inference import FastPerceiver
 from .plain_inference import PlainPerceiver
-from .query_selection import select_queries
+from .query_selection import select_queries, without_autocast
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
 from .spatial_init import mimetic_attention, query_features, token_features
 
@@ -110,7 +112,7 @@ def check_pixel_values(pixel_values: torch.Tensor, config: VisualPerceiverConfig
         )
 
 
-def eager_attention(
+def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -120,13 +122,16 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, with the weights: (n, H, L_q, d), (n, H, L, d) x 2 -> (n, L_q, H, d), (n, H, L_q, L)."""
+    """Attention written out, with the weights: (n, H, L_q, d), (n, H, L, d) x 2 -> (n, L_q, H, d), (n, H, L_q, L).
+
+    By its name transformers knows that `set_attn_implementation` can be obeyed.
+    """
     scores = (query * scaling) @ key.transpose(2, 3)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     # torch's kernels add up in float32 whatever the dtype. Autocast would have float32 tensors written and converted back as
     # well.
-    with torch.autocast(scores.device.type, enabled=False):
+    with without_autocast(scores.device):
         weights = scores.softmax(dim=-1)
     return (F.dropout(weights, dropout, module.training) @ value).transpose(1, 2), weights
 
@@ -141,7 +146,7 @@ def sdpa_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`eager_attention` by torch's fused kernels, without the weights.
+    """`eager_attention_forward` by torch's fused kernels, without the weights.
 
     Called directly rather than through transformers' wrapper, whose Python test of the length breaks torch.export and
     torch.fx when the number of queries is dynamic.
@@ -259,7 +264,7 @@ class MultiHeadAttention(nn.Module):
         if implementation in ("sdpa", None) or (beyond_flash and "flash" in implementation):
             attention: Callable = sdpa_attention
         else:
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return attention(self, query, key, value, mask, dropout=self.attention_dropout, scaling=self.scaling)
 
     @property
@@ -304,7 +309,7 @@ class MultiHeadAttention(nn.Module):
             attention = torch_varlen_attention()
             assert attention is not None, "resolve_backend has looked"
             return attention(query, key, value, query_offsets, key_offsets, max_queries, max_keys)  # scales by d^-1/2
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, H, T, d), as if of one image
         lengths = {"cu_seq_lens_q": query_offsets, "cu_seq_lens_k": key_offsets}
         longest = {"max_length_q": max_queries, "max_length_k": max_keys}
@@ -327,40 +332,34 @@ class VisualPerceiverSelfAttention(MultiHeadAttention):
         mask: torch.Tensor | None = None,
         layout: PackedLayout | None = None,
         need_weights: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self.split_heads(self.qkv(x), 3)  # (..., H, d)
-        if layout is None:
-            query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, H, K, d)
-            y, weights = self.attend(query, key, value, mask, need_weights)
-        else:
-            y, weights = self.attend_packed(query, key, value, layout), None
-        return self.dropout(self.proj(y.flatten(-2))), weights
+        past: KeysAndValues | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | KeysAndValues | None]:
+        """Attention of the tokens, and its weights (B, H, K, K) if they are needed.
 
-    def extend(
-        self, x: torch.Tensor, past: KeysAndValues, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, KeysAndValues]:
-        """Attention of new tokens to earlier ones and to each other.
-
-        Args:
-            x: (B, n, D), the new tokens.
-            past: Keys and values of the earlier tokens, each (B, H, P, d).
-            mask: (1, 1, n, P + n) bool, true where a key may be read; None reads all.
-
-        Returns:
-            (B, n, D), and keys and values of all P + n tokens.
+        With `past`, keys and values of P earlier tokens, each (B, H, P, d), the tokens are new ones that read those as well.
+        The mask is then (1, 1, K, P + K), and in place of the weights come keys and values of all P + K tokens.
         """
-        query, key, value = (part.transpose(1, 2) for part in self.split_heads(self.qkv(x), 3))  # (B, H, n, d)
-        key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
-        y, _ = self.attend(query, key, value, mask)
-        return self.dropout(self.proj(y.flatten(-2))), (key, value)
+        query, key, value = self.split_heads(self.qkv(x), 3)  # (..., H, d)
+        weights: torch.Tensor | KeysAndValues | None = None
+        if layout is not None:
+            y = self.attend_packed(query, key, value, layout)
+        else:
+            query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, H, K, d)
+            if past is not None:
+                key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+            y, weights = self.attend(query, key, value, mask, need_weights)
+        return self.dropout(self.proj(y.flatten(-2))), weights if past is None else (key, value)
 
 
 class VisualPerceiverCrossAttention(MultiHeadAttention):
     """A cross-attention block with its learned queries: Q of them read the patches, or one reads the result (decoder).
 
-    The block comes in two halves, with query selection between them: `forward` gives what the queries read,
+    The block comes in two halves, with query selection between them: a plain call gives what the queries read,
     softmax(q k^T / sqrt(d)) v, and `finish` all the rest, for those queries that stay. The queries are the same for every
     image, so they are normalised and projected once for the whole batch.
+
+    Every use of a parameter is inside `forward`, around which offloading and `fully_shard` bring the parameters and take
+    them away again.
     """
 
     def __init__(self, config: VisualPerceiverConfig, num_queries: int, num_heads: int):
@@ -378,27 +377,47 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
 
     def forward(
         self,
-        inputs: torch.Tensor,
+        inputs: torch.Tensor | KeysAndValues,
         K: int = 1,
         mask: torch.Tensor | None = None,
         layout: PackedLayout | None = None,
         need_weights: bool = False,
+        query: torch.Tensor | None = None,
+        part: str = "read",
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Read `inputs`, (B, N, D) or packed (T, D), with the first K queries: (B, K, D) and the weights (B, H, K, N).
+        """Read `inputs` with the first K queries: (B, K, D) and the weights (B, H, K, N).
 
-        With `layout` the images of the result are in packed order.
+        Args:
+            inputs: (B, N, D), or packed (T, D), or what `keys_and_values` made of the former.
+            K: How many queries read.
+            mask: (B, 1, 1, N) bool, true where a token may be read; None reads all.
+            layout: Of packed inputs. The images of the result are then in packed order.
+            need_weights: See `attend`.
+            query: (n,) the queries that read, instead of the first K.
+            part: `"finish"` and `"keys_and_values"` are the methods of these names.
         """
+        if part == "finish":
+            assert isinstance(inputs, torch.Tensor)
+            queries = self.queries[: inputs.shape[1]] if query is None else self.queries[query]
+            x = queries + self.dropout(self.proj(inputs))
+            return x + self.mlp(self.norm(x)), None
+        if isinstance(inputs, torch.Tensor):
+            key, value = self.split_heads(self.key_value(self.norm_inputs(inputs)), 2)  # (..., H, d)
+            if layout is None:
+                key, value = key.transpose(1, 2), value.transpose(1, 2)  # (B, H, N, d)
+        else:
+            key, value = inputs
+        if part == "keys_and_values":
+            return key, value
         # A copy, because a view of a parameter claims to require a gradient even under no_grad, which torch's FLOP
         # counter cannot take.
-        queries = self.query(self.norm_queries(self.queries[:K].clone()))
-        query = queries.unflatten(-1, (self.num_heads, -1)).transpose(0, 1)[None]  # (K, H, d) -> (1, H, K, d)
-        key, value = self.split_heads(self.key_value(self.norm_inputs(inputs)), 2)  # (..., H, d)
-        if layout is None:
-            key, value = key.transpose(1, 2), value.transpose(1, 2)  # (B, H, N, d)
-            # A view: the projected queries are not copied for each image.
-            y, weights = self.attend(query.expand(key.shape[0], -1, -1, -1), key, value, mask, need_weights)
-        else:
-            y, weights = self.attend_packed(query, key, value, layout), None
+        queries = self.queries[:K].clone() if query is None else self.queries[query]
+        queries = self.query(self.norm_queries(queries)).unflatten(-1, (self.num_heads, -1))  # (K, H, d)
+        queries = queries.transpose(0, 1)[None]  # (1, H, K, d)
+        if layout is not None:
+            return self.attend_packed(queries, key, value, layout).flatten(-2), None
+        # A view: the projected queries are not copied for each image.
+        y, weights = self.attend(queries.expand(key.shape[0], -1, -1, -1), key, value, mask, need_weights)
         return y.flatten(-2), weights
 
     def finish(self, y: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
@@ -406,9 +425,11 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
 
         `query` (T,) says which query each row of `y` belongs to; without it they are the first K.
         """
-        queries = self.queries[: y.shape[1]] if query is None else self.queries[query]
-        x = queries + self.dropout(self.proj(y))
-        return x + self.mlp(self.norm(x))
+        return self(y, query=query, part="finish")[0]
+
+    def keys_and_values(self, inputs: torch.Tensor) -> KeysAndValues:
+        """As the queries read them: (B, N, D) -> 2 x (B, H, N, d)."""
+        return self(inputs, part="keys_and_values")
 
 
 class VisualPerceiverLayer(GradientCheckpointingLayer):
@@ -428,20 +449,18 @@ class VisualPerceiverLayer(GradientCheckpointingLayer):
         layout: PackedLayout | None = None,
         need_weights: bool = False,
         path_scales: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`path_scales` (2, ...), from `PerceiverParts.draw_paths`, weights the two branches of each image or token."""
-        y = self.attention(self.norm1(x), mask, layout, need_weights)[0]
+        past: KeysAndValues | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, KeysAndValues]:
+        """The block; `path_scales` (2, ...), from `PerceiverParts.draw_paths`, weights the branches of each image or token.
+
+        With `past`, the tokens come after earlier ones, and keys and values of all are returned too; see
+        `VisualPerceiverSelfAttention.forward`.
+        """
+        y, keys_and_values = self.attention(self.norm1(x), mask, layout, need_weights, past)
         x = x + (y if path_scales is None else y * path_scales[0])
         y = self.mlp(self.norm2(x))
-        return x + (y if path_scales is None else y * path_scales[1])
-
-    def extend(
-        self, x: torch.Tensor, past: KeysAndValues, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, KeysAndValues]:
-        """The block for new tokens, after earlier ones; see `VisualPerceiverSelfAttention.extend`."""
-        y, past = self.attention.extend(self.norm1(x), past, mask)
-        x = x + y
-        return x + self.mlp(self.norm2(x)), past
+        x = x + (y if path_scales is None else y * path_scales[1])
+        return x if past is None else (x, keys_and_values)
 
 
 @dataclass(frozen=True)
@@ -497,6 +516,11 @@ class QuerySubset:
     dqs_threshold: float | None = None
     images: slice = field(default_factory=lambda: slice(None))
 
+    def checked(self, config: VisualPerceiverConfig) -> "QuerySubset":
+        """The same in Python's numbers, or a `ValueError` if a value is out of its range."""
+        t = math.inf if self.dqs_threshold is None else self.dqs_threshold
+        return QuerySubset(*config.operating_point(self.num_active_queries, t), self.images)
+
 
 class PerceiverParts:
     """The network itself, mixed into transformers' and timm's model classes: build, read, select, process, decode."""
@@ -544,7 +568,7 @@ class PerceiverParts:
             ValueError: If the backend that was asked for is not available there.
         """
         config, device = self.config, tokens.device
-        autocast = torch.is_autocast_enabled(device.type)
+        autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
         requested = self._ragged_backend
         if config.trunk_attention == "block_causal":
             if requested == "varlen":
@@ -647,8 +671,7 @@ class PerceiverParts:
         Raises:
             ValueError: If the images or a subset are not as described.
         """
-        for subset in subsets:
-            self.config.operating_point(subset.num_active_queries, subset.dqs_threshold)
+        subsets = [subset.checked(self.config) for subset in subsets]
         if self.are_prefixes(subsets):
             return self.forward_prefixes(pixel_values, [subset.num_active_queries for subset in subsets])
         y = self.read(pixel_values, max(subset.num_active_queries for subset in subsets))
@@ -719,7 +742,7 @@ class VisualPerceiverPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = "image"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VisualPerceiverEmbeddings", "VisualPerceiverLayer"]
+    _no_split_modules = ["VisualPerceiverEmbeddings", "VisualPerceiverCrossAttention", "VisualPerceiverLayer"]
     _input_embed_layer = "patch_embeddings"
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -811,7 +834,7 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
             num_active_queries: K in [1, Q]: use the first K queries. None is the config's value, or Q.
             dqs_threshold: Drop, per image, each of those queries whose cross-attention output has a cosine above this
                 with that of an earlier one (section 3.4); at least -1, and 1 keeps all. None is the config's value, or
-                no selection. With hidden states or attentions asked for, all K run and the dropped are masked.
+                no selection; infinity is no selection whatever the config says. With hidden states or attentions asked for, all K run and the dropped are masked.
             interpolate_pos_encoding: Take images of any multiple of the patch size by resampling the positions.
             **kwargs: transformers' `output_hidden_states`, `output_attentions`, `return_dict`.
 
@@ -864,15 +887,14 @@ class IncrementalState:
     def read(cls, parts: PerceiverParts, head: nn.Module, pixel_values: torch.Tensor) -> "IncrementalState":
         """Read images; see `VisualPerceiverForImageClassification.start`."""
         cross = parts.cross_attention
-        inputs = cross.norm_inputs(parts.embeddings(pixel_values))  # (B, N, D)
-        key, value = (x.transpose(1, 2) for x in cross.split_heads(cross.key_value(inputs), 2))  # (B, H, N, d)
+        inputs = parts.embeddings(pixel_values)  # (B, N, D)
         none = inputs[:, :0]
         past: list[KeysAndValues] = []
         if parts.config.trunk_attention == "block_causal":
             heads = parts.config.num_attention_heads
             empty = none.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, 0, d)
             past = [(empty, empty)] * len(parts.layers)
-        return cls(parts, head, (key, value), none, past, none, weight_versions(parts))
+        return cls(parts, head, cross.keys_and_values(inputs), none, past, none, weight_versions(parts))
 
     @property
     def num_active_queries(self) -> int:
@@ -904,11 +926,8 @@ class IncrementalState:
         """Compute the tokens of the queries that are missing to the first K."""
         parts, cross, before = self.parts, self.parts.cross_attention, self.num_active_queries
         new = torch.arange(before, K, device=self.tokens.device)
-        query = cross.query(cross.norm_queries(cross.queries[new]))
-        query = query.unflatten(-1, (cross.num_heads, -1)).transpose(0, 1)[None]  # (1, H, new, d)
-        key, value = self.keys_and_values
-        y, _ = cross.attend(query.expand(key.shape[0], -1, -1, -1), key, value)
-        self.tokens = torch.cat([self.tokens, cross.finish(y.flatten(-2), new)], dim=1)  # (B, K, D)
+        y, _ = cross(self.keys_and_values, query=new)
+        self.tokens = torch.cat([self.tokens, cross.finish(y, new)], dim=1)  # (B, K, D)
         if parts.config.trunk_attention == "full":
             self.processed = parts.process(ActiveTokens(self.tokens)).tokens
             return
@@ -918,9 +937,8 @@ class IncrementalState:
         mask = (blocks[start:K, None] >= blocks[:K])[None, None]  # (1, 1, n, K)
         x = self.tokens[:, start:]
         for i, layer in enumerate(parts.layers):
-            assert isinstance(layer, VisualPerceiverLayer)
             key, value = self.past[i]
-            x, self.past[i] = layer.extend(x, (key[:, :, :start], value[:, :, :start]), mask)
+            x, self.past[i] = layer(x, mask, past=(key[:, :, :start], value[:, :, :start]))
         self.processed = torch.cat([self.processed[:, :start], x], dim=1)
 
     def __getitem__(self, images: torch.Tensor) -> "IncrementalState":
@@ -935,9 +953,12 @@ class IncrementalState:
 
 
 def weight_versions(parts: PerceiverParts) -> tuple[tuple[int, int], ...]:
-    """What changes when a weight does: its identity, and how often it was written to."""
+    """What changes when a weight does: its identity, and how often it was written to.
+
+    Offloaded weights, which are new tensors each time they are used, are left out.
+    """
     assert isinstance(parts, nn.Module)
-    return tuple((id(p), 0 if p.is_inference() else p._version) for p in parts.parameters())
+    return tuple((id(p), 0 if p.is_inference() else p._version) for p in parts.parameters() if not p.is_meta)
 
 
 class OptimizedVisualPerceiver(nn.Module):
@@ -951,7 +972,7 @@ class OptimizedVisualPerceiver(nn.Module):
 
     def __init__(self, parts: PerceiverParts, head: nn.Module, dtype: torch.dtype | None, tokens_per_chunk: int | None):
         super().__init__()
-        check_linears(parts)
+        check_weights(parts)
         # The other two know the paper's form alone.
         papers = parts.config.stem == "patch" and parts.config.trunk_attention == "full"
         fast = CompiledPerceiver if parts.cross_attention.queries.is_cuda else FastPerceiver
@@ -971,9 +992,10 @@ class OptimizedVisualPerceiver(nn.Module):
         """Logits (B, labels) and the active queries (B, Q)."""
         K, threshold = self.config.operating_point(num_active_queries, dqs_threshold)
         check_pixel_values(pixel_values, self.config)
-        pooled, active = self.engine(pixel_values, K, threshold)
-        parameter = next(self.head.parameters(), pooled)
-        return self.head(pooled.to(parameter.dtype)), active
+        with without_autocast(self.device):  # the form has a dtype of its own
+            pooled, active = self.engine(pixel_values, K, threshold)
+            parameter = next(self.head.parameters(), pooled)
+            return self.head(pooled.to(parameter.dtype)), active
 
     def forward(
         self, pixel_values: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
@@ -1032,7 +1054,7 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
 
         Args:
             pixel_values: (B, C, H, W), normalised.
-            labels: (B,) class indices; or what the config's `problem_type` asks for, (B, labels).
+            labels: (B,) class indices, -100 for images that do not count; or what the config's `problem_type` asks for, (B, labels).
             num_active_queries: As in `VisualPerceiverModel.forward`.
             dqs_threshold: As in `VisualPerceiverModel.forward`.
             interpolate_pos_encoding: As in `VisualPerceiverModel.forward`.
@@ -1109,8 +1131,8 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
                 CPUs, and all of them on GPUs.
 
         Raises:
-            ValueError: If `tokens_per_chunk` is less than 1, or a linear has been replaced, as an adapter does until it is
-                merged.
+            ValueError: If `tokens_per_chunk` is less than 1, weights are offloaded, or a linear has been replaced, as an
+                adapter does until it is merged.
 
         Example:
             >>> model = VisualPerceiverForImageClassification(VisualPerceiverConfig(num_labels=10)).eval()
@@ -1121,9 +1143,14 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
         return OptimizedVisualPerceiver(self.visual_perceiver, self.head, dtype, tokens_per_chunk)
 
 
-def check_linears(parts: PerceiverParts) -> None:
-    """Raise a `ValueError` if a linear is of another class: its `weight` alone, which is what is copied, does not say what it does."""
+def check_weights(parts: PerceiverParts) -> None:
+    """Raise a `ValueError` if weights cannot be copied, or a linear's do not say what it does, as it is of another class."""
     assert isinstance(parts, nn.Module)
+    without = [name for name, p in parts.named_parameters() if p.is_meta]
+    if without:
+        raise ValueError(
+            f"Expected weights in memory, got meta tensors such as {without[0]}: optimise before offloading, and what is loaded."
+        )
     names = {"query", "key_value", "qkv", "proj", "fc1", "fc2"}
     for path, module in parts.named_modules():
         if path.rpartition(".")[2] in names and not isinstance(module, nn.Linear):
@@ -1132,15 +1159,17 @@ def check_linears(parts: PerceiverParts) -> None:
 
 
 def check_labels(labels: torch.Tensor, num_labels: int) -> None:
-    """Raise a `ValueError` for class indices outside [0, num_labels).
+    """Raise a `ValueError` for class indices outside [0, num_labels) that are not -100, which the loss ignores.
 
     Only where looking is free: on an accelerator it would make the host wait, and under compile break the graph.
     """
     if labels.is_floating_point() or labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    labels = labels[labels != -100]
     if labels.numel() and not (labels.min() >= 0 and labels.max() < num_labels):
         raise ValueError(
-            f"Expected labels in [0, {num_labels}), got values from {labels.min().item()} to {labels.max().item()}."
+            f"Expected labels in [0, {num_labels}), got values from {labels.min().item()} to {labels.max().item()}; "
+            "only -100 is ignored."
         )
 
 

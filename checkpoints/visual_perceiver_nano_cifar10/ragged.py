@@ -95,7 +95,15 @@ def check_backend(name: str) -> None:
         raise ValueError(f"Expected a ragged backend among auto, {', '.join(BACKENDS)}, got {name!r}.")
 
 
-@dataclass(frozen=True)
+def check_values(tokens: torch.Tensor) -> None:
+    """Raise a `ValueError` for tokens without values, whose number after selection nobody knows."""
+    if tokens.is_meta:
+        raise ValueError(
+            "Expected tokens with values, by which `dqs_threshold` selects, got meta tensors; without it they will do."
+        )
+
+
+@dataclass  # not frozen: torch 2.8's compiler makes constants of a frozen one's fields
 class PackedLayout:
     """Where each token of a packed batch comes from.
 
@@ -132,6 +140,7 @@ class PackedLayout:
         With `"varlen"`, T is rounded up to a multiple of `round_to`. The rows in excess repeat a token, as if of images
         after the last one, which attend to themselves; nothing reads them, but `unpack` cannot be used.
         """
+        check_values(keep)
         B, K = keep.shape
         lengths, order = keep.sum(dim=1), None
         if backend == "grouped":
@@ -235,7 +244,7 @@ class PackedLayout:
             (T, H, d) for self-attention, else (B, 1, H, d) in packed order.
         """
         if self.backend == "grouped":
-            return attend_in_groups(self.groups, attention, query, key, value)
+            return self.attend_grouped(attention, query, key, value)
         B, K = self.shape
         if query.ndim == 3:
             return attention(query, key, value, self.offsets, self.offsets, K, K)
@@ -244,9 +253,16 @@ class PackedLayout:
         assert self.offsets is not None
         return attention(query, key, value, ones, self.offsets[: B + 1], 1, K)[:, None]
 
+    # The compiler would unroll the loop for the groups of this batch, and the next batch has others. It must not see how
+    # many they are, so it is the layout that it hands over.
+    @torch.compiler.disable
+    def attend_grouped(
+        self, attention: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """`attend` by groups."""
+        return attend_in_groups(self.groups, attention, query, key, value)
 
-# The compiler would unroll the loop for the groups of this batch, and the next batch has others.
-@torch.compiler.disable
+
 def attend_in_groups(
     groups: Sequence[AttentionGroup],
     attention: Callable,

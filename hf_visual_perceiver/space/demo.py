@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 
-from ..evaluation import Evaluation, read_evaluation
+from ..evaluation import Evaluation, OperatingPoint, read_evaluation
 from ..hub_page import EXAMPLES, PICTURES
 from ..loading import load_model
 from ..modeling import VisualPerceiverForImageClassification, count_macs
@@ -102,7 +102,7 @@ class Demo:
     """A checkpoint to be shown.
 
     Args:
-        model: In eval mode. It becomes the demo's own: its operating point is taken as where the knobs start, and removed.
+        model: In eval mode. Its operating point is where the knobs start.
         name: What to call it.
         evaluation: What was measured of it.
         examples: Image files to start from.
@@ -125,8 +125,7 @@ class Demo:
         self.model, self.name, self.evaluation, self.examples = model, name, evaluation, examples or []
         self.config = model.config
         self.start = self.config.operating_point()
-        # So that no selection and all queries can be asked for.
-        self.config.num_active_queries = self.config.dqs_threshold = None
+        self.all_queries = OperatingPoint().knobs(self.config)
         self.processor = create_image_processor(self.config)
 
     @classmethod
@@ -170,7 +169,7 @@ class Demo:
         seconds = []
         for _ in range(3):  # the first warms up
             began = time.perf_counter()
-            full = self._probabilities(self.model(pixels).logits)
+            full = self._probabilities(self.model(pixels, **self.all_queries).logits)
             seconds.append(time.perf_counter() - began)
         return Picture(
             pixels=pixels,
@@ -190,12 +189,13 @@ class Demo:
         Raises:
             ValueError: If K or t is out of its range.
         """
-        K, t = self.config.operating_point(num_active_queries, dqs_threshold)
-        run = partial(self.model, picture.pixels, num_active_queries=K, dqs_threshold=t)
+        knobs = OperatingPoint(num_active_queries, dqs_threshold).knobs(self.config)
+        K, t = self.config.operating_point(**knobs)
+        run = partial(self.model, picture.pixels, **knobs)
         output = run()
         active = output.active_queries[0].cpu().numpy()
         repetitions = max(LEAST_REPETITIONS, min(MOST_REPETITIONS, int(TIMING / (2 * picture.full_seconds))))
-        runs = {"full": partial(self.model, picture.pixels), "setting": run}
+        runs = {"full": partial(self.model, picture.pixels, **self.all_queries), "setting": run}
         seconds = interleaved(runs, repetitions, self.model.device, progress=False)
         return Answer(
             num_active_queries=K,

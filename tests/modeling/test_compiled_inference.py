@@ -1,5 +1,7 @@
 """The form for GPUs gives the model's numbers, and compiles and records no more than it must. Here it runs on a CPU."""
 
+import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -39,6 +41,14 @@ def test_equals_the_model(model, images, tokens_per_chunk):
         expected, expected_active = expected_of(model, images, K, t)
         assert torch.equal(active, expected_active)
         torch.testing.assert_close(pooled, expected, **close)
+
+
+@torch.no_grad()
+def test_copies_and_autocast(model, images):
+    fast = CompiledPerceiver(model, compiler=partial)
+    expected = fast(images, 7)[0]
+    for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(again(images, 7)[0], expected)
 
 
 @torch.no_grad()

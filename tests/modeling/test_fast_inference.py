@@ -1,9 +1,13 @@
 """The optimised form gives the model's numbers, at every budget and however the batch is cut."""
 
+import copy
+import pickle
+import sys
+
 import pytest
 import timm
 import torch
-from support import small_config
+from support import run, small_config
 from torch import nn
 
 from hf_visual_perceiver import VisualPerceiverForImageClassification
@@ -114,6 +118,58 @@ def test_other_dtypes(model, images, dtype):
     assert logits.dtype == torch.float32
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
     assert (logits - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_a_cpu_without_avx512(tmp_path):
+    """In a process that is told to compute as such a CPU does."""
+    environment = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    checked = run(sys.executable, "-c", AS_AVX2, env=environment)
+    assert checked.returncode == 0, checked.stderr
+
+
+AS_AVX2 = """
+import torch
+from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification
+from hf_visual_perceiver.training.conditions import cpu_computes_in_bf16
+assert not cpu_computes_in_bf16()
+config = VisualPerceiverConfig(image_size=16, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_queries=12)
+model, images = VisualPerceiverForImageClassification(config).eval(), torch.randn(9, 3, 16, 16)
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+    fast = model.optimize_for_inference(dtype)
+    assert fast.engine.blocks[0].qkv.fused == (dtype == torch.float32)
+    for knobs in ({}, {"num_active_queries": 7}, {"dqs_threshold": 0.9}):
+        expected = model(images, **knobs).logits
+        assert (fast(images, **knobs).logits - expected).abs().max() < tolerance * expected.abs().max()
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fields", [{}, {"trunk_attention": "block_causal"}], ids=["fast", "plain"])
+def test_autocast_changes_nothing(images, fields, dtype):
+    # The form has a dtype of its own.
+    fast = random_model(**fields).optimize_for_inference(dtype)
+    for arguments in ({}, {"dqs_threshold": 0.3}):
+        expected = fast(images, **arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            given = fast(images, **arguments)
+        assert torch.equal(given.logits, expected.logits)
+        assert torch.equal(given.active_queries, expected.active_queries)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda fast: pickle.loads(pickle.dumps(fast))])
+@pytest.mark.parametrize("form", ["fast", "bfloat16", "plain", "timm"])
+def test_copies(model, images, form, copied):
+    if form == "timm":
+        original = timm.create_model("visual_perceiver_nano_patch4_32").eval()
+        images = torch.randn(2, 3, 32, 32)
+    else:
+        original = random_model(trunk_attention="block_causal") if form == "plain" else model
+    fast = original.optimize_for_inference(torch.bfloat16 if form == "bfloat16" else None)
+    for arguments in ({}, {"dqs_threshold": 0.3}):
+        given, expected = copied(fast)(images, **arguments), fast(images, **arguments)
+        if form != "timm":
+            given, expected = given.logits, expected.logits
+        assert torch.equal(given, expected)
 
 
 def test_the_configs_operating_point_is_the_default(images):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForImageClassification,
     pipeline,
 )
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from hf_visual_perceiver.loading import default_model, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
@@ -74,10 +76,13 @@ def test_contents(folder):
         "attention_groups.py",
         "compiled_inference.py",
         "configuration_visual_perceiver.py",
+        "conv_stem.py",
         "fast_inference.py",
         "modeling_visual_perceiver.py",
+        "plain_inference.py",
         "query_selection.py",
         "ragged.py",
+        "spatial_init.py",
         "notes.txt",
     }
     config = json.loads((folder / "config.json").read_text())
@@ -86,6 +91,13 @@ def test_contents(folder):
     assert config["num_classes"] == 10
     assert "num_classes" not in config["model_args"]
     assert config["pretrained_cfg"]["label_names"][3] == "cat"
+
+
+@pytest.mark.parametrize("name", ["configuration_visual_perceiver.py", "modeling_visual_perceiver.py"])
+def test_what_the_code_needs_it_imports_itself(folder, name):
+    # Older transformers copies what these two import, and not what that imports.
+    needed = {Path(file).name for file in get_relative_import_files(folder / name)}
+    assert {f"{module}.py" for module in get_relative_imports(folder / name)} >= needed - {name}
 
 
 @torch.no_grad()

@@ -85,9 +85,21 @@ class TestNumActiveQueries:
     def test_numbers_of_other_libraries_are_numbers(self, model, images):
         assert model(images, num_active_queries=np.int64(3)).active_queries.sum() == 24
         assert model(images, num_active_queries=torch.tensor(3)).active_queries.sum() == 24
-        assert model(images, dqs_threshold=np.float32(1)).active_queries.all()
+        assert model(images, num_active_queries=np.array([3])).active_queries.sum() == 24
+        expected = model(images, dqs_threshold=0.5).active_queries
+        assert not expected.all()
+        for t in (np.float32(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(0.5).bfloat16()):
+            assert torch.equal(model(images, dqs_threshold=t).active_queries, expected)
 
-    @pytest.mark.parametrize("K", [0, 13, -1, 2.5, 3.0, True, "3", float("nan"), torch.tensor(2.5)])
+    def test_numbers_of_other_libraries_in_a_config(self, tmp_path):
+        config = small_config(num_active_queries=np.int64(3), dqs_threshold=torch.tensor(0.5))
+        assert (type(config.num_active_queries), type(config.dqs_threshold)) == (int, float)
+        config.save_pretrained(tmp_path)
+        assert VisualPerceiverConfig.from_pretrained(tmp_path).operating_point() == (3, 0.5)
+
+    @pytest.mark.parametrize(
+        "K", [0, 13, -1, 2.5, 3.0, True, "3", float("nan"), torch.tensor(2.5), torch.tensor(True), torch.tensor([3, 3])]
+    )
     def test_bad_values(self, model, images, K):
         with pytest.raises(ValueError, match=r"`num_active_queries` to be an integer in \[1, 12\], got"):
             model(images, num_active_queries=K)
@@ -162,7 +174,29 @@ class TestDynamicQuerySelection:
         assert rows == [kept]
         assert kept < 8 * 12
 
-    @pytest.mark.parametrize("t", [float("nan"), float("inf"), -2, True, "0.5"])
+    def test_an_infinite_threshold_is_no_selection_whatever_the_config_says(self, model, images):
+        expected = model(images)
+        model.config.dqs_threshold = 0.3
+        assert not model(images).active_queries.all()
+        assert torch.equal(model(images, dqs_threshold=float("inf")).logits, expected.logits)
+        full, half = model.forward_subsets(images, [QuerySubset(12, float("inf")), QuerySubset(6)])
+        torch.testing.assert_close(full, expected.logits, **close)
+        torch.testing.assert_close(
+            half, model(images, num_active_queries=6, dqs_threshold=float("inf")).logits, **close
+        )
+
+    def test_images_without_data(self, model):
+        model, images = model.to("meta"), torch.empty(2, 3, 16, 16, device="meta")
+        assert model(images, num_active_queries=3).logits.shape == (2, 5)
+        with pytest.raises(ValueError, match=r"Expected tokens with values, .*got meta tensors"):
+            model(images, dqs_threshold=0.3)
+        with pytest.raises(ValueError, match=r"Expected weights in memory, got meta tensors such as"):
+            model.optimize_for_inference()
+        model.set_ragged_backend("masked")
+        model.set_attn_implementation("eager")
+        assert model(images, dqs_threshold=0.3).active_queries.shape == (2, 12)
+
+    @pytest.mark.parametrize("t", [float("nan"), -float("inf"), -2, True, "0.5", torch.tensor([0.5, 0.5])])
     def test_bad_values(self, model, images, t):
         with pytest.raises(ValueError, match="`dqs_threshold` to be a finite number of at least -1, got"):
             model(images, dqs_threshold=t)
@@ -306,6 +340,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match=rf"labels in \[0, 5\), got values from .*{label}"):
             model(images, labels=torch.tensor([0, 1, 2, 3, 4, 0, 1, label]))
 
+    def test_a_label_of_minus_100_is_ignored(self, model, images):
+        labels = torch.tensor([0, 1, 2, 3, -100, -100, -100, -100])
+        torch.testing.assert_close(model(images, labels=labels).loss, model(images[:4], labels=labels[:4]).loss)
+
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
@@ -315,6 +353,7 @@ class TestBadInput:
             ({"num_queries": 0}, "`num_queries` to be at least 1, got 0"),
             ({"num_active_queries": 65}, r"integer in \[1, 64\], got 65"),
             ({"dqs_threshold": float("nan")}, "dqs_threshold"),
+            ({"dqs_threshold": float("inf")}, "dqs_threshold"),
             ({"dqs_reference": "some"}, "'all' or 'kept', got 'some'"),
             ({"drop_path_rate": 1.0}, r"in \[0, 1\), got 1.0"),
         ],
@@ -373,11 +412,13 @@ class TestSubsets:
     def test_read_the_image_once(self, model, images, monkeypatch):
         calls = []
         for name in ("embeddings", "cross_attention"):
-            part = getattr(model.visual_perceiver, name)
-            part.register_forward_hook(lambda *_, name=name: calls.append(name))
+            module = getattr(model.visual_perceiver, name)
+            module.register_forward_hook(
+                lambda _, args, given, out, name=name: calls.append(given.get("part", name)), with_kwargs=True
+            )
         model.visual_perceiver.layers[0].register_forward_hook(lambda *_: calls.append("trunk"))
         model.forward_subsets(images, self.SUBSETS)
-        assert calls == ["embeddings", "cross_attention", "trunk"]
+        assert calls == ["embeddings", "cross_attention", "finish", "trunk"]
 
     def test_drop_paths_are_drawn_for_each_image_of_each_subset(self, images):
         torch.manual_seed(0)

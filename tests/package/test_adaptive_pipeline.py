@@ -112,6 +112,11 @@ def test_the_target_is_met_as_closely_as_can_be(fraction, selects):
     assert K == 64 or count_macs(config, K + 1, K + 1 if selects else None) > fraction * full
 
 
+def test_a_target_of_another_library():
+    config = small_config()
+    assert {queries_for_macs(config, half) for half in (0.5, np.float32(0.5), torch.tensor(0.5))} == {4}
+
+
 def test_a_target_of_everything_is_everything():
     for config in (small_config(), VisualPerceiverConfig(num_labels=10), VisualPerceiverConfig(num_queries=1)):
         assert queries_for_macs(config, 1) == config.num_queries

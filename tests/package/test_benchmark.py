@@ -9,7 +9,7 @@ import torch
 from support import run, small_config
 
 from hf_visual_perceiver import VisualPerceiverForImageClassification, count_macs
-from hf_visual_perceiver.benchmark import Rival, benchmark, benchmark_table, forms_of, plot_benchmark
+from hf_visual_perceiver.benchmark import Rival, benchmark, benchmark_table, forms_of, plan, plot_benchmark
 from hf_visual_perceiver.timing import (
     SHORT,
     PeakMemory,
@@ -60,6 +60,12 @@ def test_peak_memory_counts_what_is_alive_together():
 def test_memory_falls_with_the_queries(model, images):
     few, many = (peak_memory(lambda K=K: model(images, num_active_queries=K), CPU) for K in (2, 12))
     assert few < many
+
+
+def test_the_checkpoints_own_operating_point_does_not_leak_in(model, images):
+    model.config.num_active_queries, model.config.dqs_threshold = 3, 0.3
+    runs = plan(model, images, {"eager": (model, torch.float32)}, [6], [], {})
+    assert {r.setting: r.call().active_queries.sum(1).tolist() for r in runs} == {"K = 6": [6] * 8, "K = 12": [12] * 8}
 
 
 def test_page_faults():

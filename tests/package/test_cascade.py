@@ -44,6 +44,12 @@ def test_thresholds_at_the_ends_are_the_last_and_the_first_stage(model, images, 
     torch.testing.assert_close(output.logits, model(images, num_active_queries=K).logits, atol=1e-6, rtol=1e-6)
 
 
+def test_numbers_of_other_libraries(model, tmp_path):
+    Cascade(model, np.array([2, 4]), torch.tensor([0.5])).save(tmp_path / "cascade.json")
+    cascade = Cascade.load(model, tmp_path / "cascade.json")
+    assert (cascade.stages, cascade.thresholds) == ([2, 4], [0.5])
+
+
 def test_one_stage_is_the_model_bit_for_bit(model, images):
     output = Cascade(model, [7], [])(images)
     with torch.no_grad():

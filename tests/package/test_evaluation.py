@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,14 @@ import torch
 
 from hf_visual_perceiver import VisualPerceiverConfig, count_macs
 from hf_visual_perceiver.card import write_card
-from hf_visual_perceiver.evaluation import Evaluation, OperatingPoint, default_points, evaluate, labels_of_model
+from hf_visual_perceiver.evaluation import (
+    Evaluation,
+    OperatingPoint,
+    default_points,
+    evaluate,
+    labels_of_model,
+    output_at,
+)
 from hf_visual_perceiver.loading import SAMPLE
 from hf_visual_perceiver.metrics import Accuracy
 from hf_visual_perceiver.plots import plot_tradeoff
@@ -68,6 +76,30 @@ def test_the_checkpoints_own_operating_point_does_not_leak_in(trained, data, res
     assert again.rows[0].queries_mean == 64
     expected = next(row for row in result.rows if row.dqs_threshold == 0.9)
     assert again.rows[1].queries_mean == pytest.approx(expected.queries_mean)
+
+
+def test_another_thread_gets_the_checkpoints_own_answers_meanwhile(model, images):
+    model.config.num_active_queries, model.config.dqs_threshold = 10, 0.3
+    expected = model(images)
+    with ThreadPoolExecutor(1) as thread:
+        answers = []
+
+        def meanwhile(*_):
+            handle.remove()
+            answers.append(thread.submit(model, images).result())
+
+        handle = model.visual_perceiver.layers[0].register_forward_hook(meanwhile)
+        evaluated = output_at(model, images, OperatingPoint())
+    assert evaluated.active_queries.all()
+    assert torch.equal(answers[0].active_queries, expected.active_queries)
+    assert not torch.equal(answers[0].active_queries, evaluated.active_queries)
+
+
+def test_knobs_may_be_tensors_and_numbers_of_numpy(trained, data):
+    point = OperatingPoint(torch.tensor(16), np.float32(0.5))
+    assert point == OperatingPoint(16, 0.5)
+    rows = evaluate(trained, data, [point], progress=False).to_dict()["rows"]
+    assert json.loads(json.dumps(rows))[0]["num_active_queries"] == 16
 
 
 def test_conditions_and_json(result):

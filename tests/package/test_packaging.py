@@ -77,10 +77,13 @@ REMOTE = [
     "attention_groups",
     "compiled_inference",
     "configuration_visual_perceiver",
+    "conv_stem",
     "fast_inference",
     "modeling_visual_perceiver",
+    "plain_inference",
     "query_selection",
     "ragged",
+    "spatial_init",
 ]
 
 

@@ -111,7 +111,7 @@ class TestNumbers:
         model = load_model(default_model())
         model.config.num_active_queries, model.config.dqs_threshold = 16, 0.8
         demo = Demo(model, "small")
-        assert demo.start == (16, 0.8)
+        assert demo.start == model.config.operating_point() == (16, 0.8)
         picture = demo.look(cat)
         # And all queries without selection can still be asked for.
         answer = demo.answer(picture)

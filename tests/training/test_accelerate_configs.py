@@ -4,6 +4,7 @@ import copy
 import os
 import sys
 import types
+from collections import Counter
 from types import SimpleNamespace
 
 import accelerate.commands.launch as launch
@@ -129,8 +130,7 @@ class TestFsdp2:
 
     def test_settings(self, plugin):
         assert plugin.fsdp_version == 2
-        # `VisualPerceiverCrossAttention.finish` runs outside the module's own forward, where its weights may be split.
-        assert plugin.transformer_cls_names_to_wrap == ["VisualPerceiverLayer"]
+        assert plugin.transformer_cls_names_to_wrap == ["VisualPerceiverLayer", "VisualPerceiverCrossAttention"]
         assert plugin.reshard_after_forward is False
         assert plugin.state_dict_type.name == "FULL_STATE_DICT"
         assert plugin.cpu_ram_efficient_loading is False
@@ -147,8 +147,8 @@ class TestFsdp2:
             # accelerate treats a transformers model in its own way; its forward takes one subset.
             fsdp2_prepare_model(accelerator, sharded.network)
             subsets = [QuerySubset(3)]
-        layers = [m for m in sharded.modules() if type(m).__name__ == "FSDPVisualPerceiverLayer"]
-        assert len(layers) == 2
+        split = Counter(type(module).__name__ for module in sharded.modules())
+        assert split["FSDPVisualPerceiverLayer"] == split["FSDPVisualPerceiverCrossAttention"] == 2
         loss = sharded(images, subsets)
         torch.testing.assert_close(loss, plain(images, subsets))
         loss.backward()
