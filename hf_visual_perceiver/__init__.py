@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .adaptive_pipeline import TASK, AdaptiveImageClassificationPipeline
+from .inference.onnx_perceiver import OnnxPerceiver
 from .loading import bundled_checkpoint
 from .modeling import (
     ARCHITECTURES,
@@ -18,6 +19,7 @@ from .modeling import (
     timm_conv_classifier,  # noqa: F401  (registers the timm names)
     timm_visual_perceiver,  # noqa: F401  (likewise)
 )
+from .modeling.engines import ENGINES
 
 
 __version__ = "0.1.0"
@@ -29,6 +31,9 @@ AutoModelForImageClassification.register(VisualPerceiverConfig, VisualPerceiverF
 PIPELINE_REGISTRY.register_pipeline(
     TASK, AdaptiveImageClassificationPipeline, pt_model=AutoModelForImageClassification, type="image"
 )
+
+# What `optimize_for_inference` takes by default; onnxruntime itself is imported when it is used.
+ENGINES["onnxruntime"] = OnnxPerceiver
 
 # So that `save_pretrained` puts the code beside the weights, and a folder loads where this package is not installed.
 VisualPerceiverConfig.register_for_auto_class()

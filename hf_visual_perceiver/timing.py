@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .modeling import VisualPerceiverConfig
-from .modeling.fast_inference import FusedLinear
 from .training.console import tracked
 
 
@@ -89,7 +88,7 @@ def median_ratio(seconds: list[float], reference: list[float]) -> float:
 
 @torch.inference_mode()
 def matmul_peak(config: VisualPerceiverConfig, device: torch.device, dtype: torch.dtype) -> float:
-    """The most multiply-accumulates/s that any linear of the trunk's shapes reaches, by whichever library is faster.
+    """The most multiply-accumulates/s that any linear of the trunk's shapes reaches.
 
     Of products of 256 to 4,096 tokens (4,096 to 32,768 on a GPU) with the weights of a block's four linears, and of a
     large square one.
@@ -100,8 +99,7 @@ def matmul_peak(config: VisualPerceiverConfig, device: torch.device, dtype: torc
     shapes = [(rows, *weight) for rows in rows_of for weight in ((D, 3 * D), (D, D), (D, M), (M, D))]
     for rows, width, out in [*shapes, (large, large, large)]:
         x, weight, bias = (torch.randn(s, device=device, dtype=dtype) for s in ((rows, width), (out, width), (out,)))
-        runs = {"torch": partial(F.linear, x, weight, bias), "fused": partial(FusedLinear(weight, bias, dtype), x)}
-        repeated = {name: partial(_repeat, run, launches) for name, run in runs.items()}
+        repeated = {"torch": partial(_repeat, partial(F.linear, x, weight, bias), launches)}
         fastest = min(min(times) for times in interleaved(repeated, 10, device, progress=False).values())
         best = max(best, launches * rows * width * out / fastest)
     return best

@@ -27,11 +27,9 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_groups import AttentionGroup  # noqa: F401  transformers 5.4 copies what this file imports alone
-from .compiled_inference import CompiledPerceiver
 from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, ConvStem
-from .fast_inference import FastPerceiver
-from .plain_inference import PlainPerceiver
+from .engines import create_engine
 from .query_selection import select_queries, without_autocast
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
 from .spatial_init import mimetic_attention, query_features, token_features
@@ -970,16 +968,11 @@ class OptimizedVisualPerceiver(nn.Module):
         device: Where the images have to be.
     """
 
-    def __init__(self, parts: PerceiverParts, head: nn.Module, dtype: torch.dtype | None, tokens_per_chunk: int | None):
+    def __init__(self, parts: PerceiverParts, head: nn.Module, **settings: Any):
         super().__init__()
         check_weights(parts)
-        # The other two know the paper's form alone.
-        papers = parts.config.stem == "patch" and parts.config.trunk_attention == "full"
-        fast = CompiledPerceiver if parts.cross_attention.queries.is_cuda else FastPerceiver
-        engine = fast if papers else PlainPerceiver
-        self.config, self.engine = parts.config, engine(parts, dtype, tokens_per_chunk)
-        self.dtype, self.device = self.engine.dtype, self.engine.queries.device
-        self.head = copy.deepcopy(head).requires_grad_(False)
+        self.config, self.engine = copy.deepcopy(parts.config), create_engine(parts, head, **settings)
+        self.dtype, self.device = self.engine.dtype, self.engine.device
         self.eval()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "OptimizedVisualPerceiver":
@@ -992,10 +985,17 @@ class OptimizedVisualPerceiver(nn.Module):
         """Logits (B, labels) and the active queries (B, Q)."""
         K, threshold = self.config.operating_point(num_active_queries, dqs_threshold)
         check_pixel_values(pixel_values, self.config)
-        with without_autocast(self.device):  # the form has a dtype of its own
-            pooled, active = self.engine(pixel_values, K, threshold)
-            parameter = next(self.head.parameters(), pooled)
-            return self.head(pooled.to(parameter.dtype)), active
+        if pixel_values.device != self.device:
+            raise ValueError(f"Expected images on {self.device}, where the engine computes, got {pixel_values.device}.")
+        with without_autocast(self.device):  # the engine has a dtype of its own
+            return self.engine(pixel_values, K, threshold)
+
+    def start(self, pixel_values: torch.Tensor) -> Any:
+        """Read images, to answer with few queries first and with more later, as the model's `start` does."""
+        check_pixel_values(pixel_values, self.config)
+        if hasattr(self.engine, "start"):
+            return self.engine.start(pixel_values)
+        return IncrementalState.read(self.engine.parts, self.engine.head, pixel_values.to(self.dtype))
 
     def forward(
         self, pixel_values: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
@@ -1115,32 +1115,36 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
         return IncrementalState.read(self.visual_perceiver, self.head, pixel_values)
 
     def optimize_for_inference(
-        self, dtype: torch.dtype | None = None, tokens_per_chunk: int | None = None
+        self,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        int8: bool | None = None,
     ) -> OptimizedVisualPerceiver:
-        """A snapshot of this model that answers faster.
+        """A snapshot of this model that answers faster; later changes of this model do not reach it.
 
-        On CPUs by fewer, larger operations on chunks that fit in the cache; on CUDA by torch's compiler and CUDA graphs,
-        so that the first batch of each size takes long.
-
-        In float32 its logits are this model's to 1e-5 (of logits of order one). It knows neither gradients nor hidden states, and later changes of
-        this model do not reach it.
+        Logits of onnxruntime are this model's to 1e-4 in float32. There are no gradients, hidden states or attentions.
 
         Args:
             dtype: Of the computation, such as `torch.bfloat16` on CPUs that have it; None is the model's.
-            tokens_per_chunk: Tokens that go through the trunk together; a larger batch goes in pieces. None is 1,024 on
-                CPUs, and all of them on GPUs.
+            backend: `"onnxruntime"`, which computes in float32 on CPUs, or `"torch"`, this model's own modules. None is
+                onnxruntime where it can, if hf_visual_perceiver is imported.
+            num_threads: Threads of onnxruntime; None is torch's number.
+            int8: Have onnxruntime compute linears in 8 bits.
 
         Raises:
-            ValueError: If `tokens_per_chunk` is less than 1, weights are offloaded, or a linear has been replaced, as an
-                adapter does until it is merged.
+            ValueError: If the backend does not take the settings, weights are offloaded, or a linear has been replaced, as
+                an adapter does until it is merged.
+            ImportError: If onnxruntime is not installed.
 
         Example:
             >>> model = VisualPerceiverForImageClassification(VisualPerceiverConfig(num_labels=10)).eval()
-            >>> fast = model.optimize_for_inference()
+            >>> fast = model.optimize_for_inference(backend="torch")
             >>> fast(torch.zeros(2, 3, 32, 32), num_active_queries=8).logits.shape
             torch.Size([2, 10])
         """
-        return OptimizedVisualPerceiver(self.visual_perceiver, self.head, dtype, tokens_per_chunk)
+        settings = {"backend": backend, "num_threads": num_threads, "int8": int8 or None}
+        return OptimizedVisualPerceiver(self.visual_perceiver, self.head, dtype=dtype, **settings)
 
 
 def check_weights(parts: PerceiverParts) -> None:

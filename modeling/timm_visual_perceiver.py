@@ -280,20 +280,28 @@ class VisualPerceiver(nn.Module, PerceiverParts):
 
     @torch.jit.ignore
     def optimize_for_inference(
-        self, dtype: torch.dtype | None = None, tokens_per_chunk: int | None = None
+        self,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        int8: bool | None = None,
     ) -> "OptimizedClassifier":
-        """A snapshot of this classifier that answers faster on CPUs.
+        """A snapshot of this classifier that answers faster; see `VisualPerceiverForImageClassification`.
 
         Args:
-            dtype: Of the computation, such as `torch.bfloat16` on CPUs that have it; None is the model's.
-            tokens_per_chunk: Tokens that go through the trunk together; a larger batch goes in pieces.
+            dtype: Of the computation; None is the model's.
+            backend: `"onnxruntime"` or `"torch"`; None is onnxruntime where it can.
+            num_threads: Threads of onnxruntime; None is torch's number.
+            int8: Have onnxruntime compute linears in 8 bits.
 
         Raises:
-            ValueError: If the decoder is pruned or not in use (`global_pool=""`), or `tokens_per_chunk` is less than 1.
+            ValueError: If the decoder is pruned or not in use (`global_pool=""`), or the backend does not take the settings.
+            ImportError: If onnxruntime is not installed.
         """
         if self.decoder is None or not self.global_pool:
             raise ValueError(f"Expected a model with `global_pool` 'token', got {self.global_pool!r}.")
-        return OptimizedClassifier(self, self.head, dtype, tokens_per_chunk)
+        settings = {"backend": backend, "num_threads": num_threads, "int8": int8 or None}
+        return OptimizedClassifier(self, self.head, dtype=dtype, **settings)
 
     def forward_intermediates(
         self,

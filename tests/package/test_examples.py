@@ -35,7 +35,6 @@ MODULES = [
     "hf_visual_perceiver.modeling.attention_groups",
     "hf_visual_perceiver.modeling.configuration_visual_perceiver",
     "hf_visual_perceiver.modeling.handler",
-    "hf_visual_perceiver.modeling.fast_inference",
     "hf_visual_perceiver.modeling.macs",
     "hf_visual_perceiver.modeling.modeling_visual_perceiver",
     "hf_visual_perceiver.modeling.query_selection",

@@ -75,12 +75,10 @@ def test_the_installed_wheel_works(wheel, tmp_path):
 
 REMOTE = [
     "attention_groups",
-    "compiled_inference",
     "configuration_visual_perceiver",
     "conv_stem",
-    "fast_inference",
+    "engines",
     "modeling_visual_perceiver",
-    "plain_inference",
     "query_selection",
     "ragged",
     "spatial_init",

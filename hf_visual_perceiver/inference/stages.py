@@ -1,6 +1,6 @@
 """The Visual Perceiver in stages, as `onnx_graphs.py` exports them: read the image, select queries, answer, go on.
 
-The arithmetic is that of `modeling_visual_perceiver.py`, on the same modules, written so that a graph of it is short. Which
+The arithmetic is that of `modeling/modeling_visual_perceiver.py`, on the same modules, written so that a graph of it is short. Which
 queries an image uses comes in as indices, so that one graph serves every budget, selection and padding.
 
 Shapes: B images, N tokens, Q queries, k of them in a call, P before it, D width, H heads, d = D / H, L blocks.
@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .configuration_visual_perceiver import VisualPerceiverConfig
+from ..modeling import VisualPerceiverConfig
+from ..modeling.query_selection import cosine_similarities
 from .onnx_graphs import Stage
-from .query_selection import cosine_similarities
 
 
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from .attention_groups import boundaries
-from .configuration_visual_perceiver import VisualPerceiverConfig
-from .onnx_graphs import Sessions, cache_folder, graphs_of
-from .plain_inference import fold_batch_norms
-from .query_selection import select_queries
-from .stages_visual_perceiver import stages_of
+from ..modeling import VisualPerceiverConfig, VisualPerceiverImageClassifierOutput, select_queries
+from ..modeling.attention_groups import boundaries
+from ..modeling.engines import fold_batch_norms
+from .onnx_graphs import Sessions, cache_folder, graphs_key, graphs_of
+from .stages import stages_of
 
 
 # So many tokens go through a stage together: enough for matrix products to be efficient, few enough to stay in the cache.
 TOKENS_PER_CALL = 1024
+# Graphs of the architectures that have checkpoints; others are exported when first needed, and kept in this machine's cache.
+SHIPPED = Path(__file__).parent / "graphs"
 # So many images have their cross-attention outputs in memory at once with selection.
 WINDOW = 1024
 
@@ -61,8 +62,6 @@ class OnnxPerceiver:
     Args:
         parts: The network: a `PerceiverParts` with a decoder.
         head: The classifier.
-        folder: Where the network's graphs may lie, such as `onnx` in a checkpoint's folder; None is nowhere. Otherwise they
-            are exported, and kept in this machine's cache.
         num_threads: Threads of a call; None is torch's number.
         int8: Linears in 8 bits.
 
@@ -75,18 +74,17 @@ class OnnxPerceiver:
         self,
         parts: Any,
         head: nn.Module,
-        folder: str | Path | None = None,
         num_threads: int | None = None,
         int8: bool = False,
     ):
-        self.config = copy.deepcopy(parts.config)
+        self.config, self.dtype, self.device = copy.deepcopy(parts.config), torch.float32, torch.device("cpu")
         parts = copy.deepcopy(parts).float().cpu().eval().requires_grad_(False)
         fold_batch_norms(parts)
         head = copy.deepcopy(head).float().cpu().eval().requires_grad_(False)
         stages = stages_of(parts, head)
         self.num_labels = head.out_features if isinstance(head, nn.Linear) else self.config.hidden_size
         architecture = architecture_of(self.config, self.num_labels)
-        folders = [*([Path(folder)] if folder is not None else []), cache_folder(architecture)]
+        folders = [SHIPPED / graphs_key(architecture), cache_folder(architecture)]
         module = stages["trunk"].module
         weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.sessions = Sessions(graphs_of(stages, architecture, folders), weights, num_threads, int8)
@@ -246,8 +244,6 @@ class OnnxState:
         Raises:
             ValueError: If K is out of its range or smaller than before.
         """
-        from .modeling_visual_perceiver import VisualPerceiverImageClassifierOutput
-
         engine, before = self.engine, self.num_active_queries
         K, _ = engine.config.operating_point(num_active_queries)
         if not before <= K <= self.y.shape[1]:

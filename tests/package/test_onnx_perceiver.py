@@ -11,9 +11,10 @@ import torch
 from support import small_config
 
 from hf_visual_perceiver.cascade import Cascade
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, onnx_graphs, onnx_inference
-from hf_visual_perceiver.modeling.onnx_graphs import Graph, read_graphs, write_graphs
-from hf_visual_perceiver.modeling.onnx_inference import CallCost, OnnxPerceiver
+from hf_visual_perceiver.inference import onnx_graphs, onnx_perceiver
+from hf_visual_perceiver.inference.onnx_graphs import Graph, read_graphs, write_graphs
+from hf_visual_perceiver.inference.onnx_perceiver import CallCost, OnnxPerceiver
+from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 
 
 FORMS = {
@@ -47,7 +48,7 @@ def both(request, tmp_path_factory):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-1, 1)
             module.running_var.uniform_(0.5, 2)
-    return model, OnnxPerceiver(model.visual_perceiver, model.head, graph_folder(tmp_path_factory), num_threads=1)
+    return model, OnnxPerceiver(model.visual_perceiver, model.head, num_threads=1)
 
 
 def graph_folder(tmp_path_factory):
@@ -59,7 +60,7 @@ def graph_folder(tmp_path_factory):
 def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            onnx_inference,
+            onnx_perceiver,
             "cache_folder",
             lambda architecture: graph_folder(tmp_path_factory) / onnx_graphs.graphs_key(architecture),
         )
@@ -82,8 +83,8 @@ def test_equals_the_model_and_one_image_at_a_time(both, images, K, t):
 def test_any_number_of_calls(both, images, monkeypatch):
     model, engine = both
     expected = model(images, dqs_threshold=0.95).logits
-    monkeypatch.setattr(onnx_inference, "TOKENS_PER_CALL", 30)
-    monkeypatch.setattr(onnx_inference, "WINDOW", 3)
+    monkeypatch.setattr(onnx_perceiver, "TOKENS_PER_CALL", 30)
+    monkeypatch.setattr(onnx_perceiver, "WINDOW", 3)
     torch.testing.assert_close(engine(images, 12, 0.95)[0], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(engine(images, 12)[0], model(images).logits, rtol=1e-4, atol=1e-4)
 
@@ -176,9 +177,10 @@ def test_eight_bits(both, images):
     model, _ = both
     engine = OnnxPerceiver(model.visual_perceiver, model.head, num_threads=1, int8=True)
     assert sum(len(graph.content) for graph in engine.sessions.graphs.values()) > 5000
-    expected = model(images).logits
-    difference = (engine(images, 12)[0] - expected).abs().max()
-    assert 1e-6 < difference < 0.1 * expected.abs().max()
+    expected, logits = model(images).logits, engine(images, 12)[0]
+    # Of a network of random weights, whose rounding errors nothing has made small.
+    error = (logits - expected).norm() / expected.norm()
+    assert 1e-4 < error < 0.35
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True])
@@ -228,7 +230,7 @@ class TestGraphs:
         torch.manual_seed(5)
         other = VisualPerceiverForImageClassification(model.config).eval()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(onnx_inference, "graphs_of", lambda stages, *_: engine.sessions.graphs)
+            patch.setattr(onnx_perceiver, "graphs_of", lambda stages, *_: engine.sessions.graphs)
             again = OnnxPerceiver(other.visual_perceiver, other.head, num_threads=1)
         with torch.no_grad():
             torch.testing.assert_close(again(images, 12)[0], other(images).logits, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,1 @@
+"""Engines that answer faster than the model itself."""
