@@ -1,7 +1,7 @@
 """Packed batches: images that keep different numbers of tokens, laid end to end without padding.
 
 Linears, norms and MLPs see one (T, D) tensor, T being the number of tokens that all images keep together. Attention alone
-has to know whose each token is, and does it by one of two backends (docs/gpu.md says more):
+has to know whose each token is, and does it by one of two backends (docs/inference.md says more):
 
 - "varlen": one kernel for all images, told where each begins. On CUDA, in half precision.
 - "grouped": images sorted by length, so that neighbours form dense blocks for an ordinary attention. Everywhere.
