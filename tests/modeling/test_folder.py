@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from support import aligned
+from support import PATIENCE, aligned
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -113,7 +113,7 @@ def test_identical_logits_everywhere(folder, trained, tmp_path):
     out = tmp_path / "logits.pt"
     torch.save(x, f"{out}.in")
     subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), repr(POINTS), str(out)], check=True, timeout=120
+        [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), repr(POINTS), str(out)], check=True, timeout=PATIENCE
     )
     remote = torch.load(out, weights_only=True)
     for point, logits in zip(POINTS, remote, strict=True):
@@ -147,7 +147,7 @@ def test_hub_ids(folder, trained, tmp_path):
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "expected.pt")], check=True, timeout=120, env=environment
+        [sys.executable, "-c", code, str(tmp_path / "expected.pt")], check=True, timeout=PATIENCE, env=environment
     )
 
 
