@@ -55,7 +55,7 @@ class ExportedClassifier:
         K, t = self.config.operating_point(fixed if num_active_queries is None else num_active_queries, dqs_threshold)
         if fixed is not None and fixed != K:
             raise ValueError(f"Expected `num_active_queries` to be {fixed}, which is fixed in the graph, got {K}.")
-        check_pixel_values(pixel_values, self.config)
+        check_pixel_values(pixel_values, self.config, advice="export a model loaded with `image_size=...`")
         # Cosines end at 1: nothing is above.
         logits, active = self.run(pixel_values, 1.0 if t is None else t, K if fixed is None else None)
         return VisualPerceiverImageClassifierOutput(logits=logits, active_queries=active)

@@ -27,6 +27,7 @@ from .modeling_visual_perceiver import (
     OptimizedVisualPerceiver,
     PerceiverParts,
     VisualPerceiverLayer,
+    adapt_checkpoint_tensor,
     check_pixel_values,
     init_weights,
     resample_positions,
@@ -243,6 +244,9 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             None if isinstance(num_active_queries, Proxy) else num_active_queries,
             None if isinstance(dqs_threshold, Proxy) else dqs_threshold,
         )
+        check_pixel_values(
+            x, self.config, advice="`set_input_size`, or `img_size=...` of `create_model`, takes other sizes"
+        )
         return self.select(self.read(x, K), threshold)
 
     def _classify(self, active: ActiveTokens, pre_logits: bool = False) -> torch.Tensor:
@@ -389,22 +393,8 @@ def _grid(image_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: VisualPerceiver) -> dict[str, torch.Tensor]:
     """Make a checkpoint fit `model`: transformers' prefix, positions of another image size, more queries than needed."""
     state_dict = {name.removeprefix("visual_perceiver."): value for name, value in state_dict.items()}
-    name = "embeddings.position_embeddings"
-    new = _grid(model.config.image_size, model.config.patch_size)
-    if name in state_dict and state_dict[name].shape[1] != new[0] * new[1]:
-        source = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 0, 0))[-2:]
-        old = _grid(source, model.config.patch_size)
-        if old[0] * old[1] != state_dict[name].shape[1]:
-            raise ValueError(
-                f"Expected position embeddings of a {old[0]}x{old[1]} grid, as the checkpoint's input size says, "
-                f"got {state_dict[name].shape[1]} of them."
-            )
-        state_dict[name] = resample_positions(state_dict[name], old, new)
-    name = "cross_attention.queries"
-    if name in state_dict:
-        # Queries are trained in the order of their worth, so the first ones are a network of their own.
-        state_dict[name] = state_dict[name][: model.config.num_queries]
-    return state_dict
+    source = getattr(model, "pretrained_cfg", {}).get("input_size", ())[-2:]
+    return {name: adapt_checkpoint_tensor(name, value, model.config, source) for name, value in state_dict.items()}
 
 
 def _default_cfg(fields: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from hf_visual_perceiver.modeling import VisualPerceiverConfig
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Seconds for what takes moments, such as another process: a hang ends, and a slow or busy machine does not fail.
+PATIENCE = 600
 
 
 def small_config(**fields) -> VisualPerceiverConfig:
@@ -38,7 +40,12 @@ def aligned(model: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(model)
 
 
-def run(*arguments: object, env: dict | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
+def unwrapped(text: str) -> str:
+    """What a command printed, as one line: where it wraps depends on the name of the CPU in it."""
+    return " ".join(text.split())
+
+
+def run(*arguments: object, env: dict | None = None, timeout: float = PATIENCE) -> subprocess.CompletedProcess:
     """Run a command as a user would, with this Python's scripts on the PATH."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **(env or {})}

@@ -21,7 +21,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, load_state_dict
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -80,10 +80,15 @@ class VisualPerceiverImageClassifierOutput(ModelOutput):
 KeysAndValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
-def check_pixel_values(pixel_values: torch.Tensor, config: VisualPerceiverConfig, any_size: bool = False) -> None:
+def check_pixel_values(
+    pixel_values: torch.Tensor,
+    config: VisualPerceiverConfig,
+    any_size: bool = False,
+    advice: str = "`interpolate_pos_encoding=True` takes other sizes, and so does a model loaded with `image_size=...`",
+) -> None:
     """Raise a `ValueError` unless `pixel_values` is a non-empty floating-point batch of the config's image size.
 
-    With `any_size`, every multiple of the patch size will do.
+    With `any_size`, every multiple of the patch size will do. `advice` is for whoever has images of another size.
     """
     if pixel_values is None or pixel_values.ndim != 4:
         given = None if pixel_values is None else tuple(pixel_values.shape)
@@ -105,9 +110,7 @@ def check_pixel_values(pixel_values: torch.Tensor, config: VisualPerceiverConfig
             )
     elif (height, width) != config.image_height_width:
         expected = "x".join(map(str, config.image_height_width))
-        raise ValueError(
-            f"Expected images of size {expected}, got {height}x{width}; `interpolate_pos_encoding=True` takes other sizes."
-        )
+        raise ValueError(f"Expected images of size {expected}, got {height}x{width}; {advice}.")
 
 
 def eager_attention_forward(
@@ -205,6 +208,36 @@ def resample_positions(positions: torch.Tensor, old: tuple[int, int], new: tuple
     grid = positions.float().unflatten(1, old).permute(0, 3, 1, 2)  # (1, N, D) -> (1, D, h, w)
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False, antialias=True)
     return grid.flatten(2).transpose(1, 2).to(positions.dtype)
+
+
+def adapt_checkpoint_tensor(
+    name: str, value: torch.Tensor, config: VisualPerceiverConfig, source: Sequence[int]
+) -> torch.Tensor:
+    """What a model of this config takes from a checkpoint of another image size, or with more queries than it has.
+
+    Args:
+        name: Of the parameter, with or without a prefix.
+        value: The checkpoint's.
+        config: The model's.
+        source: (height, width) of the checkpoint's images; empty for square ones of unknown size.
+
+    Raises:
+        ValueError: If the position embeddings are not those of images of the source's size.
+    """
+    if name.endswith("cross_attention.queries"):
+        # Queries are trained in the order of their worth, so the first ones are a network of their own.
+        return value[: config.num_queries]
+    if not name.endswith("embeddings.position_embeddings") or value.shape[1] == config.num_patches:
+        return value
+    size = config.patch_size
+    old = tuple(side // size for side in source) or (math.isqrt(value.shape[1]),) * 2
+    if old[0] * old[1] != value.shape[1]:
+        raise ValueError(
+            f"Expected position embeddings of a {old[0]}x{old[1]} grid, as the checkpoint's input size says, "
+            f"got {value.shape[1]} of them."
+        )
+    height, width = config.image_height_width
+    return resample_positions(value, old, (height // size, width // size))
 
 
 class VisualPerceiverMLP(nn.Module):
@@ -756,6 +789,36 @@ class VisualPerceiverPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         init_weights(module, self.config.initializer_range)
 
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, **more: Any
+    ) -> tuple[Any, Any]:
+        """As transformers', then what it found to be of another size is adapted, if it can be."""
+        info, offloaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, **more
+        )
+        config, cfg = model.config, model.config.pretrained_cfg or {}
+        for mismatch in sorted(info.mismatched_keys, key=str):
+            name = mismatch[0]
+            if not name.endswith(("embeddings.position_embeddings", "cross_attention.queries")):
+                continue
+            files = [state_dict] if state_dict is not None else map(load_state_dict, checkpoint_files or ())
+            value = next(
+                tensors[key] for tensors in files for key in tensors if key.endswith(name) or name.endswith(key)
+            )
+            value = adapt_checkpoint_tensor(name, value, config, cfg.get("input_size", ())[-2:])
+            path, _, attribute = name.rpartition(".")
+            module = model.get_submodule(path)
+            place = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+            before = getattr(module, attribute)
+            if value.shape != before.shape:
+                continue
+            parameter: Any = nn.Parameter(value.to(place, before.dtype), requires_grad=before.requires_grad)
+            parameter._is_hf_initialized = True
+            setattr(module, attribute, parameter)
+            info.mismatched_keys.discard(mismatch)
+        return info, offloaded
+
 
 def init_weights(module: nn.Module, std: float) -> None:
     """DeiT's initialisation: truncated normal weights, zero biases. Uses transformers' setters, which skip loaded weights."""
@@ -959,6 +1022,9 @@ def weight_versions(parts: PerceiverParts) -> tuple[tuple[int, int], ...]:
     return tuple((id(p), 0 if p.is_inference() else p._version) for p in parts.parameters() if not p.is_meta)
 
 
+OPTIMISE_AGAIN = "load a model with `image_size=...` (timm: `img_size=...`) and optimise that"
+
+
 class OptimizedVisualPerceiver(nn.Module):
     """A classifier as `optimize_for_inference` makes it: a snapshot of the weights, called as the model is.
 
@@ -984,7 +1050,7 @@ class OptimizedVisualPerceiver(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, labels) and the active queries (B, Q)."""
         K, threshold = self.config.operating_point(num_active_queries, dqs_threshold)
-        check_pixel_values(pixel_values, self.config)
+        check_pixel_values(pixel_values, self.config, advice=OPTIMISE_AGAIN)
         if pixel_values.device != self.device:
             raise ValueError(f"Expected images on {self.device}, where the engine computes, got {pixel_values.device}.")
         with without_autocast(self.device):  # the engine has a dtype of its own
@@ -992,7 +1058,7 @@ class OptimizedVisualPerceiver(nn.Module):
 
     def start(self, pixel_values: torch.Tensor) -> Any:
         """Read images, to answer with few queries first and with more later, as the model's `start` does."""
-        check_pixel_values(pixel_values, self.config)
+        check_pixel_values(pixel_values, self.config, advice=OPTIMISE_AGAIN)
         if hasattr(self.engine, "start"):
             return self.engine.start(pixel_values)
         return IncrementalState.read(self.engine.parts, self.engine.head, pixel_values.to(self.dtype))

@@ -6,7 +6,7 @@ import sys
 import pytest
 import timm
 import torch
-from support import REPOSITORY, small_config
+from support import PATIENCE, REPOSITORY, small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
@@ -107,7 +107,7 @@ def test_the_folder_loads_by_its_own_code(stemmed, images, tmp_path):
         f"m = A.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()\n"
         f"with torch.no_grad(): torch.save(m(torch.load({str(tmp_path / 'in.pt')!r})).logits, {str(tmp_path / 'out.pt')!r})"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=240)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=PATIENCE)
     with torch.no_grad():
         torch.testing.assert_close(torch.load(tmp_path / "out.pt"), stemmed(images).logits, rtol=1e-5, atol=1e-5)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support import REPOSITORY, aligned
+from support import PATIENCE, REPOSITORY, aligned
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -53,6 +54,8 @@ with torch.no_grad():
     assert torch.equal(aligned.head(pooled), logits[0])
 # Saved again from the remote code, the folder must still be whole.
 model.save_pretrained(out + ".again")
+larger = AutoModelForImageClassification.from_pretrained(folder, image_size=48, trust_remote_code=True)
+assert larger.visual_perceiver.embeddings.position_embeddings.shape == (1, 144, 96)
 torch.save(logits, out)
 """
 
@@ -109,7 +112,7 @@ def test_identical_logits_everywhere(folder, trained, tmp_path):
     out = tmp_path / "logits.pt"
     torch.save(x, f"{out}.in")
     subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), repr(POINTS), str(out)], check=True, timeout=120
+        [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), repr(POINTS), str(out)], check=True, timeout=PATIENCE
     )
     remote = torch.load(out, weights_only=True)
     for point, logits in zip(POINTS, remote, strict=True):
@@ -143,8 +146,50 @@ def test_hub_ids(folder, trained, tmp_path):
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "expected.pt")], check=True, timeout=120, env=environment
+        [sys.executable, "-c", code, str(tmp_path / "expected.pt")], check=True, timeout=PATIENCE, env=environment
     )
+
+
+@pytest.mark.parametrize("size", [64, [48, 40]], ids=str)
+def test_another_image_size(folder, trained, size, tmp_path):
+    """The positions are resampled when they are loaded, as timm does it and as the forward pass can."""
+    height, width = [size, size] if isinstance(size, int) else size
+    x = torch.randn(2, 3, height, width)
+    expected = trained(x, interpolate_pos_encoding=True).logits
+    model = AutoModelForImageClassification.from_pretrained(folder, image_size=size).eval()
+    torch.testing.assert_close(model(x).logits, expected, rtol=0, atol=1e-5)
+    base = AutoModel.from_pretrained(folder, image_size=size).eval()
+    torch.testing.assert_close(base(x).pooler_output, model.visual_perceiver(x).pooler_output)
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=size).eval()
+    torch.testing.assert_close(network(x), expected, rtol=0, atol=1e-5)
+    again = load_model(str(save_folder(model, tmp_path / "again")))
+    torch.testing.assert_close(again(x).logits, expected, rtol=0, atol=1e-5)
+    # A config of the user's own does not say which size the checkpoint has.
+    own = VisualPerceiverConfig.from_architecture("visual_perceiver_nano_patch4_32", image_size=size, num_labels=10)
+    model = VisualPerceiverForImageClassification.from_pretrained(folder, config=own).eval()
+    torch.testing.assert_close(model(x).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_another_image_size_with_other_labels_and_fewer_queries(folder, trained):
+    model = AutoModelForImageClassification.from_pretrained(
+        folder, image_size=48, num_queries=10, num_labels=3, ignore_mismatched_sizes=True, dtype=torch.bfloat16
+    )
+    assert model.head.weight.shape == (3, 96)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model, x = model.float().eval(), torch.randn(2, 3, 48, 48)
+    expected = trained.visual_perceiver(x, num_active_queries=10, interpolate_pos_encoding=True).pooler_output
+    torch.testing.assert_close(model.visual_perceiver(x).pooler_output, expected, rtol=0.1, atol=0.1)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # of the head
+        AutoModelForImageClassification.from_pretrained(folder, image_size=48, num_labels=3)
+
+
+def test_a_grid_that_the_config_does_not_name(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = [3, 40, 40]
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"Expected position embeddings of a 10x10 grid, .* got 64 of them"):
+        AutoModelForImageClassification.from_pretrained(tmp_path / "copy", image_size=64)
 
 
 def test_pipeline(folder, cifar10):

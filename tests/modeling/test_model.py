@@ -323,7 +323,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("pixel_values", "message"),
         [
-            (torch.zeros(2, 3, 18, 16), "images of size 16x16, got 18x16"),
+            (torch.zeros(2, 3, 18, 16), "images of size 16x16, got 18x16; `interpolate_pos_encoding=True` takes"),
             (torch.zeros(2, 1, 16, 16), "images of 3 channels, got 1"),
             (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "floating-point dtype, got torch.uint8"),
             (torch.zeros(0, 3, 16, 16), "at least one image, got an empty batch"),

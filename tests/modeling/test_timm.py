@@ -162,7 +162,7 @@ def test_bad_arguments(arguments, error, message):
 def test_bad_budgets(nano):
     with pytest.raises(ValueError, match=r"integer in \[1, 64\], got 0"):
         nano(torch.zeros(1, 3, 32, 32), num_active_queries=0)
-    with pytest.raises(ValueError, match="images of size 32x32, got 16x16"):
+    with pytest.raises(ValueError, match=r"images of size 32x32, got 16x16; `set_input_size`, or `img_size=...`"):
         nano(torch.zeros(1, 3, 16, 16))
     nano.prune_intermediate_layers(2)
     with pytest.raises(ValueError, match="decoder is pruned"):

@@ -12,6 +12,7 @@ import torch
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from PIL import Image
+from support import PATIENCE
 
 from hf_visual_perceiver.loading import default_model, load_model
 
@@ -148,7 +149,7 @@ def story(tmp_path_factory):
                 cwd=place,
                 capture_output=True,
                 text=True,
-                timeout=240,
+                timeout=PATIENCE,
                 stdin=subprocess.DEVNULL,
             )
 

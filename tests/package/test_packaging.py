@@ -7,7 +7,7 @@ import sys
 import zipfile
 
 import pytest
-from support import REPOSITORY
+from support import PATIENCE, REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def wheel(tmp_path_factory):
     )
     shutil.copytree(REPOSITORY, source, ignore=ignored)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
-    subprocess.run(command, check=True, capture_output=True, timeout=180)
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
     return next(folder.glob("*.whl"))
 
 
@@ -67,7 +67,7 @@ def test_the_installed_wheel_works(wheel, tmp_path):
         env={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=PATIENCE,
     )
     assert result.returncode == 0, result.stderr
     assert "K = 4" in result.stdout

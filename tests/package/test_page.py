@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import REPOSITORY
+from support import PATIENCE, REPOSITORY
 
 from hf_visual_perceiver.export import export_onnx, quantise
 from hf_visual_perceiver.training.folder import create_image_processor
@@ -60,7 +60,7 @@ def browser():
 @pytest.fixture
 def page(browser, site):
     page = browser.new_page(viewport={"width": 800, "height": 640})
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(1000 * PATIENCE)
     page.errors, page.requested = [], []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.on("request", lambda request: page.requested.append(request.url))

@@ -19,7 +19,7 @@ import torch
 from hub_server import File, Hub
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
-from support import REPOSITORY, small_config
+from support import PATIENCE, REPOSITORY, small_config
 
 from hf_visual_perceiver import cli, folder_check, publishing
 from hf_visual_perceiver.folder_check import check_folder
@@ -524,13 +524,13 @@ def test_a_real_ctrl_c(hub, small, tmp_path):
         text=True,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not any(request.startswith("PUT") for request in hub.requests):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=150)
+        _, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == 130

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from support import run, small_config
+from support import run, small_config, unwrapped
 from torch.nn import functional as F
 from transformers import AutoModel
 from typer.testing import CliRunner
@@ -203,7 +203,7 @@ class TestCommand:
             assert f"{100 * row['full_gallery_accuracy']:.2f} ±" in result.stdout
         assert written["conditions"]["gallery_images"] == 300
         assert written["conditions"]["queried"] == "test[-100:]"
-        assert "queried test[-100:]" in result.stdout.replace("\n", " ")
+        assert "queried test[-100:]" in unwrapped(result.stdout)
 
     def test_classes_that_the_model_does_not_have(self, tmp_path, sample):
         for split in ("train", "test"):

@@ -19,7 +19,7 @@ import timm
 import torch
 from hub_server import Hub
 from safetensors.torch import load_file
-from support import REPOSITORY, run, small_config
+from support import PATIENCE, REPOSITORY, run, small_config
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 from typer.testing import CliRunner
 
@@ -157,7 +157,7 @@ print(len(events))
 def test_the_code_that_travels_opens_nothing():
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", WATCHED], capture_output=True, text=True, timeout=240, env=environment
+        [sys.executable, "-c", WATCHED], capture_output=True, text=True, timeout=PATIENCE, env=environment
     )
     assert result.returncode == 0, result.stderr
     opened, count = result.stdout.splitlines()

@@ -26,7 +26,7 @@ import yaml
 from hub_server import Hub
 from huggingface_hub import HfApi
 from PIL import Image
-from support import REPOSITORY, small_config
+from support import PATIENCE, REPOSITORY, small_config
 
 from hf_visual_perceiver import cli
 from hf_visual_perceiver.evaluation import Evaluation, Row
@@ -292,7 +292,9 @@ class TestFiles:
             "import hf_visual_perceiver.space.demo as demo, hf_visual_perceiver.training.files as files;"
             "print(demo.__file__, files.__file__)"
         )
-        result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
+        )
         assert result.returncode == 0, result.stderr
         assert all(name.startswith(str(tmp_path)) for name in result.stdout.split())
 
@@ -328,7 +330,7 @@ class Served:
                 [sys.executable, *command], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
         try:
-            deadline = time.monotonic() + 180
+            deadline = time.monotonic() + PATIENCE
             while "Running on" not in self.log.read_text():
                 assert self.process.poll() is None, self.log.read_text()
                 assert time.monotonic() < deadline, self.log.read_text()
@@ -409,7 +411,7 @@ class TestServed:
         kind = {"Content-Type": "multipart/form-data; boundary=x"}
         request = urllib.request.Request(f"{served.url}gradio_api/upload", body, kind)
         with pytest.raises(urllib.error.HTTPError, match="413"):
-            urllib.request.urlopen(request, timeout=60)
+            urllib.request.urlopen(request, timeout=PATIENCE)
 
     @pytest.mark.parametrize(("K", "t"), [(0, 1), (65, 1), (16, 1.5), ("many", 1)])
     def test_knobs_out_of_range_are_refused(self, served, K, t):
@@ -422,8 +424,8 @@ class TestServed:
         request = urllib.request.Request(
             f"{served.url}gradio_api/call/show", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        event = json.load(urllib.request.urlopen(request, timeout=30))["event_id"]
-        answer = urllib.request.urlopen(f"{served.url}gradio_api/call/show/{event}", timeout=60).read().decode()
+        event = json.load(urllib.request.urlopen(request, timeout=PATIENCE))["event_id"]
+        answer = urllib.request.urlopen(f"{served.url}gradio_api/call/show/{event}", timeout=PATIENCE).read().decode()
         assert "event: error" in answer
         assert "data-used" not in answer
 
@@ -470,7 +472,7 @@ def test_a_published_space_runs(tmp_path, monkeypatch):
         )
         try:
             result, curve = ask(page.url, CAT, 16, 1)
-            config = json.load(urllib.request.urlopen(f"{page.url}config", timeout=30))
+            config = json.load(urllib.request.urlopen(f"{page.url}config", timeout=PATIENCE))
         finally:
             page.stop()
         fetched = {r.rpartition("/")[2] for r in hub.requests if "/resolve/" in r}
@@ -497,7 +499,7 @@ def browser():
 @pytest.fixture
 def page(browser, served):
     page = browser.new_page(viewport={"width": 1280, "height": 960})
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(1000 * PATIENCE)
     page.errors, page.requested = [], []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.on("request", lambda request: page.requested.append(request.url))

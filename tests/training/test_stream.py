@@ -291,7 +291,7 @@ class TestResuming:
             f"batches = iter(StreamOrder({str(tmp_path)!r}, 'train', 8, 0, 100, shuffle_window=30))\n"
             "print(len(next(batches)))"
         )
-        ended = run(sys.executable, "-c", script, timeout=60)
+        ended = run(sys.executable, "-c", script)
         assert (ended.returncode, ended.stdout) == (0, "8\n"), ended.stderr
 
 

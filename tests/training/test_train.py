@@ -14,7 +14,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from support import REPOSITORY, run
+from support import PATIENCE, REPOSITORY, run
 
 from hf_visual_perceiver.card import training_lines
 from hf_visual_perceiver.loading import default_dataset, default_model, load_model
@@ -182,7 +182,7 @@ class TestResuming:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not RunFolder(folder).saved_steps() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
@@ -304,11 +304,11 @@ class TestPieces:
             stderr=subprocess.PIPE,
             text=True,
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not losses_or_none(folder) and time.monotonic() < deadline:
             time.sleep(0.05)
         process.terminate()
-        _, messages = process.communicate(timeout=60)
+        _, messages = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, messages
         assert "(SIGTERM)" in messages
         assert RunFolder(folder).saved_steps() == [max(losses(folder))]
