@@ -230,7 +230,8 @@ def adapt_checkpoint_tensor(
     if not name.endswith("embeddings.position_embeddings") or value.shape[1] == config.num_patches:
         return value
     size = config.patch_size
-    old = tuple(side // size for side in source) or (math.isqrt(value.shape[1]),) * 2
+    side = math.isqrt(value.shape[1])
+    old = (source[0] // size, source[1] // size) if source else (side, side)
     if old[0] * old[1] != value.shape[1]:
         raise ValueError(
             f"Expected position embeddings of a {old[0]}x{old[1]} grid, as the checkpoint's input size says, "
@@ -790,7 +791,7 @@ class VisualPerceiverPreTrainedModel(PreTrainedModel):
         init_weights(module, self.config.initializer_range)
 
     @staticmethod
-    def _load_pretrained_model(
+    def _load_pretrained_model(  # type: ignore[override]
         model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, **more: Any
     ) -> tuple[Any, Any]:
         """As transformers', then what it found to be of another size is adapted, if it can be."""

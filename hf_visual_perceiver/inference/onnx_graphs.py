@@ -233,7 +233,8 @@ class Sessions:
         self._reset()
 
     def _reset(self) -> None:
-        self._lock, self._process, self._sessions = threading.Lock(), os.getpid(), {}
+        self._lock, self._process = threading.Lock(), os.getpid()
+        self._sessions: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}

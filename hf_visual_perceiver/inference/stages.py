@@ -35,6 +35,8 @@ def attend(
 class PerceiverStage(nn.Module):
     """A stage that holds the network, under the names of a classifier's state dict."""
 
+    block: torch.Tensor  # (Q,) the block of each query in a block-causal trunk
+
     def __init__(self, parts: Any, head: nn.Module):
         super().__init__()
         self.visual_perceiver, self.head = parts, head
@@ -107,7 +109,8 @@ class TrunkStage(PerceiverStage):
         for layer in self.visual_perceiver.layers:
             attention, H = layer.attention, layer.attention.num_heads
             parts = attention.qkv(layer.norm1(x)).split(self.config.hidden_size, -1)
-            x = x + attention.proj(attend(*(split_heads(part, H) for part in parts), attention.scaling, bias))
+            query, key, value = (split_heads(part, H) for part in parts)
+            x = x + attention.proj(attend(query, key, value, attention.scaling, bias))
             x = x + layer.mlp(layer.norm2(x))
         return self.answer(*self.keys_and_values(x), decoder_bias)
 
