@@ -70,10 +70,17 @@ class ReadStage(PerceiverStage):
     """Cross-attention outputs: images (B, C, H, W) and queries (k,) -> (B, k, D)."""
 
     def forward(self, pixel_values: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        cross = self.visual_perceiver.cross_attention
+        cross, D = self.visual_perceiver.cross_attention, self.config.hidden_size
         inputs = cross.norm_inputs(self.visual_perceiver.embeddings(pixel_values))
-        key, value = cross.key_value(inputs).split(self.config.hidden_size, -1)
-        queries = cross.query(cross.norm_queries(F.embedding(query, cross.queries)[None]))
+        queries = cross.query(cross.norm_queries(F.embedding(query, cross.queries)[None]))  # (1, k, D)
+        if cross.num_heads == 1:
+            # q . (W_k x) = (W_k^T q) . x, and the sum of a (W_v x) is W_v times that of a x: no token needs a key or a value.
+            # The key's bias adds the same to all scores of a query, which softmax takes away again.
+            key_weight, value_weight = cross.key_value.weight.split(D)
+            read = attend(split_heads(queries @ key_weight, 1), inputs[:, None], inputs[:, None], cross.scaling)
+            bias = None if cross.key_value.bias is None else cross.key_value.bias[D:]
+            return F.linear(read, value_weight, bias)
+        key, value = cross.key_value(inputs).split(D, -1)
         return attend(
             split_heads(queries, cross.num_heads),
             split_heads(key, cross.num_heads),

@@ -253,4 +253,4 @@ def test_a_set_without_labels_is_refused(tmp_path, data):
     data.image(1).save(tmp_path / "b.png")
     result = command("--dataset", tmp_path, "--split", "train", "--target-macs", 0.5)
     assert isinstance(result.exception, ValueError)
-    assert "Expected a label column" in str(result.exception)
+    assert "one for each class" in str(result.exception)

@@ -70,7 +70,7 @@ def batch(story):
 
 def test_ten_lines_of_the_documentation_suffice():
     first = re.search(r"```python\n(.*?)```", (REPOSITORY / "docs" / "finetuning.md").read_text(), flags=re.DOTALL)[1]
-    after_the_imports = first.partition("import hf_visual_perceiver\n")[2]
+    after_the_imports = first.partition("bundled_checkpoint()\n")[2]
     statements = [line for line in after_the_imports.splitlines() if line and not line.startswith((" ", "def"))]
     assert len(statements) == 10  # and a function of two
 

@@ -142,7 +142,7 @@ x = torch.zeros(2, 3, 32, 32)
 for point in ({}, {"num_active_queries": 5}, {"dqs_threshold": 0.8}):
     model(x, labels=torch.tensor([0, 2]), **point).loss.backward()
     model(x, output_attentions=True, output_hidden_states=True, **point)
-    model.optimize_for_inference()(x, **point)
+    model.optimize_for_inference(backend="torch")(x, **point)
 watching = False
 # torch asks about the processor, and transformers looks into a model's source for the attention that it supports.
 expected = ("/proc/", "/sys/", sys.modules[VisualPerceiverForImageClassification.__module__].__file__)
