@@ -13,21 +13,20 @@ measure() {
     "$PYTHON" benchmarks/inference.py --device cuda --json "$OUTPUT/$NAME.json" "$@"
 }
 
-for STAGE in ${*:-tests selection budgets groups float32 batches}; do
+for STAGE in ${*:-tests selection budgets float32 batches}; do
     case $STAGE in
-    tests) "$PYTHON" -m pytest -q tests/modeling/test_ragged.py tests/modeling/test_compiled_inference.py ;;
+    tests) "$PYTHON" -m pytest -q tests/modeling ;;
     selection) # beside a fixed K of the same mean, by each backend
         measure selection --dtype bfloat16 --batch-size 512 --batch-size 64 --num-active-queries 8 --repetitions 31 \
             --mean-queries 9 --mean-queries 23 --mean-queries 38 ;;
     budgets) # every K, beside timm's ViT
-        measure budgets --dtype bfloat16 --batch-size 1 --batch-size 512 --form eager --form optimized \
+        measure budgets --dtype bfloat16 --batch-size 1 --batch-size 512 --form eager \
             --compile-rivals --repetitions 31 ;;
-    groups) "$PYTHON" benchmarks/attention_groups.py --device cuda ;;
     float32)
         measure float32 --dtype float32 --batch-size 512 --mean-queries 23 --num-active-queries 8 --repetitions 11 ;;
     batches)
-        measure batches --dtype bfloat16 --batch-size 8 --batch-size 64 --form eager --form compiled --form optimized \
+        measure batches --dtype bfloat16 --batch-size 8 --batch-size 64 --form eager --form compiled \
             --compile-rivals --repetitions 31 ;;
-    *) echo "Expected stages among tests, selection, budgets, groups, float32, batches, got $STAGE." >&2; exit 2 ;;
+    *) echo "Expected stages among tests, selection, budgets, float32, batches, got $STAGE." >&2; exit 2 ;;
     esac
 done
