@@ -31,9 +31,8 @@ class GroupCost:
         return self.call + places if equal else self.padded_call + self.padded_token * places
 
 
-# `python benchmarks/attention_groups.py` prints these constants for a device. Devices that are not here never pad: on a CPU,
-# where a call costs as much as 30 tokens, a padded one 40 and a padded token 1.6, the cuts of least cost were no faster than
-# equal lengths alone. On a GPU a call is dear beside a token; how dear is an assumption until it has been measured.
+# Devices that are not here never pad: on a CPU, where a call costs as much as 30 tokens, a padded one 40 and a padded token 1.6, the
+# cuts of least cost were no faster than equal lengths alone. On a GPU a call is dear beside a token; these are assumptions.
 COSTS = {"cuda": GroupCost(call=2000, padded_call=4000, padded_token=1.5)}
 
 
