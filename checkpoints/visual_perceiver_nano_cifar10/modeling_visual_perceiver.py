@@ -230,15 +230,14 @@ def adapt_checkpoint_tensor(
     if not name.endswith("embeddings.position_embeddings") or value.shape[1] == config.num_patches:
         return value
     size = config.patch_size
-    side = math.isqrt(value.shape[1])
-    old = (source[0] // size, source[1] // size) if source else (side, side)
-    if old[0] * old[1] != value.shape[1]:
+    rows, columns = [side // size for side in source] or [math.isqrt(value.shape[1])] * 2
+    if rows * columns != value.shape[1]:
         raise ValueError(
-            f"Expected position embeddings of a {old[0]}x{old[1]} grid, as the checkpoint's input size says, "
+            f"Expected position embeddings of a {rows}x{columns} grid, as the checkpoint's input size says, "
             f"got {value.shape[1]} of them."
         )
     height, width = config.image_height_width
-    return resample_positions(value, old, (height // size, width // size))
+    return resample_positions(value, (rows, columns), (height // size, width // size))
 
 
 class VisualPerceiverMLP(nn.Module):
@@ -791,12 +790,16 @@ class VisualPerceiverPreTrainedModel(PreTrainedModel):
         init_weights(module, self.config.initializer_range)
 
     @staticmethod
-    def _load_pretrained_model(  # type: ignore[override]
-        model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, **more: Any
+    def _load_pretrained_model(
+        model: Any,
+        state_dict: Any,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        expected_keys: list[str] | None = None,
     ) -> tuple[Any, Any]:
         """As transformers', then what it found to be of another size is adapted, if it can be."""
         info, offloaded = PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, **more
+            model, state_dict, checkpoint_files, load_config, expected_keys
         )
         config, cfg = model.config, model.config.pretrained_cfg or {}
         for mismatch in sorted(info.mismatched_keys, key=str):
@@ -807,7 +810,12 @@ class VisualPerceiverPreTrainedModel(PreTrainedModel):
             value = next(
                 tensors[key] for tensors in files for key in tensors if key.endswith(name) or name.endswith(key)
             )
-            value = adapt_checkpoint_tensor(name, value, config, cfg.get("input_size", ())[-2:])
+            try:
+                value = adapt_checkpoint_tensor(name, value, config, cfg.get("input_size", ())[-2:])
+            except ValueError:
+                if load_config.ignore_mismatched_sizes:
+                    continue  # a fresh one, as for all else
+                raise
             path, _, attribute = name.rpartition(".")
             module = model.get_submodule(path)
             place = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))

@@ -175,6 +175,8 @@ def test_another_image_size_with_other_labels_and_fewer_queries(folder, trained)
         folder, image_size=48, num_queries=10, num_labels=3, ignore_mismatched_sizes=True, dtype=torch.bfloat16
     )
     assert model.head.weight.shape == (3, 96)
+    coarse = AutoModelForImageClassification.from_pretrained(folder, patch_size=8, ignore_mismatched_sizes=True)
+    assert coarse.config.num_patches == 16
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     model, x = model.float().eval(), torch.randn(2, 3, 48, 48)
     expected = trained.visual_perceiver(x, num_active_queries=10, interpolate_pos_encoding=True).pooler_output

@@ -222,6 +222,22 @@ class TestTransformersIdiom:
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b, **close)
 
+    def test_gradient_checkpointing_under_autocast(self, images):
+        losses, gradients = [], []
+        for checkpointed in (False, True):
+            torch.manual_seed(3)
+            model = VisualPerceiverForImageClassification(small_config(drop_path_rate=0.5)).train()
+            if checkpointed:
+                model.gradient_checkpointing_enable()
+            torch.manual_seed(4)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(images, labels=torch.arange(8) % 5, dqs_threshold=0.3).loss
+            loss.backward()
+            losses.append(loss)
+            gradients.append({name: p.grad for name, p in model.named_parameters()})
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*gradients)
+
     def test_every_parameter_gets_a_gradient(self, images):
         model = VisualPerceiverForImageClassification(small_config()).train()
         for arguments in ({}, {"num_active_queries": 1}, {"dqs_threshold": 0.3}):

@@ -106,10 +106,11 @@ def test_weight_decay_spares_what_has_no_scale(nano):
 def test_a_checkpoint_adapts(folder, trained):
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(aligned(timm.create_model(folder, pretrained=True).eval())(x), trained(x).logits)
-    model = timm.create_model(folder, pretrained=True, num_classes=5, in_chans=1, img_size=(48, 40)).eval()
-    assert model(torch.randn(2, 1, 48, 40), num_active_queries=3).shape == (2, 5)
     weight = trained.state_dict()["visual_perceiver.embeddings.patch_embeddings.projection.weight"]
-    torch.testing.assert_close(model.embeddings.patch_embeddings.projection.weight, weight.sum(1, keepdim=True))
+    for channels, adapted in ((1, weight.sum(1, keepdim=True)), (4, weight[:, [0, 1, 2, 0]] * 3 / 4)):
+        model = timm.create_model(folder, pretrained=True, num_classes=5, in_chans=channels, img_size=(48, 40)).eval()
+        assert model(torch.randn(2, channels, 48, 40), num_active_queries=3).shape == (2, 5)
+        torch.testing.assert_close(model.embeddings.patch_embeddings.projection.weight, adapted)
 
 
 def test_fewer_queries_are_the_first_ones(folder, trained):

@@ -182,6 +182,15 @@ def test_query_masking_draws_in_training_alone(story, tmp_path):
     assert set(drawn[False]) == {None}
 
 
+def test_compiled_with_numbers_of_queries_at_random(story, tmp_path):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainer = train(fresh(), story, tmp_path, story[1]["QueryMaskingTrainer"], max_steps=4, logging_steps=1, **compiled)
+    plain = train(fresh(), story, tmp_path, story[1]["QueryMaskingTrainer"], max_steps=4, logging_steps=1)
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (trainer, plain)]
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
 def test_the_loss_comes_first_without_a_dict(batch):
     model = fresh().eval()
     loss, logits, active = model(**batch, return_dict=False)

@@ -100,6 +100,27 @@ class TestLoading:
         with pytest.raises(ValueError, match=message):
             load_images(str(tmp_path), "train")
 
+    def test_cifar100s_columns(self, tmp_path):
+        kinds = {"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["cat", "dog"])}
+        kinds["coarse_label"] = datasets.ClassLabel(names=["animal"])
+        rows = {"img": [Image.new("RGB", (4, 4))] * 3, "fine_label": [0, 1, 1], "coarse_label": [0] * 3}
+        datasets.Dataset.from_dict(rows, datasets.Features(kinds)).to_parquet(str(tmp_path / "train.parquet"))
+        data = load_images(str(tmp_path), "train")
+        assert (data.label_names, data.labels.tolist()) == (["cat", "dog"], [0, 1, 1])
+
+    def test_photos_are_upright(self, tmp_path):
+        photo = Image.new("RGB", (8, 4))
+        photo.paste("white", (0, 0, 4, 4))  # its left half
+        exif = photo.getexif()
+        exif[0x0112] = 6  # turned by a quarter: left is up
+        for name in ("cat", "dog"):
+            (tmp_path / "train" / name).mkdir(parents=True)
+            photo.save(tmp_path / "train" / name / "0.jpg", quality=100, exif=exif)
+        image = np.asarray(load_images(str(tmp_path), "train").image(0))
+        assert image.shape == (8, 4, 3)
+        assert image[:3].min() > 200
+        assert image[-3:].max() < 50
+
     def test_nothing_there(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="which is not there"):
             load_images(str(tmp_path / "absent"))
