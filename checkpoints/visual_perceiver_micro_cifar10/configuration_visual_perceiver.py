@@ -1,0 +1,370 @@
+"""Configuration of the Visual Perceiver, and the named architectures that transformers and timm share."""
+
+import math
+import operator
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+
+from .conv_stem import check_stem
+from .query_selection import as_number, checked_threshold
+
+
+CIFAR_STATISTICS = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2470, 0.2435, 0.2616]}
+IMAGENET_STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+# timm name -> what differs from the paper's model. Widths of the 224 models are DeiT's.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "visual_perceiver_nano_patch4_32": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 6},
+    "visual_perceiver_tiny_patch4_32": {},
+    "visual_perceiver_nano_conv_32": {
+        "hidden_size": 96,
+        "intermediate_size": 384,
+        "num_hidden_layers": 6,
+        "stem": "conv",
+        "stem_widths": [[16], [32], [64]],
+    },
+    "visual_perceiver_micro_conv_32": {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "stem": "conv",
+        "stem_widths": [[16], [40], [96]],
+    },
+    "visual_perceiver_tiny_conv_32": {
+        "num_hidden_layers": 8,
+        "stem": "conv",
+        "stem_widths": [[32], [64, 64], [128, 128]],
+        "stem_residual": True,
+    },
+    "visual_perceiver_tiny_patch16_224": {"image_size": 224, "patch_size": 16, "num_queries": 196},
+    "visual_perceiver_small_patch16_224": {
+        "image_size": 224,
+        "patch_size": 16,
+        "num_queries": 196,
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_attention_heads": 6,
+    },
+    "visual_perceiver_base_patch16_224": {
+        "image_size": 224,
+        "patch_size": 16,
+        "num_queries": 196,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+    },
+}
+
+# timm's constructor argument -> config field. `num_classes` is not among them: timm reads it from the top level.
+TIMM_ARGUMENTS = {
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "in_chans": "num_channels",
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_queries": "num_queries",
+    "num_cross_heads": "num_cross_attention_heads",
+    "act_layer": "hidden_act",
+    "qkv_bias": "qkv_bias",
+    "stem": "stem",
+    "stem_widths": "stem_widths",
+    "stem_downsample": "stem_downsample",
+    "stem_residual": "stem_residual",
+    "trunk_attention": "trunk_attention",
+    "query_blocks": "query_blocks",
+    "query_init": "query_init",
+    "attention_init": "attention_init",
+    "norm_eps": "layer_norm_eps",
+    "num_active_queries": "num_active_queries",
+    "dqs_threshold": "dqs_threshold",
+    "dqs_reference": "dqs_reference",
+}
+
+
+@strict
+class VisualPerceiverConfig(PreTrainedConfig):
+    """Configuration of a Visual Perceiver; the defaults are the paper's CIFAR-10 model (section 3).
+
+    The saved config.json serves transformers and timm alike: besides these fields it holds timm's `architecture`,
+    `model_args`, `num_classes`, `num_features` and `pretrained_cfg`, derived anew at each save.
+
+    Raises:
+        ValueError: If a value is out of its range or two values do not fit together.
+
+    Example:
+        >>> config = VisualPerceiverConfig.from_architecture("visual_perceiver_nano_patch4_32", num_labels=10)
+        >>> config.hidden_size, config.num_patches
+        (96, 64)
+    """
+
+    model_type = "visual_perceiver"
+    # Written to config.json for timm, and rebuilt from the fields below.
+    timm_keys: ClassVar[tuple[str, ...]] = ("architecture", "model_args", "num_classes", "num_features")
+    # transformers' Trainer hands every other output to `compute_metrics`, which expects the logits.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["active_queries"]
+
+    image_size: int | list[int] | tuple[int, int] = 32  # pixels, or (height, width)
+    patch_size: int = 4  # pixels
+    num_channels: int = 3
+    hidden_size: int = 192  # D
+    num_hidden_layers: int = 12  # self-attention blocks between cross-attention and decoder
+    num_attention_heads: int = 3  # of the blocks and of the decoder
+    intermediate_size: int = 768  # width of every MLP
+    num_queries: int = 64  # Q
+    num_cross_attention_heads: int = 1  # of the cross-attention; the paper's maps need one
+    # What makes tokens of an image: "patch", the paper's linear map of patches, or "conv", stages of 3x3 convolutions with
+    # batch norm and a 1x1 projection. `stem_widths` holds the output channels of each stage's convolutions; each stage has
+    # half the resolution of the one before, so patch_size = 2 ** (stages - 1).
+    stem: str = "patch"
+    stem_widths: list[list[int]] | None = None
+    stem_downsample: str = "pool"  # between stages: "pool" (max pooling), or "stride" of the next convolution
+    stem_residual: bool = False  # a shortcut around each convolution that keeps its channels and resolution
+    # Which queries see each other in the blocks: "full", all of them (the paper), or "block_causal": a query sees those of
+    # its own and of earlier blocks, so that the tokens of the first K queries do not depend on later ones.
+    trunk_attention: str = "full"
+    query_blocks: list[int] | None = None  # where blocks of queries end; None is 1, 2, 4, 8, ... up to Q
+    # How queries and positions begin: "random", or "spatial": the first K queries tile the image, for every power of two K.
+    query_init: str = "random"
+    # How attention in the blocks begins: "random", or "mimetic", near what trained networks have (Trockman & Kolter 2023).
+    attention_init: str = "random"
+    hidden_act: str = "gelu"
+    qkv_bias: bool = True
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02  # standard deviation of the truncated normal
+    hidden_dropout_prob: float | int = 0.0  # after projections, MLPs and position embeddings
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0  # stochastic depth of the last block; grows linearly from 0 at the first
+    # Operating point: what `forward` does when its arguments of the same name are None.
+    num_active_queries: Any = None  # K: use the first K queries; None is all
+    dqs_threshold: Any = None  # t: drop queries more similar than this to an earlier one; None is off
+    dqs_reference: str = "all"  # what "earlier" means: "all" earlier queries, or only "kept" ones
+    # Preprocessing in timm's terms (mean, std, interpolation, ...); None is CIFAR-10's up to 64 pixels, else ImageNet's.
+    pretrained_cfg: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for key in (*self.timm_keys, "image_processor_type"):
+            kwargs.pop(key, None)
+        super().__post_init__(**kwargs)
+        if isinstance(self.image_size, (list, tuple)):
+            self.image_size = list(self.image_size)
+            if len(self.image_size) != 2:
+                raise ValueError(f"Expected `image_size` to be an int or (height, width), got {self.image_size}.")
+            if self.image_size[0] == self.image_size[1]:
+                self.image_size = self.image_size[0]
+        self._check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The knobs may be tensors or NumPy's numbers, which config.json cannot hold.
+        super().__setattr__(name, as_number(value) if name in ("num_active_queries", "dqs_threshold") else value)
+
+    def _check(self) -> None:
+        sizes = ["patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads"]
+        for name in (*sizes, "intermediate_size", "num_queries", "num_cross_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected `{name}` to be at least 1, got {getattr(self, name)}.")
+        for name in ("num_attention_heads", "num_cross_attention_heads"):
+            if self.hidden_size % getattr(self, name):
+                raise ValueError(
+                    f"Expected `hidden_size` to be a multiple of `{name}`, got {self.hidden_size} and {getattr(self, name)}."
+                )
+        if any(side < self.patch_size or side % self.patch_size for side in self.image_height_width):
+            raise ValueError(
+                f"Expected `image_size` to be a positive multiple of `patch_size`, got {self.image_size} and {self.patch_size}."
+            )
+        if self.stem not in ("patch", "conv"):
+            raise ValueError(f"Expected `stem` to be 'patch' or 'conv', got {self.stem!r}.")
+        if self.stem == "patch" and self.stem_widths is not None:
+            raise ValueError(f"Expected `stem_widths` to be None with `stem` 'patch', got {self.stem_widths!r}.")
+        if self.stem == "conv":
+            check_stem(self.stem_widths or [], self.stem_downsample)
+            stride = 2 ** (len(self.stem_widths or []) - 1)
+            if self.patch_size != stride:
+                raise ValueError(
+                    f"Expected `patch_size` to be {stride}, by which {len(self.stem_widths or [])} stages of a stem divide "
+                    f"an image's sides, got {self.patch_size}."
+                )
+        if self.trunk_attention not in ("full", "block_causal"):
+            raise ValueError(
+                f"Expected `trunk_attention` to be 'full' or 'block_causal', got {self.trunk_attention!r}."
+            )
+        if self.query_init not in ("random", "spatial"):
+            raise ValueError(f"Expected `query_init` to be 'random' or 'spatial', got {self.query_init!r}.")
+        if self.attention_init not in ("random", "mimetic"):
+            raise ValueError(f"Expected `attention_init` to be 'random' or 'mimetic', got {self.attention_init!r}.")
+        if self.query_init == "spatial" and self.hidden_size % 4:
+            raise ValueError(
+                f"Expected `hidden_size` to be a multiple of 4 with `query_init` 'spatial', got {self.hidden_size}."
+            )
+        if self.query_blocks is not None:
+            ends = self.query_blocks
+            ascending = all(a < b for a, b in zip([0, *ends], ends, strict=False))
+            if not ends or not ascending or ends[-1] != self.num_queries:
+                raise ValueError(
+                    f"Expected `query_blocks` to ascend from at least 1 to `num_queries` = {self.num_queries}, got {ends}."
+                )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"Expected `hidden_act` to be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"Expected `{name}` to be in [0, 1), got {getattr(self, name)}.")
+        if self.dqs_reference not in ("all", "kept"):
+            raise ValueError(f"Expected `dqs_reference` to be 'all' or 'kept', got {self.dqs_reference!r}.")
+        if self.dqs_threshold is not None:
+            checked_threshold(self.dqs_threshold)
+        self.operating_point()
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return height, width
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes, in the order of the logits.
+
+        Raises:
+            ValueError: If the keys of `id2label` are not the indices of the logits, as numbers or as text.
+        """
+        names = {str(key): name for key, name in (self.id2label or {}).items()}
+        indices = [str(i) for i in range(len(names))]
+        if names.keys() != set(indices):
+            raise ValueError(
+                f"Expected the keys of `id2label` to be 0 to {len(names) - 1}, got {', '.join(list(names)[:10])}."
+            )
+        return [names[i] for i in indices]
+
+    @property
+    def block_ends(self) -> list[int]:
+        """Where blocks of queries end: budgets whose tokens do not change when K grows, if the trunk is block-causal.
+
+        Example:
+            >>> VisualPerceiverConfig(num_queries=6).block_ends
+            [1, 2, 4, 6]
+        """
+        if self.query_blocks is not None:
+            return list(self.query_blocks)
+        return [2**i for i in range((self.num_queries - 1).bit_length())] + [self.num_queries]
+
+    @property
+    def num_patches(self) -> int:
+        """N, the number of input tokens."""
+        height, width = self.image_height_width
+        return (height // self.patch_size) * (width // self.patch_size)
+
+    def operating_point(
+        self, num_active_queries: int | None = None, dqs_threshold: float | None = None
+    ) -> tuple[int, float | None]:
+        """The (K, t) that these arguments of `forward` mean for this config; t is None without selection.
+
+        Args:
+            num_active_queries: K, a number or a tensor or array of one; None is the config's value, or Q.
+            dqs_threshold: t, likewise; None is the config's value. Infinity is no selection, whatever the config says.
+
+        Raises:
+            ValueError: If K is not an integer in [1, Q], or t not a number of at least -1.
+
+        Example:
+            >>> config = VisualPerceiverConfig(dqs_threshold=0.8)
+            >>> config.operating_point(16), config.operating_point(16, float("inf"))
+            ((16, 0.8), (16, None))
+        """
+        Q = self.num_queries
+        K = self.num_active_queries if num_active_queries is None else as_number(num_active_queries)
+        t = self.dqs_threshold if dqs_threshold is None else as_number(dqs_threshold)
+        K = Q if K is None else K
+        try:
+            # Integers of every library, and no floats. A compiler would take what `operator.index` gives for a constant,
+            # and compile anew for each K.
+            k = K if type(K) is int else 0 if isinstance(K, bool) else operator.index(K)
+        except TypeError:
+            k = 0
+        if not 1 <= k <= Q:
+            raise ValueError(f"Expected `num_active_queries` to be an integer in [1, {Q}], got {K!r}.")
+        off = t is None or (isinstance(t, float) and t == math.inf)
+        return k, None if off else checked_threshold(t)
+
+    @classmethod
+    def from_architecture(cls, name: str, **kwargs: Any) -> "VisualPerceiverConfig":
+        """Config of one of the named architectures (`ARCHITECTURES`), with fields overridden by `kwargs`."""
+        if name not in ARCHITECTURES:
+            raise ValueError(f"Expected an architecture among {', '.join(ARCHITECTURES)}, got {name!r}.")
+        return cls(**{**ARCHITECTURES[name], **kwargs})
+
+    @property
+    def architecture(self) -> str:
+        """The timm name of this architecture, or of the nearest one; `timm_model_args` holds the differences."""
+        trunk = ("hidden_size", "num_hidden_layers", "patch_size", "stem")
+        default = {name: getattr(type(self), name) for name in trunk}
+        for name, fields in ARCHITECTURES.items():
+            if all(getattr(self, key) == fields.get(key, default[key]) for key in trunk):
+                return name
+        return "visual_perceiver_tiny_patch4_32"
+
+    @property
+    def timm_model_args(self) -> dict[str, Any]:
+        """The arguments that make timm's `create_model` build this very model."""
+        arguments = {argument: getattr(self, field) for argument, field in TIMM_ARGUMENTS.items()}
+        return {**arguments, "mlp_ratio": self.intermediate_size / self.hidden_size}
+
+    @property
+    def timm_pretrained_cfg(self) -> dict[str, Any]:
+        """timm's `pretrained_cfg` of a checkpoint with this config."""
+        height, width = self.image_height_width
+        cfg = default_preprocessing(max(height, width))
+        cfg.update(self.pretrained_cfg or {})
+        cfg.pop("label_names", None)  # may be those of the checkpoint that this one was fine-tuned from
+        cfg.update(
+            input_size=[self.num_channels, height, width],
+            num_classes=self.num_labels,
+            fixed_input_size=True,
+            first_conv=self._first_conv,
+            classifier="head",
+        )
+        labels = self.label_names
+        if labels != [f"LABEL_{i}" for i in range(len(labels))]:
+            cfg["label_names"] = labels
+        return cfg
+
+    @property
+    def _first_conv(self) -> str:
+        """Name of the convolution that reads the image's channels."""
+        if self.stem == "patch":
+            return "embeddings.patch_embeddings.projection"
+        stage = next(i for i, widths in enumerate(self.stem_widths or []) if widths)
+        return f"embeddings.patch_embeddings.stem.stages.{stage}.0.conv"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything transformers and timm need to rebuild the model, as plain values."""
+        output = super().to_dict()
+        output.update(
+            architecture=self.architecture,
+            model_args=self.timm_model_args,
+            num_classes=self.num_labels,
+            num_features=self.hidden_size,
+            pretrained_cfg=self.timm_pretrained_cfg,
+            # With `pretrained_cfg` in the file, transformers looks here for the processor's class.
+            image_processor_type="ViTImageProcessor",
+        )
+        if output.get("auto_map"):
+            # transformers adds only the class being saved; the other must load from the same folder too.
+            modeling = "modeling_visual_perceiver.VisualPerceiver"
+            output["auto_map"] |= {
+                "AutoModel": f"{modeling}Model",
+                "AutoModelForImageClassification": f"{modeling}ForImageClassification",
+            }
+        return output
+
+
+def default_preprocessing(image_size: int) -> dict[str, Any]:
+    """How an image becomes `pixel_values`, in timm's terms: whole image, bicubic, normalised per channel."""
+    statistics = CIFAR_STATISTICS if image_size <= 64 else IMAGENET_STATISTICS
+    return {**statistics, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
+
+
+__all__ = ["VisualPerceiverConfig"]

@@ -1,0 +1,282 @@
+"""Packed batches: images that keep different numbers of tokens, laid end to end without padding.
+
+Linears, norms and MLPs see one (T, D) tensor, T being the number of tokens that all images keep together. Attention alone
+has to know whose each token is, and does it by one of two backends (docs/inference.md says more):
+
+- "varlen": one kernel for all images, told where each begins. On CUDA, in half precision.
+- "grouped": images sorted by length, so that neighbours form dense blocks for an ordinary attention. Everywhere.
+
+A third, "masked", packs nothing: it keeps the dense batch and hides the removed tokens, for export and as the reference.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .attention_groups import AttentionGroup, attention_groups, marked
+
+
+BACKENDS = ("varlen", "grouped", "masked")  # "auto" takes the first that can
+
+
+def torch_varlen_attention() -> Callable | None:
+    """torch's attention for packed batches, None where this torch is too old. The import takes seconds, so it comes late."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def varlen_needs(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float, implementation: str) -> str:
+    """What is missing for variable-length attention, in words; empty if nothing is.
+
+    Args:
+        device: Of the tokens.
+        dtype: That attention computes in.
+        head_dim: d.
+        dropout: Of attention weights.
+        implementation: transformers' name of the attention: `"sdpa"` means torch's own kernel, one with "flash" in it
+            that package's.
+    """
+    flash = "flash" in implementation
+    if device.type != "cuda":
+        return "a CUDA device"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "a GPU of compute capability 8.0"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "float16 or bfloat16"
+    if head_dim % 8 or head_dim > 256:
+        return "heads of a width that is a multiple of 8 and at most 256"
+    if dropout and not flash:
+        return "no dropout of attention weights"
+    if not flash and implementation != "sdpa":
+        return "the attention implementation 'sdpa' or a flash attention"
+    if not flash and torch_varlen_attention() is None:
+        return "a torch with torch.nn.attention.varlen"
+    return ""
+
+
+def resolve_backend(
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int = 64,
+    dropout: float = 0.0,
+    implementation: str = "sdpa",
+) -> str:
+    """The backend that `requested` means here: itself, or for `"auto"` the best there is. For the rest see `varlen_needs`.
+
+    Raises:
+        ValueError: If there is no such backend, or not here.
+
+    Example:
+        >>> resolve_backend("auto", torch.device("cpu"), torch.float32)
+        'grouped'
+    """
+    check_backend(requested)
+    if requested in ("grouped", "masked"):
+        return requested
+    needs = varlen_needs(device, dtype, head_dim, dropout, implementation)
+    if not needs:
+        return "varlen"
+    if requested == "auto":
+        return "grouped"
+    raise ValueError(
+        f"Expected a ragged backend that is available on {device.type}, grouped or masked, got 'varlen', which needs {needs}."
+    )
+
+
+def check_backend(name: str) -> None:
+    """Raise a `ValueError` unless it is the name of a backend, or `"auto"`."""
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"Expected a ragged backend among auto, {', '.join(BACKENDS)}, got {name!r}.")
+
+
+def check_values(tokens: torch.Tensor) -> None:
+    """Raise a `ValueError` for tokens without values, whose number after selection nobody knows."""
+    if tokens.is_meta:
+        raise ValueError(
+            "Expected tokens with values, by which `dqs_threshold` selects, got meta tensors; without it they will do."
+        )
+
+
+@dataclass  # not frozen: torch 2.8's compiler makes constants of a frozen one's fields
+class PackedLayout:
+    """Where each token of a packed batch comes from.
+
+    Attributes:
+        shape: (B, K) of the dense batch.
+        image: (T,) the image of each token.
+        query: (T,) the query of each token, ascending within an image.
+        backend: How attention is done, `"grouped"` or `"varlen"`.
+        order: (B,) the image at each position of the packed order; None is the order of the batch.
+        offsets: (B + 1,) int32, where each image begins in the packed order, and T; only `"varlen"` has them. More for
+            rows in excess, see `from_mask`.
+        groups: Runs of images that attend together; only `"grouped"` has them.
+
+    Example:
+        >>> keep = torch.tensor([[True, True, False], [True, False, False]])
+        >>> layout = PackedLayout.from_mask(keep)
+        >>> layout.image.tolist(), layout.query.tolist(), [(group.images, group.length) for group in layout.groups]
+        ([1, 0, 0], [0, 0, 1], [(1, 1), (1, 2)])
+    """
+
+    shape: tuple[int, int]
+    image: torch.Tensor
+    query: torch.Tensor
+    backend: str = "grouped"
+    order: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+    groups: tuple[AttentionGroup, ...] = ()
+
+    @classmethod
+    @torch.compiler.disable  # the lengths as Python's integers would be constants to a compiler, and each batch has others
+    def from_mask(cls, keep: torch.Tensor, backend: str = "grouped", round_to: int = 1) -> "PackedLayout":
+        """Lay out the tokens that `keep`, (B, K) bool, marks. Every image must keep at least one.
+
+        With `"varlen"`, T is rounded up to a multiple of `round_to`. The rows in excess repeat a token, as if of images
+        after the last one, which attend to themselves; nothing reads them, but `unpack` cannot be used.
+        """
+        check_values(keep)
+        B, K = keep.shape
+        lengths, order = keep.sum(dim=1), None
+        if backend == "grouped":
+            lengths, order = lengths.sort(stable=True)
+            keep = keep[order]
+        # The only time that the host waits for the device: it has to know T, and groups have to know their shapes.
+        known = lengths.tolist()
+        if min(known) == 0:
+            raise ValueError("Expected every image to keep at least one query, got an image that keeps none.")
+        image, query = marked(keep, sum(known)).unbind(1)
+        if backend == "varlen":
+            T = -(-sum(known) // round_to) * round_to
+            ends = lengths.cumsum(0)
+            if round_to > 1:
+                excess = ends[-1] + K * torch.arange(1, -(-round_to // K) + 1, device=keep.device)
+                ends = torch.cat([ends, excess.clamp(max=T)])
+                image, query = (torch.nn.functional.pad(x, (0, T - len(x))) for x in (image, query))
+            return cls((B, K), image, query, backend, offsets=torch.nn.functional.pad(ends.int(), (1, 0)))
+        assert order is not None
+        return cls((B, K), order[image], query, order=order, groups=attention_groups(lengths, known))
+
+    @classmethod
+    def prefix(
+        cls, B: int, K: int, device: torch.device | str | None = None, backend: str = "grouped"
+    ) -> "PackedLayout":
+        """The layout of B images that all keep their first K tokens."""
+        image, query = torch.arange(B, device=device).repeat_interleave(K), torch.arange(K, device=device).repeat(B)
+        if backend == "varlen":
+            offsets = torch.arange(0, B * K + 1, K, dtype=torch.int32, device=device)
+            return cls((B, K), image, query, backend, offsets=offsets)
+        return cls((B, K), image, query, groups=(AttentionGroup(0, B * K, B, K),))
+
+    @classmethod
+    def join(cls, layouts: Sequence["PackedLayout"]) -> "PackedLayout":
+        """One layout of several batches of the same backend, one after the other; nothing is sorted anew."""
+        images = [0, *itertools.accumulate(layout.shape[0] for layout in layouts)]
+        tokens = [0, *itertools.accumulate(layout.num_tokens for layout in layouts)]
+        parts = list(zip(layouts, images, tokens, strict=False))
+        order, offsets = None, None
+        groups: tuple[AttentionGroup, ...] = ()
+        if layouts[0].backend == "varlen":
+            starts = [layout.offsets[:-1] + first for layout, _, first in parts if layout.offsets is not None]
+            end = starts[0].new_full((1,), tokens[-1])
+            offsets = torch.cat([*starts, end])
+        else:
+            order = torch.cat([layout.positions + first for layout, first, _ in parts])
+            groups = tuple(group.moved(first) for layout, _, first in parts for group in layout.groups)
+        return cls(
+            shape=(images[-1], max(layout.shape[1] for layout in layouts)),
+            image=torch.cat([layout.image + first for layout, first, _ in parts]),
+            query=torch.cat([layout.query for layout in layouts]),
+            backend=layouts[0].backend,
+            order=order,
+            offsets=offsets,
+            groups=groups,
+        )
+
+    def causal(self, blocks: torch.Tensor) -> "PackedLayout":
+        """The layout for attention in which a query reads those of its own and of earlier blocks.
+
+        Args:
+            blocks: (Q,) the block of each query.
+        """
+        block = blocks[self.query]  # (T,)
+        return replace(self, groups=tuple(group.causal(block) for group in self.groups))
+
+    @property
+    def num_tokens(self) -> int:
+        """T, known without asking the device."""
+        return self.image.shape[0]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """(B,) the image at each position of the packed order."""
+        return torch.arange(self.shape[0], device=self.image.device) if self.order is None else self.order
+
+    def pack(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, K, D) -> (T, D)."""
+        return tokens[self.image, self.query]
+
+    def unpack(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(T, D) -> (B, K, D), rows of absent tokens zero."""
+        dense = tokens.new_zeros(*self.shape, tokens.shape[-1])
+        return dense.index_put((self.image, self.query), tokens)
+
+    def unsort(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, ...) in packed order -> (B, ...) in the order of the batch."""
+        return images if self.order is None else torch.empty_like(images).index_copy(0, self.order, images)
+
+    def attend(self, attention: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention within each image.
+
+        Args:
+            attention: Of dense blocks, for groups: maps query (n, H, L_q, d), key and value (n, H, L, d) and a mask
+                (n, 1, 1, L) or None to (n, L_q, H, d). For variable lengths, see `varlen_attention`.
+            query: (T, H, d) for self-attention, or (1, H, 1, d), the same for every image.
+            key: (T, H, d).
+            value: (T, H, d).
+
+        Returns:
+            (T, H, d) for self-attention, else (B, 1, H, d) in packed order.
+        """
+        if self.backend == "grouped":
+            return self.attend_grouped(attention, query, key, value)
+        B, K = self.shape
+        if query.ndim == 3:
+            return attention(query, key, value, self.offsets, self.offsets, K, K)
+        ones = torch.arange(B + 1, dtype=torch.int32, device=key.device)
+        query = query[:, :, 0].repeat(B, 1, 1)  # (1, H, 1, d) -> (B, H, d)
+        assert self.offsets is not None
+        return attention(query, key, value, ones, self.offsets[: B + 1], 1, K)[:, None]
+
+    # The compiler would unroll the loop for the groups of this batch, and the next batch has others. It must not see how
+    # many they are, so it is the layout that it hands over.
+    @torch.compiler.disable
+    def attend_grouped(
+        self, attention: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """`attend` by groups."""
+        return attend_in_groups(self.groups, attention, query, key, value)
+
+
+def attend_in_groups(
+    groups: Sequence[AttentionGroup],
+    attention: Callable,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> torch.Tensor:
+    """Attention within each image of a packed batch, a group at a time; see `PackedLayout.attend`."""
+    outputs = []
+    for group in groups:
+        if query.ndim == 3:
+            q, k, v = (group.dense(x) for x in (query, key, value))
+            outputs.append(group.packed(attention(q, k, v, group.mask)))
+        else:
+            k, v = group.dense(key), group.dense(value)
+            outputs.append(attention(query.expand(group.images, -1, -1, -1), k, v, group.mask))
+    return torch.cat(outputs)
