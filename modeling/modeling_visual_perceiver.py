@@ -1201,7 +1201,7 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
         Logits of onnxruntime are this model's to 1e-4 in float32. There are no gradients, hidden states or attentions.
 
         Args:
-            dtype: Of the computation, such as `torch.bfloat16` on CPUs that have it; None is the model's.
+            dtype: Dtype to compute in, such as `torch.bfloat16` on CPUs that have it; None is the model's.
             backend: `"onnxruntime"`, which computes in float32 on CPUs, or `"torch"`, this model's own modules. None is
                 onnxruntime where it can, if hf_visual_perceiver is imported.
             num_threads: Threads of onnxruntime; None is torch's number.

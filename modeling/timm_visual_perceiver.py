@@ -293,7 +293,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         """A snapshot of this classifier that answers faster; see `VisualPerceiverForImageClassification`.
 
         Args:
-            dtype: Of the computation; None is the model's.
+            dtype: Dtype to compute in; None is the model's.
             backend: `"onnxruntime"` or `"torch"`; None is onnxruntime where it can.
             num_threads: Threads of onnxruntime; None is torch's number.
             int8: Have onnxruntime compute linears in 8 bits.

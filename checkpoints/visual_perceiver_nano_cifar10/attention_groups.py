@@ -16,9 +16,9 @@ class GroupCost:
     """What attention within a group costs, in units of a token of an unpadded group.
 
     Attributes:
-        call: Of a call, however small.
-        padded_call: Of a call with a mask, with what brings tokens to their padded places and back.
-        padded_token: Of each place of such a group.
+        call: Cost of a call, however small.
+        padded_call: Cost of a call with a mask, with what brings tokens to their padded places and back.
+        padded_token: Cost of each place in such a group.
     """
 
     call: float

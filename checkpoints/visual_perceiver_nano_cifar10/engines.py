@@ -19,7 +19,7 @@ class PlainPerceiver:
     Args:
         parts: The network: a `PerceiverParts` with a decoder.
         head: The classifier.
-        dtype: Of weights and activations; None is that of the network.
+        dtype: Dtype of weights and activations; None keeps the network's.
     """
 
     def __init__(self, parts: Any, head: nn.Module, dtype: torch.dtype | None = None):
@@ -61,8 +61,8 @@ def create_engine(
         parts: The network: a `PerceiverParts` with a decoder.
         head: The classifier.
         backend: One of `ENGINES`.
-        dtype: Of the computation; None is that of the network.
-        settings: Of onnxruntime; those that are None are left out.
+        dtype: Dtype to compute in; None is the network's.
+        settings: Settings of onnxruntime; those that are None are left out.
 
     Raises:
         ValueError: If there is no such engine, or it does not take a setting.

@@ -190,8 +190,8 @@ class CallCost:
     """What a call of the trunk costs, in seconds: that of a call and of an image, a quadratic function of its length.
 
     Args:
-        call: Of a call, however small.
-        image: Of an image: c0 + c1 length + c2 length^2.
+        call: Seconds of a call, however small.
+        image: Seconds of an image: c0 + c1 length + c2 length^2.
     """
 
     def __init__(self, call: float, image: tuple[float, float, float]):

@@ -169,6 +169,8 @@ def test_weights_are_read_from_safetensors_alone():
 
 
 def test_the_checkpoints_code_is_the_packages():
-    folder = REPOSITORY / "checkpoints" / "visual_perceiver_nano_cifar10"
-    for name in REMOTE:
-        assert (folder / f"{name}.py").read_text() == (REPOSITORY / "modeling" / f"{name}.py").read_text(), name
+    folders = sorted(path.parent for path in (REPOSITORY / "checkpoints").glob("*/config.json"))
+    assert len(folders) >= 2
+    for folder in folders:
+        for name in REMOTE:
+            assert (folder / f"{name}.py").read_text() == (REPOSITORY / "modeling" / f"{name}.py").read_text(), name
