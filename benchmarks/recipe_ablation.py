@@ -1,4 +1,4 @@
-"""What each part of the bundled network's recipe is worth: one run for each change, at the same training FLOP.
+"""What each part of cifar10_micro_nested.yaml is worth: one run for each change, at the same training FLOP.
 
     python benchmarks/recipe_ablation.py --dataset PATH_OR_ID --max-minutes 120
 

@@ -76,11 +76,11 @@ class CifarResNet(nn.Module):
     A shortcut that changes the number of channels is a 1x1 convolution (option B of that paper).
 
     Args:
-        blocks: Of each stage; the network has 6 `blocks` + 2 layers.
+        blocks: Number of blocks in each stage; the network has 6 `blocks` + 2 layers.
         widths: Channels of the three stages.
         num_classes: Outputs of the classifier; 0 for none.
         in_chans: Channels of an image.
-        global_pool: Of `ClassifierHead`.
+        global_pool: Pooling, as in timm's `ClassifierHead`.
         drop_rate: Dropout before the classifier.
     """
 

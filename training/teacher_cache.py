@@ -61,7 +61,7 @@ class TeacherCache:
             images: (B, 3, H, W) uint8.
             labels: (B,) int64.
             indices: (B,) of the images in the training set.
-            epoch: Of the run.
+            epoch: Epoch of the run.
 
         Returns:
             `pixel_values` (B, 3, H, W), targets (B, labels) and the teacher's logits (B, labels), all float32.
@@ -152,7 +152,7 @@ def create_cache(
 
     Args:
         folder: New, or an empty folder.
-        facts: Of the cache.
+        facts: What the cache is made with, from `cache_facts`.
         augment: As `view_augmentation` makes it.
         teacher: Who answers.
         data: The training images, decoded and of one size.

@@ -216,7 +216,7 @@ def adapt_checkpoint_tensor(
     """What a model of this config takes from a checkpoint of another image size, or with more queries than it has.
 
     Args:
-        name: Of the parameter, with or without a prefix.
+        name: The parameter's name, with or without a prefix.
         value: The checkpoint's.
         config: The model's.
         source: (height, width) of the checkpoint's images; empty for square ones of unknown size.
@@ -422,7 +422,7 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
             inputs: (B, N, D), or packed (T, D), or what `keys_and_values` made of the former.
             K: How many queries read.
             mask: (B, 1, 1, N) bool, true where a token may be read; None reads all.
-            layout: Of packed inputs. The images of the result are then in packed order.
+            layout: Layout of packed inputs. The images of the result are then in packed order.
             need_weights: See `attend`.
             query: (n,) the queries that read, instead of the first K.
             part: `"finish"` and `"keys_and_values"` are the methods of these names.
@@ -539,7 +539,7 @@ class QuerySubset:
 
     Attributes:
         num_active_queries: K in [1, Q], the first K queries.
-        dqs_threshold: Of those, the ones that selection keeps; None is all.
+        dqs_threshold: Keep only those of them that selection keeps at this threshold; None is all.
         images: The images of the batch that make this pass.
     """
 
@@ -937,11 +937,11 @@ class IncrementalState:
     Attributes:
         parts: The network.
         head: The classifier.
-        keys_and_values: Of the images' tokens, each (B, H, N, d), as the queries read them.
+        keys_and_values: Keys and values of the images' tokens, each (B, H, N, d), as the queries read them.
         tokens: (B, K, D) after the cross-attention block.
         past: Keys and values of the K tokens in each block of the trunk, each (B, H, K, d); empty with the paper's trunk.
         processed: (B, K, D) tokens after the trunk.
-        versions: Of the weights, when the images were read.
+        versions: Versions of the weights when the images were read.
     """
 
     parts: PerceiverParts
@@ -1039,7 +1039,7 @@ class OptimizedVisualPerceiver(nn.Module):
 
     Attributes:
         config: The model's.
-        dtype: Of the computation.
+        dtype: Dtype that it computes in.
         device: Where the images have to be.
     """
 

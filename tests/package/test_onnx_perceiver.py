@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from support import small_config
+from support import PATIENCE, REPOSITORY, small_config
 
 from hf_visual_perceiver.cascade import Cascade
 from hf_visual_perceiver.inference import onnx_graphs, onnx_perceiver
@@ -154,7 +154,7 @@ def test_after_a_fork(both, images):
     _, engine = both
     expected = _first_logit(engine, images)
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert pool.apply_async(_first_logit, (engine, images)).get(timeout=60) == pytest.approx(expected)
+        assert pool.apply_async(_first_logit, (engine, images)).get(timeout=PATIENCE) == pytest.approx(expected)
 
 
 def test_is_a_snapshot_without_gradients_or_autocast(both, images):
@@ -181,6 +181,14 @@ def test_eight_bits(both, images):
     # Of a network of random weights, whose rounding errors nothing has made small.
     error = (logits - expected).norm() / expected.norm()
     assert 1e-4 < error < 0.35
+
+
+@torch.no_grad()
+def test_eight_bits_of_a_trained_network(trained):
+    images = torch.load(REPOSITORY / "tests/modeling/golden_nano.pt", weights_only=True)["images"]
+    expected = trained(images).logits
+    logits = trained.optimize_for_inference(int8=True)(images).logits
+    assert 1e-4 < (logits - expected).norm() / expected.norm() < 0.1
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True])
