@@ -40,7 +40,7 @@ def average_attention(
     K = config.num_queries if num_active_queries is None else config.operating_point(num_active_queries)[0]
     total, images = torch.zeros(K, config.num_patches, dtype=torch.float64), 0
     for pixels in batches:
-        _, weights = parts.cross_attention(parts.embeddings(pixels), K, need_weights=True)  # (B, H, K, N)
+        _, weights = parts.look(pixels, K)  # (B, H, K, N)
         total += weights.double().mean(1).sum(0).cpu()
         images += len(pixels)
     if not images:

@@ -34,6 +34,19 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "stem": "conv",
         "stem_widths": [[16], [40], [96]],
     },
+    "visual_perceiver_micro_levels_32": {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_queries": 32,
+        "stem": "conv",
+        "stem_widths": [[16], [40], [96]],
+        "level_starts": [1, 2, 4, 8, 16],
+        "level_depths": [2, 2, 2, 4, 3],
+        "trunk_attention": "block_causal",
+        "query_init": "spatial",
+    },
     "visual_perceiver_tiny_conv_32": {
         "num_hidden_layers": 8,
         "stem": "conv",
@@ -75,6 +88,8 @@ TIMM_ARGUMENTS = {
     "stem_widths": "stem_widths",
     "stem_downsample": "stem_downsample",
     "stem_residual": "stem_residual",
+    "level_starts": "level_starts",
+    "level_depths": "level_depths",
     "trunk_attention": "trunk_attention",
     "query_blocks": "query_blocks",
     "query_init": "query_init",
@@ -124,6 +139,10 @@ class VisualPerceiverConfig(PreTrainedConfig):
     stem_widths: list[list[int]] | None = None
     stem_downsample: str = "pool"  # between stages: "pool" (max pooling), or "stride" of the next convolution
     stem_residual: bool = False  # a shortcut around each convolution that keeps its channels and resolution
+    # Levels of a convolutional stem. Queries from `level_starts[i]` on read what `level_depths[i]` further residual
+    # convolutions make of the level before, so that an image is looked at longer when more queries ask. None is one level.
+    level_starts: list[int] | None = None
+    level_depths: list[int] | None = None
     # Which queries see each other in the blocks: "full", all of them (the paper), or "block_causal": a query sees those of
     # its own and of earlier blocks, so that the tokens of the first K queries do not depend on later ones.
     trunk_attention: str = "full"
@@ -188,6 +207,7 @@ class VisualPerceiverConfig(PreTrainedConfig):
                     f"Expected `patch_size` to be {stride}, by which {len(self.stem_widths or [])} stages of a stem divide "
                     f"an image's sides, got {self.patch_size}."
                 )
+        self._check_levels()
         if self.trunk_attention not in ("full", "block_causal"):
             raise ValueError(
                 f"Expected `trunk_attention` to be 'full' or 'block_causal', got {self.trunk_attention!r}."
@@ -217,6 +237,22 @@ class VisualPerceiverConfig(PreTrainedConfig):
         if self.dqs_threshold is not None:
             checked_threshold(self.dqs_threshold)
         self.operating_point()
+
+    def _check_levels(self) -> None:
+        starts, depths = self.level_starts, self.level_depths
+        if starts is None and depths is None:
+            return
+        if self.stem != "conv":
+            raise ValueError(f"Expected `stem` to be 'conv' with `level_starts`, got {self.stem!r}.")
+        starts, depths = starts or [], depths or []
+        if not starts or any(a >= b for a, b in zip([0, *starts], [*starts, self.num_queries], strict=True)):
+            raise ValueError(
+                f"Expected `level_starts` to ascend within 1 to {self.num_queries - 1}, the last query, got {starts}."
+            )
+        if len(depths) != len(starts) or min(depths) < 1:
+            raise ValueError(
+                f"Expected {len(starts)} `level_depths` of at least 1, one for each of `level_starts`, got {depths}."
+            )
 
     @property
     def image_height_width(self) -> tuple[int, int]:
@@ -250,6 +286,25 @@ class VisualPerceiverConfig(PreTrainedConfig):
         if self.query_blocks is not None:
             return list(self.query_blocks)
         return [2**i for i in range((self.num_queries - 1).bit_length())] + [self.num_queries]
+
+    @property
+    def num_levels(self) -> int:
+        """How many levels the stem has; 1 without `level_starts`."""
+        return 1 + len(self.level_starts or [])
+
+    def query_spans(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """Which level each of the queries from `start` up to `end` reads: (level, first query, one after the last).
+
+        Example:
+            >>> config = VisualPerceiverConfig.from_architecture("visual_perceiver_micro_levels_32")
+            >>> config.query_spans(0, 6)
+            [(0, 0, 1), (1, 1, 2), (2, 2, 4), (3, 4, 6)]
+        """
+        if not self.level_starts:
+            return [(0, start, end)]  # without a comparison, as K may be symbolic while a graph is made
+        edges = [0, *self.level_starts, self.num_queries]
+        spans = [(i, max(start, edges[i]), min(end, edges[i + 1])) for i in range(len(edges) - 1)]
+        return [span for span in spans if span[1] < span[2]]
 
     @property
     def num_patches(self) -> int:
@@ -299,7 +354,7 @@ class VisualPerceiverConfig(PreTrainedConfig):
     @property
     def architecture(self) -> str:
         """The timm name of this architecture, or of the nearest one; `timm_model_args` holds the differences."""
-        trunk = ("hidden_size", "num_hidden_layers", "patch_size", "stem")
+        trunk = ("hidden_size", "num_hidden_layers", "patch_size", "stem")  # levels come with other numbers of blocks
         default = {name: getattr(type(self), name) for name in trunk}
         for name, fields in ARCHITECTURES.items():
             if all(getattr(self, key) == fields.get(key, default[key]) for key in trunk):

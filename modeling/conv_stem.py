@@ -86,6 +86,27 @@ class ConvStem(nn.Module):
         return x
 
 
+class StemLevel(nn.Module):
+    """Residual convolutions that go on from the features of a level, and the 1x1 projection that makes tokens of them.
+
+    Args:
+        channels: C of the features.
+        depth: Number of convolutions.
+        width: D of the tokens.
+        act: Activation, a name in transformers' ACT2FN.
+    """
+
+    def __init__(self, channels: int, depth: int, width: int, act: str = "gelu"):
+        super().__init__()
+        self.blocks = nn.Sequential(*[ConvBlock(channels, channels, residual=True, act=act) for _ in range(depth)])
+        self.projection = nn.Conv2d(channels, width, kernel_size=1)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The level's features (B, C, h, w), and their projection (B, D, h, w)."""
+        features = self.blocks(features)
+        return features, self.projection(features)
+
+
 def stem_macs(in_channels: int, widths: Sequence[Sequence[int]], height: int, width: int) -> int:
     """Multiply-accumulates of a stem for one image of `height` x `width` pixels.
 

@@ -31,19 +31,22 @@ def count_macs(
         raise ValueError(f"Expected `num_candidates` to be at least `num_active_queries` = {K}, got {C}.")
     N, D, M = config.num_patches, config.hidden_size, config.intermediate_size
     mlp = 2 * D * M
-    reading = N * 2 * D**2 + C * (D**2 + 2 * N * D) + K * (D**2 + mlp)
+    levels = len(config.query_spans(0, C))
+    reading = levels * N * 2 * D**2 + C * (D**2 + 2 * N * D) + K * (D**2 + mlp)
     selection = 0 if num_candidates is None else C**2 * D
-    return count_token_macs(config) + reading + selection + count_trunk_macs(config, K)
+    return count_token_macs(config, levels) + reading + selection + count_trunk_macs(config, K)
 
 
-def count_token_macs(config: VisualPerceiverConfig) -> int:
-    """The part of `count_macs` that makes tokens of an image: the patches' linear, or the stem and its projection."""
+def count_token_macs(config: VisualPerceiverConfig, levels: int = 1) -> int:
+    """The part of `count_macs` that makes tokens of an image: the patches' linear, or some levels of the stem, projected."""
     N, D = config.num_patches, config.hidden_size
     if config.stem == "patch":
         return N * config.num_channels * config.patch_size**2 * D
     widths = config.stem_widths or []
     stem = stem_macs(config.num_channels, widths, *config.image_height_width)
-    return stem + N * [w for stage in widths for w in stage][-1] * D
+    width = [w for stage in widths for w in stage][-1]
+    convolutions = sum((config.level_depths or [])[: levels - 1])
+    return stem + convolutions * N * 9 * width**2 + levels * N * width * D
 
 
 def count_trunk_macs(config: VisualPerceiverConfig, num_active_queries: int) -> int:

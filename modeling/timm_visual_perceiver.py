@@ -77,6 +77,8 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         stem_widths: Sequence[Sequence[int]] | None = None,
         stem_downsample: str = "pool",
         stem_residual: bool = False,
+        level_starts: Sequence[int] | None = None,
+        level_depths: Sequence[int] | None = None,
         trunk_attention: str = "full",
         query_blocks: Sequence[int] | None = None,
         query_init: str = "random",
@@ -112,6 +114,8 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             stem_widths: Output channels of the convolutions of each stage; the patch size is 2 ** (stages - 1).
             stem_downsample: Between stages, `"pool"` or `"stride"`.
             stem_residual: Give convolutions that keep their shape a shortcut.
+            level_starts: Queries from which on a further level of the stem is read; None is one level.
+            level_depths: Residual convolutions of each further level.
             trunk_attention: Which queries see each other, `"full"` or `"block_causal"`.
             query_blocks: Where blocks of queries end; None is 1, 2, 4, 8, ... up to Q.
             query_init: How queries begin, `"random"` or `"spatial"`.
@@ -145,6 +149,8 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             "stem_widths": None if stem_widths is None else [list(stage) for stage in stem_widths],
             "stem_downsample": stem_downsample,
             "stem_residual": stem_residual,
+            "level_starts": None if level_starts is None else list(level_starts),
+            "level_depths": None if level_depths is None else list(level_depths),
             "trunk_attention": trunk_attention,
             "query_blocks": None if query_blocks is None else list(query_blocks),
             "query_init": query_init,
@@ -444,6 +450,12 @@ def visual_perceiver_nano_conv_32(pretrained: bool = False, **kwargs: Any) -> Vi
 def visual_perceiver_micro_conv_32(pretrained: bool = False, **kwargs: Any) -> VisualPerceiver:
     """Visual Perceiver of width 128 and 8 blocks with a light convolutional stem, for 32x32 images and CPUs."""
     return _create("visual_perceiver_micro_conv_32", pretrained, **kwargs)
+
+
+@register_model
+def visual_perceiver_micro_levels_32(pretrained: bool = False, **kwargs: Any) -> VisualPerceiver:
+    """Visual Perceiver of width 128 and 4 blocks whose convolutional stem goes deeper for later queries, for 32x32 images."""
+    return _create("visual_perceiver_micro_levels_32", pretrained, **kwargs)
 
 
 @register_model

@@ -40,6 +40,17 @@ def aligned(model: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(model)
 
 
+def with_statistics(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with batch-norm statistics and weights as if it had been trained."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval()
+
+
 def unwrapped(text: str) -> str:
     """What a command printed, as one line: where it wraps depends on the name of the CPU in it."""
     return " ".join(text.split())

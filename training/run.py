@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -178,6 +178,10 @@ class TrainingRun:
         if accelerator.state.deepspeed_plugin is not None:  # which asks a data loader, of which there is none
             batch = recipe.micro_batch_size or recipe.batch_size // accelerator.num_processes
             accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch
+        if (
+            getattr(self.network.config, "num_levels", 1) > 1
+        ):  # at a small budget, parameters of later levels have no part
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.model, self.optimizer = accelerator.prepare(objective, self.optimizer)
         self.average = ModelEmaV3(self.network, decay=recipe.ema_decay) if recipe.ema_decay else None
         if self.resume:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 
-FORMAT = 2  # of the files; another number means that they are exported anew
+FORMAT = 3  # of the files; another number means that they are exported anew
 INDEX = "graphs.json"
 
 
@@ -243,6 +243,10 @@ class Sessions:
         self.__dict__.update(state)
         self._reset()
 
+    def outputs(self, stage: str) -> list[str]:
+        """Names of a stage's outputs."""
+        return [output.name for output in self.session(stage).get_outputs()]
+
     def session(self, stage: str) -> Any:
         """The session of a stage."""
         if self._process != os.getpid():  # a fork has the sessions, but not their threads
@@ -262,9 +266,9 @@ class Sessions:
             options.add_external_initializers(list(graph.weights), values)
         return onnxruntime.InferenceSession(graph.content, options, providers=["CPUExecutionProvider"])
 
-    def run(self, stage: str, **inputs: np.ndarray) -> list[np.ndarray]:
-        """The outputs of a stage; safe from several threads."""
-        return self.session(stage).run(None, inputs)
+    def run(self, stage: str, outputs: Sequence[str] | None = None, **inputs: np.ndarray) -> list[np.ndarray]:
+        """The outputs of a stage, all or those of these names; safe from several threads."""
+        return self.session(stage).run(outputs, inputs)
 
 
 def quantised(graph: Graph, weights: Mapping[str, np.ndarray]) -> Graph:

@@ -50,6 +50,8 @@ def architecture_of(config: VisualPerceiverConfig, labels: int) -> dict[str, Any
         "stem_widths",
         "stem_downsample",
         "stem_residual",
+        "level_starts",
+        "level_depths",
         "trunk_attention",
         "block_ends",
     )
@@ -106,12 +108,12 @@ class OnnxPerceiver:
         logits = np.empty((B, self.num_labels), dtype=np.float32)
         if threshold is None:
             for part in self.parts_of(B, K):
-                y = self.read(pixels[part], query)
+                y = Reader(self, pixels[part]).read(0, K)
                 logits[part] = self.trunk(y, np.broadcast_to(query, y.shape[:2]), keep[part])
         else:
             for first in range(0, B, WINDOW):
                 window = slice(first, min(first + WINDOW, B))
-                y, keep[window] = self.select(pixels[window], query, threshold)
+                y, keep[window] = self.select(pixels[window], K, threshold)
                 logits[window] = self.ragged(y, keep[window])
         active = np.zeros((B, self.config.num_queries), dtype=bool)
         active[:, :K] = keep
@@ -123,20 +125,16 @@ class OnnxPerceiver:
         for first in range(0, images, size):
             yield slice(first, min(first + size, images))
 
-    def read(self, pixels: np.ndarray, query: np.ndarray) -> np.ndarray:
-        """Cross-attention outputs (n, k, D) of some queries (k,)."""
-        return self.sessions.run("read", pixel_values=pixels, query=query)[0]
-
-    def select(self, pixels: np.ndarray, query: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-        """Cross-attention outputs (n, k, D), and which of them stay, (n, k) bool."""
+    def select(self, pixels: np.ndarray, K: int, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+        """Cross-attention outputs (n, K, D), and which of them stay, (n, K) bool."""
         t, results = np.array(threshold, dtype=np.float32), []
         for part in self.parts_of(len(pixels), self.config.num_patches):
+            y = Reader(self, pixels[part]).read(0, K)
             if "select" in self.sessions.graphs:
-                results.append(self.sessions.run("select", pixel_values=pixels[part], query=query, threshold=t))
+                (keep,) = self.sessions.run("select", y=y, threshold=t)
             else:  # each decision depends on those before
-                y = self.read(pixels[part], query)
-                keep = select_queries(torch.from_numpy(y), threshold, self.config.dqs_reference)
-                results.append([y, keep.numpy()])
+                keep = select_queries(torch.from_numpy(y), threshold, self.config.dqs_reference).numpy()
+            results.append((y, keep))
         y, keep = (np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*results, strict=True))
         return y, keep
 
@@ -173,17 +171,63 @@ class OnnxPerceiver:
             yield order[images[first] : images[end]]
             first = end
 
-    def start(self, pixel_values: torch.Tensor, num_candidates: int | None = None) -> "OnnxState":
+    def start(self, pixel_values: torch.Tensor) -> "OnnxState":
         """Read images, to answer with few queries first and with more later; see `VisualPerceiverForImageClassification.start`.
 
         Args:
             pixel_values: (B, C, H, W), normalised.
-            num_candidates: The most queries that will be asked for; None is Q.
         """
-        K = self.config.operating_point(num_candidates or self.config.num_queries)[0]
-        pixels, query = pixel_values.detach().float().numpy(), np.arange(K)
-        y = [self.read(pixels[part], query) for part in self.parts_of(len(pixels), self.config.num_patches)]
-        return OnnxState(self, np.concatenate(y))
+        return OnnxState(self, Reader(self, pixel_values.detach().float().numpy()))
+
+
+class Reader:
+    """Images on their way through the levels of a stem, which are computed when a query asks for them.
+
+    Args:
+        engine: What computes.
+        x: Images (n, C, H, W), or features of a level.
+        level: Level of `x`; -1 are images.
+        tokens: (n, N, D) of the level, None if no query of the level will be read any more.
+    """
+
+    def __init__(self, engine: OnnxPerceiver, x: np.ndarray, level: int = -1, tokens: np.ndarray | None = None):
+        self.engine, self.x, self.level, self.tokens = engine, x, level, tokens
+
+    def read(self, first: int, end: int, go_on: bool = False) -> np.ndarray:
+        """Cross-attention outputs (n, end - first, D) of the queries from `first` up to `end`, in ascending calls.
+
+        Args:
+            first: Query.
+            end: One after the last query.
+            go_on: Keep what a further call needs.
+        """
+        config, sessions, results = self.engine.config, self.engine.sessions, []
+        spans = config.query_spans(first, end)
+        for level, a, b in spans:
+            query = np.arange(a, b)
+            if level == self.level:
+                results += sessions.run("read", tokens=self.tokens, query=query)
+                continue
+            last = (level, a, b) == spans[-1]
+            names = ["y"] if last and not go_on else sessions.outputs(f"level_{level}")
+            y, *rest = sessions.run(f"level_{level}", names, x=self.x, query=query)
+            results.append(y)
+            self.level = level
+            if rest:
+                self.tokens, self.x = rest[0], rest[-1]
+        return results[0] if len(results) == 1 else np.concatenate(results, axis=1)
+
+    def __getitem__(self, images: np.ndarray | slice) -> "Reader":
+        """Some of the images."""
+        tokens = None if self.tokens is None else self.tokens[images]
+        return Reader(self.engine, self.x[images], self.level, tokens)
+
+    @classmethod
+    def join(cls, readers: list["Reader"]) -> "Reader":
+        """The images of readers that are at the same level."""
+        first = readers[0]
+        tokens = None if first.tokens is None else joined([r.tokens for r in readers if r.tokens is not None])
+        return cls(first.engine, joined([r.x for r in readers]), first.level, tokens)
 
 
 class CallCost:
@@ -231,12 +275,19 @@ class OnnxState:
 
     Args:
         engine: What computes.
-        y: (B, candidates, D) cross-attention outputs.
+        reader: The images.
     """
 
-    def __init__(self, engine: OnnxPerceiver, y: np.ndarray):
-        self.engine, self.y, self.num_active_queries = engine, y, 0
-        self.past: np.ndarray | None = None
+    def __init__(self, engine: OnnxPerceiver, reader: Reader):
+        D, images = engine.config.hidden_size, len(reader.x)
+        self.engine, self.reader = engine, reader
+        self.y = np.empty((images, 0, D), dtype=np.float32)  # (B, K, D) cross-attention outputs
+        self.past: np.ndarray | None = None  # keys and values in each block, (B, 2 (L + 1), H, K, d)
+
+    @property
+    def num_active_queries(self) -> int:
+        """K so far; 0 before the first answer."""
+        return self.y.shape[1]
 
     def extend(self, num_active_queries: int) -> Any:
         """Answer with the first K queries, going on from those that there are.
@@ -246,25 +297,32 @@ class OnnxState:
         """
         engine, before = self.engine, self.num_active_queries
         K, _ = engine.config.operating_point(num_active_queries)
-        if not before <= K <= self.y.shape[1]:
-            raise ValueError(f"Expected a number of queries in [{before}, {self.y.shape[1]}], got {K}.")
-        B, causal = len(self.y), engine.config.trunk_attention == "block_causal"
-        logits = np.empty((B, engine.num_labels), dtype=np.float32)
-        start = max(end for end in [0, *engine.config.block_ends] if end <= before) if causal else 0
-        if causal and start == K:  # asked again: only the last block can give the answer
-            start = max(end for end in [0, *engine.config.block_ends] if end < K)
-        query, kept = np.arange(start, K), []
-        for part in engine.parts_of(B, K - start):
-            y = np.ascontiguousarray(self.y[part, start:K])
+        if before > K:
+            raise ValueError(f"Expected at least the {before} queries that there are, got {K}.")
+        causal = engine.config.trunk_attention == "block_causal"
+        # Queries of a block see all of it, so a block that was cut off begins anew; and asked again, only the last block can
+        # give the answer.
+        ends = [0, *engine.config.block_ends] if causal else [0]
+        start = max(end for end in ends if end <= before and end < K)
+        parts, readers, read, logits, past = engine.parts_of(len(self.y), K - start), [], [], [], []
+        for part in parts:
+            reader, y = self.reader[part], self.y[part]
+            if before < K:
+                y = np.concatenate([y, reader.read(before, K, go_on=True)], axis=1)
+            readers.append(reader)
+            read.append(y)
             if causal:
-                logits[part], past = engine.sessions.run("extend", y=y, query=query, past=self.past_of(part, start))
-                kept.append(past)
+                query, new = np.arange(start, K), np.ascontiguousarray(y[:, start:])
+                answer, kept = engine.sessions.run("extend", y=new, query=query, past=self.past_of(part, start))
+                past.append(kept)
             else:
                 keep = np.ones((len(y), K), dtype=bool)
-                logits[part] = engine.trunk(y, np.broadcast_to(query, keep.shape), keep)
-        self.past, self.num_active_queries = np.concatenate(kept) if causal else None, K
-        active = torch.arange(engine.config.num_queries) < K
-        return VisualPerceiverImageClassifierOutput(logits=torch.from_numpy(logits), active_queries=active.repeat(B, 1))
+                answer = engine.trunk(y, np.broadcast_to(np.arange(K), keep.shape), keep)
+            logits.append(answer)
+        self.reader, self.y = Reader.join(readers), joined(read)
+        self.past = joined(past) if causal else None
+        active = (torch.arange(engine.config.num_queries) < K).repeat(len(self.y), 1)
+        return VisualPerceiverImageClassifierOutput(logits=torch.from_numpy(joined(logits)), active_queries=active)
 
     def past_of(self, images: slice, length: int) -> np.ndarray:
         """Keys and values of the first `length` queries of some images, (n, 2 (L + 1), H, length, d)."""
@@ -278,7 +336,12 @@ class OnnxState:
     def __getitem__(self, images: torch.Tensor) -> "OnnxState":
         """The state of some of the images: (B,) bool or indices."""
         chosen = images.numpy()
-        state = OnnxState(self.engine, self.y[chosen])
-        state.num_active_queries = self.num_active_queries
+        state = OnnxState(self.engine, self.reader[chosen])
+        state.y = self.y[chosen]
         state.past = None if self.past is None else self.past[chosen]
         return state
+
+
+def joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Arrays one after the other, without a copy of a single one."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -67,20 +67,19 @@ class PerceiverStage(nn.Module):
 
 
 class ReadStage(PerceiverStage):
-    """Cross-attention outputs: images (B, C, H, W) and queries (k,) -> (B, k, D)."""
+    """Cross-attention outputs: tokens (B, N, D) of a level, normalised, and queries (k,) of that level -> (B, k, D)."""
 
-    def forward(self, pixel_values: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         cross, D = self.visual_perceiver.cross_attention, self.config.hidden_size
-        inputs = cross.norm_inputs(self.visual_perceiver.embeddings(pixel_values))
         queries = cross.query(cross.norm_queries(F.embedding(query, cross.queries)[None]))  # (1, k, D)
         if cross.num_heads == 1:
             # q . (W_k x) = (W_k^T q) . x, and the sum of a (W_v x) is W_v times that of a x: no token needs a key or a value.
             # The key's bias adds the same to all scores of a query, which softmax takes away again.
             key_weight, value_weight = cross.key_value.weight.split(D)
-            read = attend(split_heads(queries @ key_weight, 1), inputs[:, None], inputs[:, None], cross.scaling)
+            read = attend(split_heads(queries @ key_weight, 1), tokens[:, None], tokens[:, None], cross.scaling)
             bias = None if cross.key_value.bias is None else cross.key_value.bias[D:]
             return F.linear(read, value_weight, bias)
-        key, value = cross.key_value(inputs).split(D, -1)
+        key, value = cross.key_value(tokens).split(D, -1)
         return attend(
             split_heads(queries, cross.num_heads),
             split_heads(key, cross.num_heads),
@@ -89,17 +88,32 @@ class ReadStage(PerceiverStage):
         )
 
 
-class SelectStage(ReadStage):
-    """As `ReadStage`, and which queries stay at a threshold, (B, k) bool, compared with all earlier ones."""
+class LevelStage(ReadStage):
+    """A level of the stem, and what queries (k,) of it read.
 
-    def forward(  # type: ignore[override]
-        self, pixel_values: torch.Tensor, query: torch.Tensor, threshold: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        y = super().forward(pixel_values, query)
+    Images (B, C, H, W), or the features (B, C, h, w) of the level before, to cross-attention outputs (B, k, D), the level's
+    tokens (B, N, D), normalised, and unless it is the last its features.
+    """
+
+    def __init__(self, parts: Any, head: nn.Module, level: int):
+        super().__init__(parts, head)
+        self.level = level
+
+    def forward(self, x: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        (tokens,), features = self.visual_perceiver.embeddings(x, first=self.level, end=self.level + 1)
+        tokens = self.visual_perceiver.cross_attention.norm_inputs(tokens)
+        y = super().forward(tokens, query)
+        return (y, tokens) if self.level == self.config.num_levels - 1 else (y, tokens, features)
+
+
+class SelectStage(nn.Module):
+    """Which queries stay at a threshold, compared with all earlier ones: (B, k, D) -> (B, k) bool."""
+
+    def forward(self, y: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
         place = torch.arange(y.shape[1], device=y.device)
         # The rule of `keep_dissimilar` with the reference "all".
         too_similar = (cosine_similarities(y) > threshold) & (place[:, None] > place)
-        return y, ~too_similar.any(-1)
+        return ~too_similar.any(-1)
 
 
 class TrunkStage(PerceiverStage):
@@ -149,32 +163,42 @@ class ExtendStage(PerceiverStage):
 
 
 def stages_of(parts: Any, head: nn.Module) -> dict[str, Stage]:
-    """The stages of a network: `read`, `select` unless it compares with kept queries alone, `trunk`, and of a block-causal one
-    `extend`."""
+    """The stages of a network: `level_0` and for each further level of the stem one more, `read`, `select` unless it compares
+    with kept queries alone, `trunk`, and of a block-causal one `extend`."""
     config: VisualPerceiverConfig = parts.config
-    D, H, L = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    D, H, L, N = config.hidden_size, config.num_attention_heads, config.num_hidden_layers, config.num_patches
     n, k, p = 3, min(5, config.num_queries), 2
-    pixel_values = torch.zeros(2, config.num_channels, *config.image_height_width)
+    x = torch.zeros(n, config.num_channels, *config.image_height_width)
     tokens, places = torch.zeros(n, k, D), torch.arange(k)
     images, of_image = {0: "images"}, {0: "images", 1: "queries"}
-    reading = {"pixel_values": images, "query": {0: "queries"}}
-    stages = {
-        "read": Stage(ReadStage(parts, head), {"pixel_values": pixel_values, "query": places}, reading, ("y",)),
-        "select": Stage(
-            SelectStage(parts, head),
-            {"pixel_values": pixel_values, "query": places, "threshold": torch.tensor(0.5)},
-            {**reading, "threshold": {}},
-            ("y", "keep"),
-        ),
-        "trunk": Stage(
-            TrunkStage(parts, head),
-            {"y": tokens, "query": places.repeat(n, 1), "keep": torch.ones(n, k, dtype=torch.bool)},
-            {"y": of_image, "query": of_image, "keep": of_image},
-            ("logits",),
-        ),
-    }
-    if config.dqs_reference != "all":
-        del stages["select"]
+    stages = {}
+    for level in range(config.num_levels):
+        last = level == config.num_levels - 1
+        stages[f"level_{level}"] = Stage(
+            LevelStage(parts, head, level),
+            {"x": x, "query": places},
+            {"x": images, "query": {0: "queries"}},
+            ("y", "tokens") if last else ("y", "tokens", "features"),
+        )
+        if level == 0 and not last:
+            with torch.no_grad():
+                x = torch.zeros_like(parts.embeddings(x)[1])
+    stages["read"] = Stage(
+        ReadStage(parts, head),
+        {"tokens": torch.zeros(n, N, D), "query": places},
+        {"tokens": images, "query": {0: "queries"}},
+        ("y",),
+    )
+    if config.dqs_reference == "all":
+        stages["select"] = Stage(
+            SelectStage(), {"y": tokens, "threshold": torch.tensor(0.5)}, {"y": of_image, "threshold": {}}, ("keep",)
+        )
+    stages["trunk"] = Stage(
+        TrunkStage(parts, head),
+        {"y": tokens, "query": places.repeat(n, 1), "keep": torch.ones(n, k, dtype=torch.bool)},
+        {"y": of_image, "query": of_image, "keep": of_image},
+        ("logits",),
+    )
     if config.trunk_attention == "block_causal":
         stages["extend"] = Stage(
             ExtendStage(parts, head),

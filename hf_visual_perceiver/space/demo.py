@@ -164,7 +164,7 @@ class Demo:
         """
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.model.device)
         parts = self.model.visual_perceiver
-        y, weights = parts.cross_attention(parts.embeddings(pixels), self.config.num_queries, need_weights=True)
+        y, weights = parts.look(pixels, self.config.num_queries)
         height, width = (side // self.config.patch_size for side in self.config.image_height_width)
         seconds = []
         for _ in range(3):  # the first warms up

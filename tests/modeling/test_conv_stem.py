@@ -6,7 +6,7 @@ import sys
 import pytest
 import timm
 import torch
-from support import PATIENCE, REPOSITORY, small_config
+from support import PATIENCE, REPOSITORY, small_config, with_statistics
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
@@ -23,17 +23,6 @@ FORMS = {
     "stride": ([[], [8], [10]], "stride", False),
     "strides and depth": ([[6], [8, 8], [10, 10]], "stride", True),
 }
-
-
-def with_statistics(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with batch-norm statistics and weights as if it had been trained."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.uniform_(-1, 1)
-            module.running_var.uniform_(0.5, 2)
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
-    return model.eval()
 
 
 @pytest.fixture

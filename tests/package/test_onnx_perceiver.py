@@ -25,6 +25,13 @@ FORMS = {
         "trunk_attention": "block_causal",
         "num_cross_attention_heads": 2,
     },
+    "levels": {
+        "stem": "conv",
+        "stem_widths": [[4], [6], [8]],
+        "level_starts": [2, 6],
+        "level_depths": [1, 2],
+        "trunk_attention": "block_causal",
+    },
 }
 POINTS = [
     (1, None),

@@ -1,0 +1,118 @@
+"""Levels of a convolutional stem: later queries read features that are computed for them alone."""
+
+import pytest
+import timm
+import torch
+from support import small_config, with_statistics
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageClassification
+
+from hf_visual_perceiver.export import trace
+from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.training.folder import save_folder
+
+
+LEVELS = {
+    "stem": "conv",
+    "stem_widths": [[6], [8], [10]],
+    "level_starts": [1, 6],
+    "level_depths": [1, 2],
+    "trunk_attention": "block_causal",
+}
+
+
+@pytest.fixture
+def layered() -> VisualPerceiverForImageClassification:
+    return with_statistics(VisualPerceiverForImageClassification(small_config(**LEVELS)))
+
+
+@torch.no_grad()
+def test_levels_are_computed_when_queries_ask_for_them_and_counted(layered, images):
+    ran = []
+    for level in layered.visual_perceiver.embeddings.levels:
+        level.register_forward_hook(lambda module, *_: ran.append(len(module.blocks)))
+    for K, expected in ((1, []), (2, [1]), (6, [1]), (7, [1, 2]), (12, [1, 2])):
+        ran.clear()
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            layered(images[:1], num_active_queries=K)
+        assert ran == expected
+        assert counter.get_total_flops() / 2 == pytest.approx(count_macs(layered.config, K), rel=5e-3)
+
+
+@torch.no_grad()
+def test_queries_read_their_own_level(layered, images):
+    """What each query reads and attends to, against levels and attention written out."""
+    base = layered.visual_perceiver
+    y, weights = base.look(images, 12)
+    tokens, features = base.embeddings(images, end=3)
+    assert y.shape == (len(images), 12, 24)
+    assert weights.shape == (len(images), 1, 12, 16)
+    assert features.shape[1] == 10
+    cross = base.cross_attention
+    for query, level in ((0, 0), (1, 1), (5, 1), (6, 2), (11, 2)):
+        key, value = cross.key_value(cross.norm_inputs(tokens[level])).chunk(2, dim=-1)
+        scores = key @ cross.query(cross.norm_queries(cross.queries[query])) * 24**-0.5
+        torch.testing.assert_close(weights[:, 0, query], scores.softmax(-1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(y[:, query], (scores.softmax(-1)[:, None] @ value)[:, 0], rtol=1e-5, atol=1e-5)
+    # The next level goes on from the features of the one before.
+    (again,), _ = base.embeddings(base.embeddings(images, end=2)[1], first=2, end=3)
+    torch.testing.assert_close(again, tokens[2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trunk", ["block_causal", "full"])
+def test_going_on_equals_one_pass(images, trunk):
+    model = with_statistics(VisualPerceiverForImageClassification(small_config(**{**LEVELS, "trunk_attention": trunk})))
+    state = model.start(images)
+    chosen = torch.tensor([4, 1])
+    for K in (1, 4, 5, 8, 12):
+        expected = model(images, num_active_queries=K).logits
+        torch.testing.assert_close(state[chosen].extend(K).logits, expected[chosen], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(state.extend(K).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_selection_keeps_queries_of_all_levels(layered, images):
+    output = layered(images, dqs_threshold=0.9)
+    assert 1 < output.active_queries.sum(1).float().mean() < 12
+    alone = torch.cat([layered(image[None], dqs_threshold=0.9).logits for image in images])
+    torch.testing.assert_close(output.logits, alone, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_file_for_both_libraries(layered, images, tmp_path):
+    save_folder(layered, tmp_path / "model")
+    ours = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    theirs = AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
+    for K in (1, 5, 12):
+        expected = layered(images, num_active_queries=K).logits
+        torch.testing.assert_close(ours(images, num_active_queries=K), expected)
+        torch.testing.assert_close(theirs(images, num_active_queries=K).logits, expected)
+
+
+@torch.no_grad()
+def test_graph_with_k_as_an_input(layered, images):
+    graph = trace(layered).module()
+    for K in (1, 2, 7):
+        logits, _ = graph(images, torch.tensor(1.0), torch.tensor(K))
+        torch.testing.assert_close(logits, layered(images, num_active_queries=K).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stem": "patch", "stem_widths": None}, "'conv'"),
+        ({"level_starts": [0, 6]}, "ascend"),
+        ({"level_starts": [6, 6]}, "ascend"),
+        ({"level_starts": [6, 12]}, "ascend"),
+        ({"level_starts": None}, "ascend"),
+        ({"level_depths": [1]}, "2 `level_depths`"),
+        ({"level_depths": [0, 1]}, "at least 1"),
+        ({"level_depths": None}, "`level_depths`"),
+    ],
+    ids=str,
+)
+def test_levels_that_do_not_fit(fields, message):
+    with pytest.raises(ValueError, match=message):
+        small_config(**{**LEVELS, **fields})
