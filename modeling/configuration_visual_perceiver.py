@@ -43,7 +43,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "stem": "conv",
         "stem_widths": [[16], [40], [96]],
         "level_starts": [1, 2, 4, 8, 16],
-        "level_depths": [2, 2, 2, 4, 3],
+        "level_depths": [1, 1, 1, 2, 1],
+        "level_resolutions": 2,
         "trunk_attention": "block_causal",
         "query_init": "spatial",
     },
@@ -90,6 +91,7 @@ TIMM_ARGUMENTS = {
     "stem_residual": "stem_residual",
     "level_starts": "level_starts",
     "level_depths": "level_depths",
+    "level_resolutions": "level_resolutions",
     "trunk_attention": "trunk_attention",
     "query_blocks": "query_blocks",
     "query_init": "query_init",
@@ -143,6 +145,9 @@ class VisualPerceiverConfig(PreTrainedConfig):
     # convolutions make of the level before, so that an image is looked at longer when more queries ask. None is one level.
     level_starts: list[int] | None = None
     level_depths: list[int] | None = None
+    # 2: a level goes on at the resolution of the stage before the last as well; its depth then counts steps of a convolution
+    # there, one with a stride of 2, and one at the resolution of the tokens.
+    level_resolutions: int = 1
     # Which queries see each other in the blocks: "full", all of them (the paper), or "block_causal": a query sees those of
     # its own and of earlier blocks, so that the tokens of the first K queries do not depend on later ones.
     trunk_attention: str = "full"
@@ -240,10 +245,19 @@ class VisualPerceiverConfig(PreTrainedConfig):
 
     def _check_levels(self) -> None:
         starts, depths = self.level_starts, self.level_depths
+        if self.level_resolutions not in (1, 2):
+            raise ValueError(f"Expected `level_resolutions` to be 1 or 2, got {self.level_resolutions}.")
         if starts is None and depths is None:
             return
         if self.stem != "conv":
             raise ValueError(f"Expected `stem` to be 'conv' with `level_starts`, got {self.stem!r}.")
+        if (
+            not all((self.stem_widths or [])[-self.level_resolutions :])
+            or len(self.stem_widths or []) < self.level_resolutions
+        ):
+            raise ValueError(
+                f"Expected convolutions in the last {self.level_resolutions} of `stem_widths`, got {self.stem_widths}."
+            )
         starts, depths = starts or [], depths or []
         if not starts or any(a >= b for a, b in zip([0, *starts], [*starts, self.num_queries], strict=True)):
             raise ValueError(

@@ -1,7 +1,7 @@
 """Multiply-accumulates of one image's forward, by formula."""
 
 from .configuration_visual_perceiver import VisualPerceiverConfig
-from .conv_stem import stem_macs
+from .conv_stem import level_macs, stem_macs
 
 
 def count_macs(
@@ -45,8 +45,10 @@ def count_token_macs(config: VisualPerceiverConfig, levels: int = 1) -> int:
     widths = config.stem_widths or []
     stem = stem_macs(config.num_channels, widths, *config.image_height_width)
     width = [w for stage in widths for w in stage][-1]
-    convolutions = sum((config.level_depths or [])[: levels - 1])
-    return stem + convolutions * N * 9 * width**2 + levels * N * width * D
+    further = [
+        level_macs(widths, depth, N, config.level_resolutions) for depth in (config.level_depths or [])[: levels - 1]
+    ]
+    return stem + sum(further) + levels * N * width * D
 
 
 def count_trunk_macs(config: VisualPerceiverConfig, num_active_queries: int) -> int:

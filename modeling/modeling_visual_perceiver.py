@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_groups import AttentionGroup  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .configuration_visual_perceiver import VisualPerceiverConfig
-from .conv_stem import ConvBlock, ConvStem, StemLevel
+from .conv_stem import ConvBlock, ConvStem, StemLevel, joined_features
 from .engines import create_engine
 from .query_selection import select_queries, without_autocast
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
@@ -164,6 +164,7 @@ class VisualPerceiverPatchEmbeddings(nn.Module):
 
     def __init__(self, config: VisualPerceiverConfig):
         super().__init__()
+        self.resolutions = config.level_resolutions if config.level_starts else 1
         if config.stem == "conv":
             widths = config.stem_widths or []
             stem = ConvStem(
@@ -177,9 +178,12 @@ class VisualPerceiverPatchEmbeddings(nn.Module):
             self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stem's features (B, C', h, w), and their projection (B, D, h, w)."""
-        features = self.stem(pixel_values)
-        return features, self.projection(features)
+        """The stem's features (B, C', h, w), and the projection (B, D, h, w) of those of its last stage."""
+        if self.resolutions == 1 or not isinstance(self.stem, ConvStem):
+            features = self.stem(pixel_values)
+            return features, self.projection(features)
+        *_, fine, coarse = self.stem.stages_of(pixel_values)
+        return joined_features(coarse, fine), self.projection(coarse)
 
 
 class VisualPerceiverEmbeddings(nn.Module):
@@ -195,8 +199,9 @@ class VisualPerceiverEmbeddings(nn.Module):
         self.patch_embeddings = VisualPerceiverPatchEmbeddings(config)
         self.levels = nn.ModuleList()
         for depth in config.level_depths or []:
-            channels: Any = self.patch_embeddings.stem.out_channels
-            self.levels.append(StemLevel(channels, depth, config.hidden_size, config.hidden_act))
+            widths = config.stem_widths or []
+            fine = widths[-2][-1] if config.level_resolutions == 2 else 0
+            self.levels.append(StemLevel(widths[-1][-1], depth, config.hidden_size, config.hidden_act, fine))
         self.position_embeddings = nn.Parameter(torch.empty(1, config.num_patches, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 

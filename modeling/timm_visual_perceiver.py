@@ -79,6 +79,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         stem_residual: bool = False,
         level_starts: Sequence[int] | None = None,
         level_depths: Sequence[int] | None = None,
+        level_resolutions: int = 1,
         trunk_attention: str = "full",
         query_blocks: Sequence[int] | None = None,
         query_init: str = "random",
@@ -116,6 +117,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             stem_residual: Give convolutions that keep their shape a shortcut.
             level_starts: Queries from which on a further level of the stem is read; None is one level.
             level_depths: Residual convolutions of each further level.
+            level_resolutions: At how many resolutions a level computes, 1 or 2.
             trunk_attention: Which queries see each other, `"full"` or `"block_causal"`.
             query_blocks: Where blocks of queries end; None is 1, 2, 4, 8, ... up to Q.
             query_init: How queries begin, `"random"` or `"spatial"`.
@@ -151,6 +153,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             "stem_residual": stem_residual,
             "level_starts": None if level_starts is None else list(level_starts),
             "level_depths": None if level_depths is None else list(level_depths),
+            "level_resolutions": level_resolutions,
             "trunk_attention": trunk_attention,
             "query_blocks": None if query_blocks is None else list(query_blocks),
             "query_init": query_init,

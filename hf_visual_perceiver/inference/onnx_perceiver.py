@@ -52,6 +52,7 @@ def architecture_of(config: VisualPerceiverConfig, labels: int) -> dict[str, Any
         "stem_residual",
         "level_starts",
         "level_depths",
+        "level_resolutions",
         "trunk_attention",
         "block_ends",
     )

@@ -22,9 +22,10 @@ LEVELS = {
 }
 
 
-@pytest.fixture
-def layered() -> VisualPerceiverForImageClassification:
-    return with_statistics(VisualPerceiverForImageClassification(small_config(**LEVELS)))
+@pytest.fixture(params=[1, 2], ids=["one resolution", "two"])
+def layered(request) -> VisualPerceiverForImageClassification:
+    fields = {**LEVELS, "level_resolutions": request.param}
+    return with_statistics(VisualPerceiverForImageClassification(small_config(**fields)))
 
 
 @torch.no_grad()
@@ -41,6 +42,22 @@ def test_levels_are_computed_when_queries_ask_for_them_and_counted(layered, imag
 
 
 @torch.no_grad()
+def test_a_level_of_two_resolutions(images):
+    """Against the same convolutions, called one by one."""
+    model = with_statistics(VisualPerceiverForImageClassification(small_config(**LEVELS, level_resolutions=2)))
+    embeddings = model.visual_perceiver.embeddings
+    *_, fine, coarse = embeddings.patch_embeddings.stem.stages_of(images)
+    for level in embeddings.levels:
+        for i in range(len(level.blocks)):
+            fine = fine + level.fine[i].act(level.fine[i].norm(level.fine[i].conv(fine)))
+            coarse = coarse + level.down[i].act(level.down[i].norm(level.down[i].conv(fine)))
+            coarse = coarse + level.blocks[i].act(level.blocks[i].norm(level.blocks[i].conv(coarse)))
+    tokens, _ = embeddings(images, end=3)
+    expected = level.projection(coarse).flatten(2).transpose(1, 2) + embeddings.position_embeddings
+    torch.testing.assert_close(tokens[2], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_queries_read_their_own_level(layered, images):
     """What each query reads and attends to, against levels and attention written out."""
     base = layered.visual_perceiver
@@ -48,7 +65,7 @@ def test_queries_read_their_own_level(layered, images):
     tokens, features = base.embeddings(images, end=3)
     assert y.shape == (len(images), 12, 24)
     assert weights.shape == (len(images), 1, 12, 16)
-    assert features.shape[1] == 10
+    assert features.shape[1:] == ((10, 4, 4) if base.config.level_resolutions == 1 else (10 + 4 * 8, 4, 4))
     cross = base.cross_attention
     for query, level in ((0, 0), (1, 1), (5, 1), (6, 2), (11, 2)):
         key, value = cross.key_value(cross.norm_inputs(tokens[level])).chunk(2, dim=-1)
@@ -110,6 +127,8 @@ def test_graph_with_k_as_an_input(layered, images):
         ({"level_depths": [1]}, "2 `level_depths`"),
         ({"level_depths": [0, 1]}, "at least 1"),
         ({"level_depths": None}, "`level_depths`"),
+        ({"level_resolutions": 3}, "1 or 2"),
+        ({"level_resolutions": 2, "stem_widths": [[6], [], [10]]}, "in the last 2"),
     ],
     ids=str,
 )

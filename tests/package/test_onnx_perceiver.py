@@ -30,6 +30,7 @@ FORMS = {
         "stem_widths": [[4], [6], [8]],
         "level_starts": [2, 6],
         "level_depths": [1, 2],
+        "level_resolutions": 2,
         "trunk_attention": "block_causal",
     },
 }
