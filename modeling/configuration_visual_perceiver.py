@@ -2,13 +2,17 @@
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .conv_stem import check_stem
+from .elastic import Budget, ElasticConfig
+from .macs import count_macs
 from .query_selection import as_number, checked_threshold
 
 
@@ -105,7 +109,7 @@ TIMM_ARGUMENTS = {
 
 
 @strict
-class VisualPerceiverConfig(PreTrainedConfig):
+class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
     """Configuration of a Visual Perceiver; the defaults are the paper's CIFAR-10 model (section 3).
 
     The saved config.json serves transformers and timm alike: besides these fields it holds timm's `architecture`,
@@ -121,6 +125,8 @@ class VisualPerceiverConfig(PreTrainedConfig):
     """
 
     model_type = "visual_perceiver"
+    unit: ClassVar[str] = "queries"
+    knobs: ClassVar[Mapping[str, str]] = {"K": "num_active_queries", "t": "dqs_threshold"}
     # Written to config.json for timm, and rebuilt from the fields below.
     timm_keys: ClassVar[tuple[str, ...]] = ("architecture", "model_args", "num_classes", "num_features")
     # transformers' Trainer hands every other output to `compute_metrics`, which expects the logits.
@@ -327,13 +333,61 @@ class VisualPerceiverConfig(PreTrainedConfig):
         height, width = self.image_height_width
         return (height // self.patch_size) * (width // self.patch_size)
 
-    def operating_point(
-        self, num_active_queries: int | None = None, dqs_threshold: float | None = None
-    ) -> tuple[int, float | None]:
+    def budgets(self) -> list[Budget]:
+        """K = 1, 2, 4, 8, ... and all queries.
+
+        Example:
+            >>> VisualPerceiverConfig(num_queries=3).budgets()
+            [Budget(num_active_queries=1), Budget(num_active_queries=2), Budget()]
+        """
+        powers = [2**i for i in range((self.num_queries - 1).bit_length())]
+        return [*(Budget(num_active_queries=K) for K in powers), Budget()]
+
+    def resolve(self, **knobs: Any) -> dict[str, Any]:
+        """Both knobs as `forward` takes them; K left out is Q, t left out infinity, which is no selection.
+
+        Raises:
+            ValueError: If a value is out of its range, or there is no such knob.
+
+        Example:
+            >>> VisualPerceiverConfig(dqs_threshold=0.8).resolve(num_active_queries=16)
+            {'num_active_queries': 16, 'dqs_threshold': inf}
+        """
+        if unknown := knobs.keys() - set(self.knobs.values()):
+            raise ValueError(
+                f"Expected knobs among {', '.join(self.knobs.values())}, got {', '.join(sorted(unknown))}."
+            )
+        K, t = knobs.get("num_active_queries"), knobs.get("dqs_threshold")
+        K, t = self.operating_point(self.num_queries if K is None else K, math.inf if t is None else t)
+        return {"num_active_queries": K, "dqs_threshold": math.inf if t is None else t}
+
+    def count_macs(self, budget: Budget | None = None, output: Any = None) -> Any:
+        """Multiply-accumulates of an image; see `ElasticConfig.count_macs`.
+
+        With a threshold and no `output`, of an image that keeps all candidates.
+
+        Example:
+            >>> config = VisualPerceiverConfig(num_labels=10)
+            >>> config.count_macs(Budget(num_active_queries=8)), config.count_macs(Budget())
+            (52159680, 394200960)
+        """
+        knobs = self.resolve(**(self.default_budget if budget is None else budget).kwargs)
+        K, selects = knobs["num_active_queries"], knobs["dqs_threshold"] != math.inf
+        if output is None and isinstance(K, int):
+            return count_macs(self, K, K if selects else None)
+        most = torch.as_tensor(K)
+        used = most if output is None else output.used.cpu()
+        pairs = torch.stack(torch.broadcast_tensors(used, most), dim=-1).reshape(-1, 2)
+        kinds, which = pairs.unique(dim=0, return_inverse=True)
+        macs = [count_macs(self, k, c if selects else None) for k, c in kinds.tolist()]
+        return torch.tensor(macs)[which]
+
+    def operating_point(self, num_active_queries: Any = None, dqs_threshold: float | None = None) -> tuple[Any, Any]:
         """The (K, t) that these arguments of `forward` mean for this config; t is None without selection.
 
         Args:
-            num_active_queries: K, a number or a tensor or array of one; None is the config's value, or Q.
+            num_active_queries: K, a number or a tensor or array of one, or of several, which are those of each image, (B,);
+                None is the config's value, or Q.
             dqs_threshold: t, likewise; None is the config's value. Infinity is no selection, whatever the config says.
 
         Raises:
@@ -348,6 +402,16 @@ class VisualPerceiverConfig(PreTrainedConfig):
         K = self.num_active_queries if num_active_queries is None else as_number(num_active_queries)
         t = self.dqs_threshold if dqs_threshold is None else as_number(dqs_threshold)
         K = Q if K is None else K
+        off = t is None or (isinstance(t, float) and t == math.inf)
+        t = None if off else checked_threshold(t)
+        if isinstance(K, (list, tuple)) or getattr(K, "ndim", 0):
+            each = torch.as_tensor(K)
+            whole = each.ndim == 1 and each.numel() and not each.is_floating_point() and each.dtype != torch.bool
+            if not whole or each.min() < 1 or each.max() > Q:
+                raise ValueError(
+                    f"Expected `num_active_queries` to be integers in [1, {Q}], one for each image, got {K!r}."
+                )
+            return each.long(), t
         try:
             # Integers of every library, and no floats. A compiler would take what `operator.index` gives for a constant,
             # and compile anew for each K.
@@ -356,8 +420,7 @@ class VisualPerceiverConfig(PreTrainedConfig):
             k = 0
         if not 1 <= k <= Q:
             raise ValueError(f"Expected `num_active_queries` to be an integer in [1, {Q}], got {K!r}.")
-        off = t is None or (isinstance(t, float) and t == math.inf)
-        return k, None if off else checked_threshold(t)
+        return k, t
 
     @classmethod
     def from_architecture(cls, name: str, **kwargs: Any) -> "VisualPerceiverConfig":

@@ -10,7 +10,7 @@ and by timm's model in `timm_visual_perceiver.py`, so that one file of weights s
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_groups import AttentionGroup  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, ConvStem, StemLevel, joined_features
+from .elastic import ElasticModel, Pass
 from .engines import create_engine
 from .query_selection import select_queries, without_autocast
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
@@ -55,6 +56,12 @@ class VisualPerceiverModelOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
 
+    @property
+    def used(self) -> torch.Tensor:
+        """(B,) the number of queries that each image used."""
+        assert self.active_queries is not None
+        return self.active_queries.sum(1)
+
 
 @dataclass
 class VisualPerceiverImageClassifierOutput(ModelOutput):
@@ -75,6 +82,12 @@ class VisualPerceiverImageClassifierOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def used(self) -> torch.Tensor:
+        """(B,) the number of queries that each image used."""
+        assert self.active_queries is not None
+        return self.active_queries.sum(1)
 
 
 KeysAndValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -679,6 +692,57 @@ class PerceiverParts:
         inputs, _ = self.embeddings(pixel_values, interpolate_pos_encoding, end=levels)
         return self.cross_attention(inputs, K, need_weights=need_weights)
 
+    def begin(
+        self,
+        pixel_values: torch.Tensor,
+        K: int | torch.Tensor,
+        threshold: float | None = None,
+        interpolate_pos_encoding: bool = False,
+        need_weights: bool = False,
+        masked: bool = False,
+    ) -> ActiveTokens:
+        """Read images and select queries: all before the trunk.
+
+        Args:
+            pixel_values: (B, C, H, W).
+            K: The first K queries, for all images or for each, (B,).
+            threshold: Of the selection among them; None is none.
+            interpolate_pos_encoding: Take images of any multiple of the patch size.
+            need_weights: Compute the weights of the cross-attention, for hooks that record them.
+            masked: Keep the tokens dense, with a mask.
+        """
+        if not isinstance(K, torch.Tensor):
+            y = self.read(pixel_values, K, interpolate_pos_encoding, need_weights)
+            return self.select(y, threshold, masked)
+        if len(K) != len(pixel_values):
+            raise ValueError(f"Expected `num_active_queries` of {len(pixel_values)} images, got {len(K)}.")
+        K = K.to(pixel_values.device)
+        y = self.read_each(pixel_values, K, interpolate_pos_encoding, need_weights)
+        keep = torch.arange(y.shape[1], device=y.device) < K[:, None]  # (B, K)
+        if threshold is not None:
+            keep = keep & select_queries(y.detach(), threshold, self.config.dqs_reference)
+        return self.keep_queries(y, keep, masked)
+
+    def read_each(
+        self, pixel_values: torch.Tensor, K: torch.Tensor, interpolate_pos_encoding: bool, need_weights: bool
+    ) -> torch.Tensor:
+        """As `read`, with a K for each image; levels of a stem are computed for those images that need them."""
+        most = int(K.max())
+        spans = self.config.query_spans(0, most)
+        if need_weights or len(spans) == 1:
+            return self.read(pixel_values, most, interpolate_pos_encoding, need_weights)
+        images, x, y = torch.arange(len(K), device=K.device), pixel_values, None
+        for level, first, end in spans:
+            going_on = K[images] > first
+            images, x = images[going_on], x[going_on]
+            (tokens,), x = self.embeddings(x, interpolate_pos_encoding, level, level + 1)
+            part, _ = self.cross_attention(tokens, query=torch.arange(first, end, device=K.device))
+            if y is None:
+                y = part.new_zeros(len(K), most, part.shape[-1])
+            y = y.index_put((images[:, None], torch.arange(first, end, device=K.device)), part)
+        assert y is not None
+        return y
+
     def select(self, y: torch.Tensor, threshold: float | None, masked: bool = False) -> ActiveTokens:
         """Drop queries by their cross-attention outputs `y`, (B, K, D), and finish the block for those that stay."""
         if threshold is None:
@@ -915,7 +979,7 @@ def init_weights(module: nn.Module, std: float) -> None:
     elif isinstance(module, VisualPerceiverCrossAttention):
         init.trunc_normal_(module.queries, std=std)
         D, reads_image = module.config.hidden_size, module.queries.shape[0] == module.config.num_queries
-        if module.config.query_init == "spatial" and reads_image:
+        if module.config.query_init == "spatial" and reads_image and not module.queries.is_meta:
             grid = max(module.config.image_height_width) // module.config.patch_size
             init.copy_(module.queries, module.queries.detach().cpu() + query_features(len(module.queries), grid, D))
             # Scores are then those of similar positions.
@@ -950,7 +1014,7 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        num_active_queries: int | None = None,
+        num_active_queries: int | torch.Tensor | None = None,
         dqs_threshold: float | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -959,7 +1023,8 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
 
         Args:
             pixel_values: (B, C, H, W), normalised.
-            num_active_queries: K in [1, Q]: use the first K queries. None is the config's value, or Q.
+            num_active_queries: K in [1, Q]: use the first K queries; or a K for each image, (B,). None is the config's
+                value, or Q.
             dqs_threshold: Drop, per image, each of those queries whose cross-attention output has a cosine above this
                 with that of an earlier one (section 3.4); at least -1, and 1 keeps all. None is the config's value, or
                 no selection; infinity is no selection whatever the config says. With hidden states or attentions asked for, all K run and the dropped are masked.
@@ -976,8 +1041,9 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
         )
         # Recorded tensors are dense, (B, K, ...), so recording takes the masked form.
         record = {"need_weights": True} if need_weights else {}
-        y = self.read(pixel_values, K, interpolate_pos_encoding, need_weights)
-        active = self.process(self.select(y, threshold, masked=need_weights or need_states), **record)
+        masked = need_weights or need_states
+        active = self.begin(pixel_values, K, threshold, interpolate_pos_encoding, need_weights, masked)
+        active = self.process(active, **record)
         return VisualPerceiverModelOutput(
             last_hidden_state=active.dense(),
             pooler_output=self.decode(active),
@@ -1122,7 +1188,10 @@ class OptimizedVisualPerceiver(nn.Module):
 
     @torch.no_grad()
     def classify(
-        self, pixel_values: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
+        self,
+        pixel_values: torch.Tensor,
+        num_active_queries: int | torch.Tensor | None = None,
+        dqs_threshold: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, labels) and the active queries (B, Q)."""
         K, threshold = self.config.operating_point(num_active_queries, dqs_threshold)
@@ -1140,14 +1209,17 @@ class OptimizedVisualPerceiver(nn.Module):
         return IncrementalState.read(self.engine.parts, self.engine.head, pixel_values.to(self.dtype))
 
     def forward(
-        self, pixel_values: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
+        self,
+        pixel_values: torch.Tensor,
+        num_active_queries: int | torch.Tensor | None = None,
+        dqs_threshold: float | None = None,
     ) -> VisualPerceiverImageClassifierOutput:
         """Classify images, as `VisualPerceiverForImageClassification` does, without gradients or recorded states."""
         logits, active = self.classify(pixel_values, num_active_queries, dqs_threshold)
         return VisualPerceiverImageClassifierOutput(logits=logits, active_queries=active)
 
 
-class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
+class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, ElasticModel):
     """The Visual Perceiver with a linear classifier on the output query's token.
 
     Example:
@@ -1187,7 +1259,7 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
-        num_active_queries: int | None = None,
+        num_active_queries: int | torch.Tensor | None = None,
         dqs_threshold: float | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -1239,6 +1311,24 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
             torch.Size([2, 10])
         """
         return [self.head(pooled) for pooled in self.visual_perceiver.forward_subsets(pixel_values, subsets, together)]
+
+    def forward_budgets(self, pixel_values: torch.Tensor, passes: Sequence[Pass]) -> list[torch.Tensor]:
+        """The logits (n, labels) of each pass's n images: images are read once; see `forward_subsets`.
+
+        Example:
+            >>> from hf_visual_perceiver.modeling.elastic import Budget
+            >>> model = VisualPerceiverForImageClassification(VisualPerceiverConfig(num_labels=10)).eval()
+            >>> full, half = model.forward_budgets(torch.zeros(2, 3, 32, 32), [Pass(), Pass(Budget(num_active_queries=32))])
+            >>> half.shape
+            torch.Size([2, 10])
+        """
+        knobs = [(self.config.resolve(**p.budget.kwargs), p.images) for p in passes]
+        subsets = [QuerySubset(k["num_active_queries"], k["dqs_threshold"], images) for k, images in knobs]
+        return self.forward_subsets(pixel_values, subsets)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The self-attention blocks."""
+        return self.visual_perceiver.layers
 
     def start(self, pixel_values: torch.Tensor) -> IncrementalState:
         """Read images, to answer with few queries first and with more later: `state.extend(K)`.

@@ -246,7 +246,9 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         if _input is not None:
             _input.update_model_input_size(self, new.image_height_width)
 
-    def _begin(self, x: torch.Tensor, num_active_queries: int | None, dqs_threshold: float | None) -> ActiveTokens:
+    def _begin(
+        self, x: torch.Tensor, num_active_queries: int | torch.Tensor | None, dqs_threshold: float | None
+    ) -> ActiveTokens:
         # torch.fx passes a placeholder for each argument that is not among its `concrete_args`. Selection is part of a
         # graph's structure, so a graph traced without them runs at the config's operating point.
         K, threshold = self.config.operating_point(
@@ -256,7 +258,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         check_pixel_values(
             x, self.config, advice="`set_input_size`, or `img_size=...` of `create_model`, takes other sizes"
         )
-        return self.select(self.read(x, K), threshold)
+        return self.begin(x, K, threshold)
 
     def _classify(self, active: ActiveTokens, pre_logits: bool = False) -> torch.Tensor:
         x = self.decode(active) if self.global_pool else active.dense()
@@ -264,7 +266,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         return x if pre_logits else self.head(x)
 
     def forward_features(
-        self, x: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
+        self, x: torch.Tensor, num_active_queries: int | torch.Tensor | None = None, dqs_threshold: float | None = None
     ) -> torch.Tensor:
         """Tokens before the decoder: (B, C, H, W) -> (B, K, D), rows of removed queries zero."""
         return self.process(self._begin(x, num_active_queries, dqs_threshold)).dense()
@@ -277,13 +279,13 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         return self._classify(ActiveTokens(x, keep=x.ne(0).any(dim=-1)), pre_logits)
 
     def forward(
-        self, x: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
+        self, x: torch.Tensor, num_active_queries: int | torch.Tensor | None = None, dqs_threshold: float | None = None
     ) -> torch.Tensor:
         """Classify images: (B, C, H, W) -> (B, classes).
 
         Args:
             x: Normalised images.
-            num_active_queries: K in [1, Q]: use the first K queries.
+            num_active_queries: K in [1, Q]: use the first K queries; or a K for each image, (B,).
             dqs_threshold: Drop, per image, queries more similar than this to an earlier one.
 
         Raises:
@@ -382,7 +384,7 @@ class OptimizedClassifier(OptimizedVisualPerceiver):
     """What `optimize_for_inference` makes of timm's model: (B, C, H, W) -> logits (B, classes)."""
 
     def forward(  # type: ignore[override]
-        self, x: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
+        self, x: torch.Tensor, num_active_queries: int | torch.Tensor | None = None, dqs_threshold: float | None = None
     ) -> torch.Tensor:
         return self.classify(x, num_active_queries, dqs_threshold)[0]
 

@@ -31,17 +31,17 @@ class PlainPerceiver:
         self.head = copy.deepcopy(head).requires_grad_(False).eval()
 
     def __call__(
-        self, pixel_values: torch.Tensor, K: int, threshold: float | None = None
+        self, pixel_values: torch.Tensor, K: int | torch.Tensor, threshold: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, labels) and the active queries (B, Q) bool.
 
         Args:
             pixel_values: (B, C, H, W), normalised, of the config's size.
-            K: Use the first K queries.
+            K: Use the first K queries, of all images or of each, (B,).
             threshold: Drop those of them that are more similar than this to an earlier one.
         """
         parts = self.parts
-        active = parts.process(parts.select(parts.read(pixel_values.to(self.dtype), K), threshold))
+        active = parts.process(parts.begin(pixel_values.to(self.dtype), K, threshold))
         pooled = parts.decode(active)
         parameter = next(self.head.parameters(), pooled)
         return self.head(pooled.to(parameter.dtype)), parts.active_queries(active)

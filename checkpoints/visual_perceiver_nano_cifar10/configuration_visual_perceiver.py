@@ -2,13 +2,17 @@
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .conv_stem import check_stem
+from .elastic import Budget, ElasticConfig
+from .macs import count_macs
 from .query_selection import as_number, checked_threshold
 
 
@@ -33,6 +37,21 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "stem": "conv",
         "stem_widths": [[16], [40], [96]],
+    },
+    "visual_perceiver_micro_levels_32": {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_queries": 32,
+        "stem": "conv",
+        "stem_widths": [[16], [40], [96]],
+        "level_starts": [1, 2, 4, 8, 16],
+        "level_depths": [1, 1, 1, 2, 1],
+        "level_resolutions": 2,
+        "hidden_act": "relu",  # which takes CPUs far less time than GELU
+        "trunk_attention": "block_causal",
+        "query_init": "spatial",
     },
     "visual_perceiver_tiny_conv_32": {
         "num_hidden_layers": 8,
@@ -75,6 +94,9 @@ TIMM_ARGUMENTS = {
     "stem_widths": "stem_widths",
     "stem_downsample": "stem_downsample",
     "stem_residual": "stem_residual",
+    "level_starts": "level_starts",
+    "level_depths": "level_depths",
+    "level_resolutions": "level_resolutions",
     "trunk_attention": "trunk_attention",
     "query_blocks": "query_blocks",
     "query_init": "query_init",
@@ -87,7 +109,7 @@ TIMM_ARGUMENTS = {
 
 
 @strict
-class VisualPerceiverConfig(PreTrainedConfig):
+class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
     """Configuration of a Visual Perceiver; the defaults are the paper's CIFAR-10 model (section 3).
 
     The saved config.json serves transformers and timm alike: besides these fields it holds timm's `architecture`,
@@ -103,6 +125,8 @@ class VisualPerceiverConfig(PreTrainedConfig):
     """
 
     model_type = "visual_perceiver"
+    unit: ClassVar[str] = "queries"
+    knobs: ClassVar[Mapping[str, str]] = {"K": "num_active_queries", "t": "dqs_threshold"}
     # Written to config.json for timm, and rebuilt from the fields below.
     timm_keys: ClassVar[tuple[str, ...]] = ("architecture", "model_args", "num_classes", "num_features")
     # transformers' Trainer hands every other output to `compute_metrics`, which expects the logits.
@@ -124,6 +148,13 @@ class VisualPerceiverConfig(PreTrainedConfig):
     stem_widths: list[list[int]] | None = None
     stem_downsample: str = "pool"  # between stages: "pool" (max pooling), or "stride" of the next convolution
     stem_residual: bool = False  # a shortcut around each convolution that keeps its channels and resolution
+    # Levels of a convolutional stem. Queries from `level_starts[i]` on read what `level_depths[i]` further residual
+    # convolutions make of the level before, so that an image is looked at longer when more queries ask. None is one level.
+    level_starts: list[int] | None = None
+    level_depths: list[int] | None = None
+    # 2: a level goes on at the resolution of the stage before the last as well; its depth then counts steps of a convolution
+    # there, one with a stride of 2, and one at the resolution of the tokens.
+    level_resolutions: int = 1
     # Which queries see each other in the blocks: "full", all of them (the paper), or "block_causal": a query sees those of
     # its own and of earlier blocks, so that the tokens of the first K queries do not depend on later ones.
     trunk_attention: str = "full"
@@ -188,6 +219,7 @@ class VisualPerceiverConfig(PreTrainedConfig):
                     f"Expected `patch_size` to be {stride}, by which {len(self.stem_widths or [])} stages of a stem divide "
                     f"an image's sides, got {self.patch_size}."
                 )
+        self._check_levels()
         if self.trunk_attention not in ("full", "block_causal"):
             raise ValueError(
                 f"Expected `trunk_attention` to be 'full' or 'block_causal', got {self.trunk_attention!r}."
@@ -217,6 +249,31 @@ class VisualPerceiverConfig(PreTrainedConfig):
         if self.dqs_threshold is not None:
             checked_threshold(self.dqs_threshold)
         self.operating_point()
+
+    def _check_levels(self) -> None:
+        starts, depths = self.level_starts, self.level_depths
+        if self.level_resolutions not in (1, 2):
+            raise ValueError(f"Expected `level_resolutions` to be 1 or 2, got {self.level_resolutions}.")
+        if starts is None and depths is None:
+            return
+        if self.stem != "conv":
+            raise ValueError(f"Expected `stem` to be 'conv' with `level_starts`, got {self.stem!r}.")
+        if (
+            not all((self.stem_widths or [])[-self.level_resolutions :])
+            or len(self.stem_widths or []) < self.level_resolutions
+        ):
+            raise ValueError(
+                f"Expected convolutions in the last {self.level_resolutions} of `stem_widths`, got {self.stem_widths}."
+            )
+        starts, depths = starts or [], depths or []
+        if not starts or any(a >= b for a, b in zip([0, *starts], [*starts, self.num_queries], strict=True)):
+            raise ValueError(
+                f"Expected `level_starts` to ascend within 1 to {self.num_queries - 1}, the last query, got {starts}."
+            )
+        if len(depths) != len(starts) or min(depths) < 1:
+            raise ValueError(
+                f"Expected {len(starts)} `level_depths` of at least 1, one for each of `level_starts`, got {depths}."
+            )
 
     @property
     def image_height_width(self) -> tuple[int, int]:
@@ -252,18 +309,85 @@ class VisualPerceiverConfig(PreTrainedConfig):
         return [2**i for i in range((self.num_queries - 1).bit_length())] + [self.num_queries]
 
     @property
+    def num_levels(self) -> int:
+        """How many levels the stem has; 1 without `level_starts`."""
+        return 1 + len(self.level_starts or [])
+
+    def query_spans(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """Which level each of the queries from `start` up to `end` reads: (level, first query, one after the last).
+
+        Example:
+            >>> config = VisualPerceiverConfig.from_architecture("visual_perceiver_micro_levels_32")
+            >>> config.query_spans(0, 6)
+            [(0, 0, 1), (1, 1, 2), (2, 2, 4), (3, 4, 6)]
+        """
+        if not self.level_starts:
+            return [(0, start, end)]  # without a comparison, as K may be symbolic while a graph is made
+        edges = [0, *self.level_starts, self.num_queries]
+        spans = [(i, max(start, edges[i]), min(end, edges[i + 1])) for i in range(len(edges) - 1)]
+        return [span for span in spans if span[1] < span[2]]
+
+    @property
     def num_patches(self) -> int:
         """N, the number of input tokens."""
         height, width = self.image_height_width
         return (height // self.patch_size) * (width // self.patch_size)
 
-    def operating_point(
-        self, num_active_queries: int | None = None, dqs_threshold: float | None = None
-    ) -> tuple[int, float | None]:
+    def budgets(self) -> list[Budget]:
+        """K = 1, 2, 4, 8, ... and all queries.
+
+        Example:
+            >>> VisualPerceiverConfig(num_queries=3).budgets()
+            [Budget(num_active_queries=1), Budget(num_active_queries=2), Budget()]
+        """
+        powers = [2**i for i in range((self.num_queries - 1).bit_length())]
+        return [*(Budget(num_active_queries=K) for K in powers), Budget()]
+
+    def resolve(self, **knobs: Any) -> dict[str, Any]:
+        """Both knobs as `forward` takes them; K left out is Q, t left out infinity, which is no selection.
+
+        Raises:
+            ValueError: If a value is out of its range, or there is no such knob.
+
+        Example:
+            >>> VisualPerceiverConfig(dqs_threshold=0.8).resolve(num_active_queries=16)
+            {'num_active_queries': 16, 'dqs_threshold': inf}
+        """
+        if unknown := knobs.keys() - set(self.knobs.values()):
+            raise ValueError(
+                f"Expected knobs among {', '.join(self.knobs.values())}, got {', '.join(sorted(unknown))}."
+            )
+        K, t = knobs.get("num_active_queries"), knobs.get("dqs_threshold")
+        K, t = self.operating_point(self.num_queries if K is None else K, math.inf if t is None else t)
+        return {"num_active_queries": K, "dqs_threshold": math.inf if t is None else t}
+
+    def count_macs(self, budget: Budget | None = None, output: Any = None) -> Any:
+        """Multiply-accumulates of an image; see `ElasticConfig.count_macs`.
+
+        With a threshold and no `output`, of an image that keeps all candidates.
+
+        Example:
+            >>> config = VisualPerceiverConfig(num_labels=10)
+            >>> config.count_macs(Budget(num_active_queries=8)), config.count_macs(Budget())
+            (52159680, 394200960)
+        """
+        knobs = self.resolve(**(self.default_budget if budget is None else budget).kwargs)
+        K, selects = knobs["num_active_queries"], knobs["dqs_threshold"] != math.inf
+        if output is None and isinstance(K, int):
+            return count_macs(self, K, K if selects else None)
+        most = torch.as_tensor(K)
+        used = most if output is None else output.used.cpu()
+        pairs = torch.stack(torch.broadcast_tensors(used, most), dim=-1).reshape(-1, 2)
+        kinds, which = pairs.unique(dim=0, return_inverse=True)
+        macs = [count_macs(self, k, c if selects else None) for k, c in kinds.tolist()]
+        return torch.tensor(macs)[which]
+
+    def operating_point(self, num_active_queries: Any = None, dqs_threshold: float | None = None) -> tuple[Any, Any]:
         """The (K, t) that these arguments of `forward` mean for this config; t is None without selection.
 
         Args:
-            num_active_queries: K, a number or a tensor or array of one; None is the config's value, or Q.
+            num_active_queries: K, a number or a tensor or array of one, or of several, which are those of each image, (B,);
+                None is the config's value, or Q.
             dqs_threshold: t, likewise; None is the config's value. Infinity is no selection, whatever the config says.
 
         Raises:
@@ -278,6 +402,16 @@ class VisualPerceiverConfig(PreTrainedConfig):
         K = self.num_active_queries if num_active_queries is None else as_number(num_active_queries)
         t = self.dqs_threshold if dqs_threshold is None else as_number(dqs_threshold)
         K = Q if K is None else K
+        off = t is None or (isinstance(t, float) and t == math.inf)
+        t = None if off else checked_threshold(t)
+        if isinstance(K, (list, tuple)) or getattr(K, "ndim", 0):
+            each = torch.as_tensor(K)
+            whole = each.ndim == 1 and each.numel() and not each.is_floating_point() and each.dtype != torch.bool
+            if not whole or each.min() < 1 or each.max() > Q:
+                raise ValueError(
+                    f"Expected `num_active_queries` to be integers in [1, {Q}], one for each image, got {K!r}."
+                )
+            return each.long(), t
         try:
             # Integers of every library, and no floats. A compiler would take what `operator.index` gives for a constant,
             # and compile anew for each K.
@@ -286,8 +420,7 @@ class VisualPerceiverConfig(PreTrainedConfig):
             k = 0
         if not 1 <= k <= Q:
             raise ValueError(f"Expected `num_active_queries` to be an integer in [1, {Q}], got {K!r}.")
-        off = t is None or (isinstance(t, float) and t == math.inf)
-        return k, None if off else checked_threshold(t)
+        return k, t
 
     @classmethod
     def from_architecture(cls, name: str, **kwargs: Any) -> "VisualPerceiverConfig":
@@ -299,7 +432,7 @@ class VisualPerceiverConfig(PreTrainedConfig):
     @property
     def architecture(self) -> str:
         """The timm name of this architecture, or of the nearest one; `timm_model_args` holds the differences."""
-        trunk = ("hidden_size", "num_hidden_layers", "patch_size", "stem")
+        trunk = ("hidden_size", "num_hidden_layers", "patch_size", "stem")  # levels come with other numbers of blocks
         default = {name: getattr(type(self), name) for name in trunk}
         for name, fields in ARCHITECTURES.items():
             if all(getattr(self, key) == fields.get(key, default[key]) for key in trunk):

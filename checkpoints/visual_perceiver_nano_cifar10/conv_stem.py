@@ -77,13 +77,62 @@ class ConvStem(nn.Module):
         self.out_channels = channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stages_of(x)[-1]
+
+    def stages_of(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What each stage makes of the images."""
         # Channels last is the order in which CPUs convolve fastest, and in which tokens are read afterwards.
         x = x.contiguous(memory_format=torch.channels_last)
+        results = []
         for i, stage in enumerate(self.stages):
             if i > 0 and self.pool:
                 x = F.max_pool2d(x, 2)
             x = stage(x)
-        return x
+            results.append(x)
+        return results
+
+
+class StemLevel(nn.Module):
+    """A level of a stem: convolutions that go on from the features of the level before, and a projection to tokens.
+
+    With `fine` channels it works at two resolutions, as networks for anytime prediction do (Huang et al. 2018, "Multi-Scale
+    Dense Networks"): features of the stem's last stage but one go on as well, and are added to those of the last.
+
+    Args:
+        channels: C of the features.
+        depth: Number of convolutions, or with `fine` of steps of three.
+        width: D of the tokens.
+        act: Activation, a name in transformers' ACT2FN.
+        fine: Channels of the features at twice the resolution, 0 for none.
+    """
+
+    def __init__(self, channels: int, depth: int, width: int, act: str = "gelu", fine: int = 0):
+        super().__init__()
+        self.channels = channels
+        self.fine = nn.ModuleList()
+        self.down = nn.ModuleList()
+        if fine:
+            self.fine.extend(ConvBlock(fine, fine, residual=True, act=act) for _ in range(depth))
+            self.down.extend(ConvBlock(fine, channels, stride=2, act=act) for _ in range(depth))
+        self.blocks = nn.ModuleList(ConvBlock(channels, channels, residual=True, act=act) for _ in range(depth))
+        self.projection = nn.Conv2d(channels, width, kernel_size=1)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The level's features (B, C', h, w), in the form that they come in, and their projection (B, D, h, w)."""
+        if not self.fine:
+            for block in self.blocks:
+                features = block(features)
+            return features, self.projection(features)
+        coarse, fine = features[:, : self.channels], F.pixel_shuffle(features[:, self.channels :], 2)
+        for go_on, down, block in zip(self.fine, self.down, self.blocks, strict=True):
+            fine = go_on(fine)
+            coarse = block(coarse + down(fine))
+        return joined_features(coarse, fine), self.projection(coarse)
+
+
+def joined_features(coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
+    """Features of two resolutions as one tensor: (B, C, h, w) and (B, F, 2h, 2w) -> (B, C + 4F, h, w)."""
+    return torch.cat([coarse, F.pixel_unshuffle(fine, 2)], dim=1)
 
 
 def stem_macs(in_channels: int, widths: Sequence[Sequence[int]], height: int, width: int) -> int:
@@ -100,6 +149,21 @@ def stem_macs(in_channels: int, widths: Sequence[Sequence[int]], height: int, wi
             macs += 9 * channels * out_channels * area
             channels = out_channels
     return macs
+
+
+def level_macs(widths: Sequence[Sequence[int]], depth: int, area: int, resolutions: int) -> int:
+    """Multiply-accumulates of a `StemLevel` without its projection, for `area` tokens.
+
+    Example:
+        >>> level_macs([[16], [40], [96]], 1, 64, 2) / 1e6
+        11.206656
+    """
+    coarse = widths[-1][-1]
+    macs = 9 * coarse**2 * area
+    if resolutions == 2:
+        fine = widths[-2][-1]
+        macs += 9 * fine**2 * 4 * area + 9 * fine * coarse * area
+    return depth * macs
 
 
 def check_stem(widths: Sequence[Sequence[int]], downsample: str) -> None:

@@ -10,7 +10,7 @@ and by timm's model in `timm_visual_perceiver.py`, so that one file of weights s
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -28,7 +28,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_groups import AttentionGroup  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .configuration_visual_perceiver import VisualPerceiverConfig
-from .conv_stem import ConvBlock, ConvStem
+from .conv_stem import ConvBlock, ConvStem, StemLevel, joined_features
+from .elastic import ElasticModel, Pass
 from .engines import create_engine
 from .query_selection import select_queries, without_autocast
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
@@ -55,6 +56,12 @@ class VisualPerceiverModelOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
 
+    @property
+    def used(self) -> torch.Tensor:
+        """(B,) the number of queries that each image used."""
+        assert self.active_queries is not None
+        return self.active_queries.sum(1)
+
 
 @dataclass
 class VisualPerceiverImageClassifierOutput(ModelOutput):
@@ -75,6 +82,12 @@ class VisualPerceiverImageClassifierOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def used(self) -> torch.Tensor:
+        """(B,) the number of queries that each image used."""
+        assert self.active_queries is not None
+        return self.active_queries.sum(1)
 
 
 KeysAndValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -164,6 +177,7 @@ class VisualPerceiverPatchEmbeddings(nn.Module):
 
     def __init__(self, config: VisualPerceiverConfig):
         super().__init__()
+        self.resolutions = config.level_resolutions if config.level_starts else 1
         if config.stem == "conv":
             widths = config.stem_widths or []
             stem = ConvStem(
@@ -176,29 +190,61 @@ class VisualPerceiverPatchEmbeddings(nn.Module):
             self.stem = nn.Identity()
             self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.projection(self.stem(pixel_values)).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stem's features (B, C', h, w), and the projection (B, D, h, w) of those of its last stage."""
+        if self.resolutions == 1 or not isinstance(self.stem, ConvStem):
+            features = self.stem(pixel_values)
+            return features, self.projection(features)
+        *_, fine, coarse = self.stem.stages_of(pixel_values)
+        return joined_features(coarse, fine), self.projection(coarse)
 
 
 class VisualPerceiverEmbeddings(nn.Module):
-    """Patch tokens with learned positions: (B, C, H, W) -> (B, N, D)."""
+    """Tokens of an image with learned positions, at one level or several.
+
+    A convolutional stem may have further levels, each of which goes on from the features of the one before. They share the
+    positions, and are computed for the queries that read them.
+    """
 
     def __init__(self, config: VisualPerceiverConfig):
         super().__init__()
         self.config = config
         self.patch_embeddings = VisualPerceiverPatchEmbeddings(config)
+        self.levels = nn.ModuleList()
+        for depth in config.level_depths or []:
+            widths = config.stem_widths or []
+            fine = widths[-2][-1] if config.level_resolutions == 2 else 0
+            self.levels.append(StemLevel(widths[-1][-1], depth, config.hidden_size, config.hidden_act, fine))
         self.position_embeddings = nn.Parameter(torch.empty(1, config.num_patches, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        check_pixel_values(pixel_values, self.config, any_size=interpolate_pos_encoding)
-        tokens = self.patch_embeddings(pixel_values.to(self.patch_embeddings.projection.weight.dtype))
-        if not interpolate_pos_encoding:
-            return self.dropout(tokens + self.position_embeddings)
-        size = self.config.patch_size
-        (height, width), (new_height, new_width) = self.config.image_height_width, pixel_values.shape[-2:]
-        grids = (height // size, width // size), (new_height // size, new_width // size)
-        return self.dropout(tokens + resample_positions(self.position_embeddings, *grids))
+    def forward(
+        self, x: torch.Tensor, interpolate_pos_encoding: bool = False, first: int = 0, end: int = 1
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Tokens of the levels from `first` up to `end`.
+
+        Args:
+            x: Images (B, C, H, W), or if `first` is not 0 the features of the level before it.
+            interpolate_pos_encoding: Take images of any multiple of the patch size.
+            first: Level to begin with.
+            end: One after the last level.
+
+        Returns:
+            For each level (B, N, D), and the features of the last, from which `forward` can go on.
+        """
+        if first == 0:
+            check_pixel_values(x, self.config, any_size=interpolate_pos_encoding)
+            x = x.to(self.patch_embeddings.projection.weight.dtype)
+        tokens = []
+        for level in range(first, end):
+            x, grid = self.patch_embeddings(x) if level == 0 else self.levels[level - 1](x)
+            positions = self.position_embeddings
+            if interpolate_pos_encoding:
+                height, width = self.config.image_height_width
+                size = self.config.patch_size
+                positions = resample_positions(positions, (height // size, width // size), grid.shape[-2:])
+            tokens.append(self.dropout(grid.flatten(2).transpose(1, 2) + positions))  # (B, D, h, w) -> (B, N, D)
+        return tokens, x
 
 
 def resample_positions(positions: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
@@ -408,7 +454,7 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
 
     def forward(
         self,
-        inputs: torch.Tensor | KeysAndValues,
+        inputs: torch.Tensor | list[torch.Tensor] | KeysAndValues,
         K: int = 1,
         mask: torch.Tensor | None = None,
         layout: PackedLayout | None = None,
@@ -419,7 +465,8 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
         """Read `inputs` with the first K queries: (B, K, D) and the weights (B, H, K, N).
 
         Args:
-            inputs: (B, N, D), or packed (T, D), or what `keys_and_values` made of the former.
+            inputs: (B, N, D), or a list of them, the tokens of each level that the queries read; packed (T, D); or what
+                `keys_and_values` made of a level.
             K: How many queries read.
             mask: (B, 1, 1, N) bool, true where a token may be read; None reads all.
             layout: Layout of packed inputs. The images of the result are then in packed order.
@@ -432,19 +479,36 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
             queries = self.queries[: inputs.shape[1]] if query is None else self.queries[query]
             x = queries + self.dropout(self.proj(inputs))
             return x + self.mlp(self.norm(x)), None
-        if isinstance(inputs, torch.Tensor):
-            key, value = self.split_heads(self.key_value(self.norm_inputs(inputs)), 2)  # (..., H, d)
-            if layout is None:
-                key, value = key.transpose(1, 2), value.transpose(1, 2)  # (B, H, N, d)
-        else:
-            key, value = inputs
         if part == "keys_and_values":
-            return key, value
+            assert isinstance(inputs, torch.Tensor)
+            return self._project(inputs)
         # A copy, because a view of a parameter claims to require a gradient even under no_grad, which torch's FLOP
         # counter cannot take.
         queries = self.queries[:K].clone() if query is None else self.queries[query]
         queries = self.query(self.norm_queries(queries)).unflatten(-1, (self.num_heads, -1))  # (K, H, d)
         queries = queries.transpose(0, 1)[None]  # (1, H, K, d)
+        if isinstance(inputs, list) and len(inputs) > 1:
+            levels = zip(inputs, self.config.query_spans(0, K), strict=True)
+            parts = [self._read(queries[:, :, a:b], x, mask, None, need_weights) for x, (_, a, b) in levels]
+            weights = torch.cat([w for _, w in parts if w is not None], dim=2) if need_weights else None
+            return torch.cat([y for y, _ in parts], dim=1), weights
+        return self._read(queries, inputs[0] if isinstance(inputs, list) else inputs, mask, layout, need_weights)
+
+    def _project(self, inputs: torch.Tensor) -> KeysAndValues:
+        """(B, N, D) -> 2 x (B, H, N, d), or packed (T, D) -> 2 x (T, H, d)."""
+        key, value = self.split_heads(self.key_value(self.norm_inputs(inputs)), 2)  # (..., H, d)
+        return (key, value) if inputs.ndim == 2 else (key.transpose(1, 2), value.transpose(1, 2))
+
+    def _read(
+        self,
+        queries: torch.Tensor,
+        inputs: torch.Tensor | KeysAndValues,
+        mask: torch.Tensor | None,
+        layout: PackedLayout | None,
+        need_weights: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What projected queries (1, H, K, d) read from one level."""
+        key, value = self._project(inputs) if isinstance(inputs, torch.Tensor) else inputs
         if layout is not None:
             return self.attend_packed(queries, key, value, layout).flatten(-2), None
         # A view: the projected queries are not copied for each image.
@@ -618,8 +682,66 @@ class PerceiverParts:
         self, pixel_values: torch.Tensor, K: int, interpolate_pos_encoding: bool = False, need_weights: bool = False
     ) -> torch.Tensor:
         """Cross-attention outputs of the first K queries: (B, C, H, W) -> (B, K, D). The outputs do not depend on K."""
-        inputs = self.embeddings(pixel_values, interpolate_pos_encoding)
-        return self.cross_attention(inputs, K, need_weights=need_weights)[0]
+        return self.look(pixel_values, K, interpolate_pos_encoding, need_weights)[0]
+
+    def look(
+        self, pixel_values: torch.Tensor, K: int, interpolate_pos_encoding: bool = False, need_weights: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `read`, and the weights of the cross-attention, (B, H, K, N), if they are needed."""
+        levels = len(self.config.query_spans(0, K))
+        inputs, _ = self.embeddings(pixel_values, interpolate_pos_encoding, end=levels)
+        return self.cross_attention(inputs, K, need_weights=need_weights)
+
+    def begin(
+        self,
+        pixel_values: torch.Tensor,
+        K: int | torch.Tensor,
+        threshold: float | None = None,
+        interpolate_pos_encoding: bool = False,
+        need_weights: bool = False,
+        masked: bool = False,
+    ) -> ActiveTokens:
+        """Read images and select queries: all before the trunk.
+
+        Args:
+            pixel_values: (B, C, H, W).
+            K: The first K queries, for all images or for each, (B,).
+            threshold: Of the selection among them; None is none.
+            interpolate_pos_encoding: Take images of any multiple of the patch size.
+            need_weights: Compute the weights of the cross-attention, for hooks that record them.
+            masked: Keep the tokens dense, with a mask.
+        """
+        if not isinstance(K, torch.Tensor):
+            y = self.read(pixel_values, K, interpolate_pos_encoding, need_weights)
+            return self.select(y, threshold, masked)
+        if len(K) != len(pixel_values):
+            raise ValueError(f"Expected `num_active_queries` of {len(pixel_values)} images, got {len(K)}.")
+        K = K.to(pixel_values.device)
+        y = self.read_each(pixel_values, K, interpolate_pos_encoding, need_weights)
+        keep = torch.arange(y.shape[1], device=y.device) < K[:, None]  # (B, K)
+        if threshold is not None:
+            keep = keep & select_queries(y.detach(), threshold, self.config.dqs_reference)
+        return self.keep_queries(y, keep, masked)
+
+    def read_each(
+        self, pixel_values: torch.Tensor, K: torch.Tensor, interpolate_pos_encoding: bool, need_weights: bool
+    ) -> torch.Tensor:
+        """As `read`, with a K for each image; levels of a stem are computed for those images that need them."""
+        most = int(K.max())
+        spans = self.config.query_spans(0, most)
+        if need_weights or len(spans) == 1:
+            return self.read(pixel_values, most, interpolate_pos_encoding, need_weights)
+        images, x, y = torch.arange(len(K), device=K.device), pixel_values, None
+        for level, first, end in spans:
+            going_on = K[images] > first
+            images, x = images[going_on], x[going_on]
+            (tokens,), x = self.embeddings(x, interpolate_pos_encoding, level, level + 1)
+            part, _ = self.cross_attention(tokens, query=torch.arange(first, end, device=K.device))
+            if y is None:
+                y = part.new_zeros(len(K), most, part.shape[-1])
+            y = y.index_put((images[:, None], torch.arange(first, end, device=K.device)), part)
+        assert y is not None
+        return y
 
     def select(self, y: torch.Tensor, threshold: float | None, masked: bool = False) -> ActiveTokens:
         """Drop queries by their cross-attention outputs `y`, (B, K, D), and finish the block for those that stay."""
@@ -857,7 +979,7 @@ def init_weights(module: nn.Module, std: float) -> None:
     elif isinstance(module, VisualPerceiverCrossAttention):
         init.trunc_normal_(module.queries, std=std)
         D, reads_image = module.config.hidden_size, module.queries.shape[0] == module.config.num_queries
-        if module.config.query_init == "spatial" and reads_image:
+        if module.config.query_init == "spatial" and reads_image and not module.queries.is_meta:
             grid = max(module.config.image_height_width) // module.config.patch_size
             init.copy_(module.queries, module.queries.detach().cpu() + query_features(len(module.queries), grid, D))
             # Scores are then those of similar positions.
@@ -892,7 +1014,7 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        num_active_queries: int | None = None,
+        num_active_queries: int | torch.Tensor | None = None,
         dqs_threshold: float | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -901,7 +1023,8 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
 
         Args:
             pixel_values: (B, C, H, W), normalised.
-            num_active_queries: K in [1, Q]: use the first K queries. None is the config's value, or Q.
+            num_active_queries: K in [1, Q]: use the first K queries; or a K for each image, (B,). None is the config's
+                value, or Q.
             dqs_threshold: Drop, per image, each of those queries whose cross-attention output has a cosine above this
                 with that of an earlier one (section 3.4); at least -1, and 1 keeps all. None is the config's value, or
                 no selection; infinity is no selection whatever the config says. With hidden states or attentions asked for, all K run and the dropped are masked.
@@ -918,8 +1041,9 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverParts):
         )
         # Recorded tensors are dense, (B, K, ...), so recording takes the masked form.
         record = {"need_weights": True} if need_weights else {}
-        y = self.read(pixel_values, K, interpolate_pos_encoding, need_weights)
-        active = self.process(self.select(y, threshold, masked=need_weights or need_states), **record)
+        masked = need_weights or need_states
+        active = self.begin(pixel_values, K, threshold, interpolate_pos_encoding, need_weights, masked)
+        active = self.process(active, **record)
         return VisualPerceiverModelOutput(
             last_hidden_state=active.dense(),
             pooler_output=self.decode(active),
@@ -937,7 +1061,9 @@ class IncrementalState:
     Attributes:
         parts: The network.
         head: The classifier.
-        keys_and_values: Keys and values of the images' tokens, each (B, H, N, d), as the queries read them.
+        keys_and_values: Keys and values of the images' tokens, each (B, H, N, d), as the queries of the level read them.
+        level: Level of the stem that has been computed.
+        features: (B, C, h, w) of that level, from which the next goes on.
         tokens: (B, K, D) after the cross-attention block.
         past: Keys and values of the K tokens in each block of the trunk, each (B, H, K, d); empty with the paper's trunk.
         processed: (B, K, D) tokens after the trunk.
@@ -947,6 +1073,8 @@ class IncrementalState:
     parts: PerceiverParts
     head: nn.Module
     keys_and_values: KeysAndValues
+    level: int
+    features: torch.Tensor
     tokens: torch.Tensor
     past: list[KeysAndValues]
     processed: torch.Tensor
@@ -957,14 +1085,14 @@ class IncrementalState:
     def read(cls, parts: PerceiverParts, head: nn.Module, pixel_values: torch.Tensor) -> "IncrementalState":
         """Read images; see `VisualPerceiverForImageClassification.start`."""
         cross = parts.cross_attention
-        inputs = parts.embeddings(pixel_values)  # (B, N, D)
+        (inputs,), features = parts.embeddings(pixel_values)  # (B, N, D)
         none = inputs[:, :0]
         past: list[KeysAndValues] = []
         if parts.config.trunk_attention == "block_causal":
             heads = parts.config.num_attention_heads
             empty = none.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, 0, d)
             past = [(empty, empty)] * len(parts.layers)
-        return cls(parts, head, cross.keys_and_values(inputs), none, past, none, weight_versions(parts))
+        return cls(parts, head, cross.keys_and_values(inputs), 0, features, none, past, none, weight_versions(parts))
 
     @property
     def num_active_queries(self) -> int:
@@ -995,9 +1123,13 @@ class IncrementalState:
     def add(self, K: int) -> None:
         """Compute the tokens of the queries that are missing to the first K."""
         parts, cross, before = self.parts, self.parts.cross_attention, self.num_active_queries
-        new = torch.arange(before, K, device=self.tokens.device)
-        y, _ = cross(self.keys_and_values, query=new)
-        self.tokens = torch.cat([self.tokens, cross.finish(y, new)], dim=1)  # (B, K, D)
+        for level, first, end in parts.config.query_spans(before, K):
+            if level > self.level:
+                (inputs,), self.features = parts.embeddings(self.features, first=level, end=level + 1)
+                self.keys_and_values, self.level = cross.keys_and_values(inputs), level
+            new = torch.arange(first, end, device=self.tokens.device)
+            y, _ = cross(self.keys_and_values, query=new)
+            self.tokens = torch.cat([self.tokens, cross.finish(y, new)], dim=1)  # (B, K, D)
         if parts.config.trunk_attention == "full":
             self.processed = parts.process(ActiveTokens(self.tokens)).tokens
             return
@@ -1016,6 +1148,7 @@ class IncrementalState:
         return replace(
             self,
             keys_and_values=(self.keys_and_values[0][images], self.keys_and_values[1][images]),
+            features=self.features[images],
             tokens=self.tokens[images],
             past=[(key[images], value[images]) for key, value in self.past],
             processed=self.processed[images],
@@ -1055,7 +1188,10 @@ class OptimizedVisualPerceiver(nn.Module):
 
     @torch.no_grad()
     def classify(
-        self, pixel_values: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
+        self,
+        pixel_values: torch.Tensor,
+        num_active_queries: int | torch.Tensor | None = None,
+        dqs_threshold: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, labels) and the active queries (B, Q)."""
         K, threshold = self.config.operating_point(num_active_queries, dqs_threshold)
@@ -1073,14 +1209,17 @@ class OptimizedVisualPerceiver(nn.Module):
         return IncrementalState.read(self.engine.parts, self.engine.head, pixel_values.to(self.dtype))
 
     def forward(
-        self, pixel_values: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
+        self,
+        pixel_values: torch.Tensor,
+        num_active_queries: int | torch.Tensor | None = None,
+        dqs_threshold: float | None = None,
     ) -> VisualPerceiverImageClassifierOutput:
         """Classify images, as `VisualPerceiverForImageClassification` does, without gradients or recorded states."""
         logits, active = self.classify(pixel_values, num_active_queries, dqs_threshold)
         return VisualPerceiverImageClassifierOutput(logits=logits, active_queries=active)
 
 
-class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
+class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, ElasticModel):
     """The Visual Perceiver with a linear classifier on the output query's token.
 
     Example:
@@ -1120,7 +1259,7 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
-        num_active_queries: int | None = None,
+        num_active_queries: int | torch.Tensor | None = None,
         dqs_threshold: float | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -1172,6 +1311,24 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel):
             torch.Size([2, 10])
         """
         return [self.head(pooled) for pooled in self.visual_perceiver.forward_subsets(pixel_values, subsets, together)]
+
+    def forward_budgets(self, pixel_values: torch.Tensor, passes: Sequence[Pass]) -> list[torch.Tensor]:
+        """The logits (n, labels) of each pass's n images: images are read once; see `forward_subsets`.
+
+        Example:
+            >>> from hf_visual_perceiver.modeling.elastic import Budget
+            >>> model = VisualPerceiverForImageClassification(VisualPerceiverConfig(num_labels=10)).eval()
+            >>> full, half = model.forward_budgets(torch.zeros(2, 3, 32, 32), [Pass(), Pass(Budget(num_active_queries=32))])
+            >>> half.shape
+            torch.Size([2, 10])
+        """
+        knobs = [(self.config.resolve(**p.budget.kwargs), p.images) for p in passes]
+        subsets = [QuerySubset(k["num_active_queries"], k["dqs_threshold"], images) for k, images in knobs]
+        return self.forward_subsets(pixel_values, subsets)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The self-attention blocks."""
+        return self.visual_perceiver.layers
 
     def start(self, pixel_values: torch.Tensor) -> IncrementalState:
         """Read images, to answer with few queries first and with more later: `state.extend(K)`.

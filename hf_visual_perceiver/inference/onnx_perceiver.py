@@ -94,30 +94,35 @@ class OnnxPerceiver:
         self.cost: CallCost | None = None
 
     def __call__(
-        self, pixel_values: torch.Tensor, K: int, threshold: float | None = None
+        self, pixel_values: torch.Tensor, K: int | torch.Tensor, threshold: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, labels) and the active queries (B, Q) bool.
 
         Args:
             pixel_values: (B, C, H, W), normalised, of the config's size.
-            K: Use the first K queries.
+            K: Use the first K queries, of all images or of each, (B,).
             threshold: Drop those of them that are more similar than this to an earlier one.
         """
         pixels = pixel_values.detach().float().numpy()
-        B, query = len(pixels), np.arange(K)
-        keep = np.ones((B, K), dtype=bool)
+        B, each = len(pixels), isinstance(K, torch.Tensor)
+        if each and len(K) != B:
+            raise ValueError(f"Expected `num_active_queries` of {B} images, got {len(K)}.")
+        most = int(K.max()) if isinstance(K, torch.Tensor) else K
+        keep = np.ones((B, most), dtype=bool)
         logits = np.empty((B, self.num_labels), dtype=np.float32)
-        if threshold is None:
-            for part in self.parts_of(B, K):
-                y = Reader(self, pixels[part]).read(0, K)
+        if threshold is None and not each:
+            query = np.arange(most)
+            for part in self.parts_of(B, most):
+                y = Reader(self, pixels[part]).read(0, most)
                 logits[part] = self.trunk(y, np.broadcast_to(query, y.shape[:2]), keep[part])
         else:
+            allowed = K.numpy() if isinstance(K, torch.Tensor) else np.full(B, most)
             for first in range(0, B, WINDOW):
                 window = slice(first, min(first + WINDOW, B))
-                y, keep[window] = self.select(pixels[window], K, threshold)
+                y, keep[window] = self.select(pixels[window], allowed[window], most, threshold)
                 logits[window] = self.ragged(y, keep[window])
         active = np.zeros((B, self.config.num_queries), dtype=bool)
-        active[:, :K] = keep
+        active[:, :most] = keep
         return torch.from_numpy(logits), torch.from_numpy(active)
 
     def parts_of(self, images: int, length: int) -> Iterator[slice]:
@@ -126,18 +131,27 @@ class OnnxPerceiver:
         for first in range(0, images, size):
             yield slice(first, min(first + size, images))
 
-    def select(self, pixels: np.ndarray, K: int, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-        """Cross-attention outputs (n, K, D), and which of them stay, (n, K) bool."""
-        t, results = np.array(threshold, dtype=np.float32), []
+    def select(
+        self, pixels: np.ndarray, K: np.ndarray, most: int, threshold: float | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cross-attention outputs (n, most, D), and which of the first K (n,) of them stay, (n, most) bool."""
+        results = []
         for part in self.parts_of(len(pixels), self.config.num_patches):
-            y = Reader(self, pixels[part]).read(0, K)
-            if "select" in self.sessions.graphs:
-                (keep,) = self.sessions.run("select", y=y, threshold=t)
-            else:  # each decision depends on those before
-                keep = select_queries(torch.from_numpy(y), threshold, self.config.dqs_reference).numpy()
+            reader = Reader(self, pixels[part])
+            y = reader.read(0, most) if (K[part] == most).all() else reader.read_each(K[part], most)
+            keep = np.arange(most) < K[part, None]
+            if threshold is not None:
+                keep &= self.dissimilar(y, threshold)
             results.append((y, keep))
         y, keep = (np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*results, strict=True))
         return y, keep
+
+    def dissimilar(self, y: np.ndarray, threshold: float) -> np.ndarray:
+        """Which queries selection keeps, (n, K) bool."""
+        if "select" in self.sessions.graphs:
+            return self.sessions.run("select", y=y, threshold=np.array(threshold, dtype=np.float32))[0]
+        # Each decision depends on those before.
+        return select_queries(torch.from_numpy(y), threshold, self.config.dqs_reference).numpy()
 
     def trunk(self, y: np.ndarray, query: np.ndarray, keep: np.ndarray) -> np.ndarray:
         """Logits (n, labels) of tokens (n, k, D) of the queries (n, k), of which `keep` (n, k) count."""
@@ -217,6 +231,16 @@ class Reader:
             if rest:
                 self.tokens, self.x = rest[0], rest[-1]
         return results[0] if len(results) == 1 else np.concatenate(results, axis=1)
+
+    def read_each(self, K: np.ndarray, most: int) -> np.ndarray:
+        """As `read` of `most` queries, of each image its first K (n,); the others' outputs are zero."""
+        y = np.zeros((len(K), most, self.engine.config.hidden_size), dtype=np.float32)
+        rows, reader = np.arange(len(K)), self
+        for _, first, end in self.engine.config.query_spans(0, most):
+            going_on = K[rows] > first
+            rows, reader = rows[going_on], reader[going_on]
+            y[rows, first:end] = reader.read(first, end, go_on=True)
+        return y
 
     def __getitem__(self, images: np.ndarray | slice) -> "Reader":
         """Some of the images."""

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_visual_perceiver.export import trace
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling.elastic import Budget
 from hf_visual_perceiver.training.folder import save_folder
 
 
@@ -95,6 +96,32 @@ def test_selection_keeps_queries_of_all_levels(layered, images):
     assert 1 < output.active_queries.sum(1).float().mean() < 12
     alone = torch.cat([layered(image[None], dqs_threshold=0.9).logits for image in images])
     torch.testing.assert_close(output.logits, alone, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threshold", [None, 0.9])
+def test_a_number_of_queries_for_each_image(layered, images, threshold):
+    K = torch.arange(len(images)) % 12 + 1
+    levels = []
+    for level in layered.visual_perceiver.embeddings.levels:
+        level.register_forward_hook(lambda _module, x, _output: levels.append(len(x[0])))
+    output = layered(images, num_active_queries=K, dqs_threshold=threshold)
+    assert levels == [int((K > 1).sum()), int((K > 6).sum())]  # images that need a level, and no others
+    engine = layered.optimize_for_inference(backend="torch")
+    for i, image in enumerate(images):
+        alone = layered(image[None], num_active_queries=int(K[i]), dqs_threshold=threshold)
+        torch.testing.assert_close(output.logits[i], alone.logits[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(output.active_queries[i], alone.active_queries[0])
+    again = engine(images, num_active_queries=K, dqs_threshold=threshold)
+    torch.testing.assert_close(again.logits, output.logits, rtol=1e-4, atol=1e-5)
+    # What each image cost is what it would have cost alone.
+    knobs = {"num_active_queries": K.tolist(), "dqs_threshold": threshold}
+    macs = layered.config.count_macs(Budget(**knobs), output)
+    candidates = None if threshold is None else K.tolist()
+    expected = [
+        count_macs(layered.config, int(used), candidates and candidates[i]) for i, used in enumerate(output.used)
+    ]
+    assert macs.tolist() == expected
 
 
 @torch.no_grad()

@@ -97,9 +97,7 @@ class TestNumActiveQueries:
         config.save_pretrained(tmp_path)
         assert VisualPerceiverConfig.from_pretrained(tmp_path).operating_point() == (3, 0.5)
 
-    @pytest.mark.parametrize(
-        "K", [0, 13, -1, 2.5, 3.0, True, "3", float("nan"), torch.tensor(2.5), torch.tensor(True), torch.tensor([3, 3])]
-    )
+    @pytest.mark.parametrize("K", [0, 13, -1, 2.5, 3.0, True, "3", float("nan"), torch.tensor(2.5), torch.tensor(True)])
     def test_bad_values(self, model, images, K):
         with pytest.raises(ValueError, match=r"`num_active_queries` to be an integer in \[1, 12\], got"):
             model(images, num_active_queries=K)

@@ -76,6 +76,17 @@ def own_cache(tmp_path_factory):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("t", [None, 0.9])
+def test_a_number_of_queries_for_each_image(both, images, t):
+    model, engine = both
+    K = torch.arange(len(images)) % 12 + 1
+    expected = model(images, num_active_queries=K, dqs_threshold=t)
+    logits, active = engine(images, K, t)
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(active, expected.active_queries)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("K", "t"), POINTS)
 def test_equals_the_model_and_one_image_at_a_time(both, images, K, t):
     model, engine = both
