@@ -18,7 +18,7 @@ from torch import nn
 from ..modeling import VisualPerceiverConfig, VisualPerceiverImageClassifierOutput, select_queries
 from ..modeling.attention_groups import boundaries
 from ..modeling.engines import fold_batch_norms
-from .onnx_graphs import Sessions, cache_folder, graphs_key, graphs_of
+from .onnx_graphs import Sessions, cache_folder, checked_threads, graphs_key, graphs_of, import_onnxruntime
 from .stages import stages_of
 
 
@@ -77,6 +77,8 @@ class OnnxPerceiver:
         num_threads: int | None = None,
         int8: bool = False,
     ):
+        import_onnxruntime()  # exporting takes seconds, so what would fail after it fails now
+        threads = checked_threads(num_threads)
         self.config, self.dtype, self.device = copy.deepcopy(parts.config), torch.float32, torch.device("cpu")
         parts = copy.deepcopy(parts).float().cpu().eval().requires_grad_(False)
         fold_batch_norms(parts)
@@ -87,7 +89,7 @@ class OnnxPerceiver:
         folders = [SHIPPED / graphs_key(architecture), cache_folder(architecture)]
         module = stages["trunk"].module
         weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        self.sessions = Sessions(graphs_of(stages, architecture, folders), weights, num_threads, int8)
+        self.sessions = Sessions(graphs_of(stages, architecture, folders), weights, threads, int8)
         self.cost: CallCost | None = None
 
     def __call__(
