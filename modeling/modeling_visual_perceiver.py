@@ -1059,15 +1059,13 @@ class OptimizedVisualPerceiver(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> "OptimizedVisualPerceiver":
         raise RuntimeError("An optimised model stays as it is; move or convert the model, then optimise that.")
 
-    @torch.no_grad()
     def classify(
         self, pixel_values: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, labels) and the active queries (B, Q)."""
         K, threshold = self.config.operating_point(num_active_queries, dqs_threshold)
         self.check_images(pixel_values)
-        with without_autocast(self.device):  # the engine has a dtype of its own
-            return self.engine(pixel_values, K, threshold)
+        return self.engine(pixel_values, K, threshold)
 
     def start(self, pixel_values: torch.Tensor) -> Any:
         """Read images, to answer with few queries first and with more later, as the model's `start` does."""

@@ -91,6 +91,9 @@ class OnnxPerceiver:
         weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.sessions = Sessions(graphs_of(stages, architecture, folders), weights, threads, int8)
         self.cost: CallCost | None = None
+        # Reading these from a config takes longer than a small network's matrix products.
+        self.num_queries, self.num_patches = self.config.num_queries, self.config.num_patches
+        self.places = np.arange(self.num_queries)
 
     def __call__(
         self, pixel_values: torch.Tensor, K: int, threshold: float | None = None
@@ -103,25 +106,25 @@ class OnnxPerceiver:
             threshold: Drop those of them that are more similar than this to an earlier one.
         """
         pixels = pixel_values.detach().float().numpy()
-        B, query = len(pixels), np.arange(K)
+        B, query = len(pixels), self.places[:K]
         keep = np.ones((B, K), dtype=bool)
         logits = np.empty((B, self.num_labels), dtype=np.float32)
         if threshold is None:
             for part in self.parts_of(B, K):
                 y = self.read(pixels[part], query)
-                logits[part] = self.trunk(y, np.broadcast_to(query, y.shape[:2]), keep[part])
+                logits[part] = self.trunk(y, np.repeat(query[None], len(y), 0), keep[part])
         else:
             for first in range(0, B, WINDOW):
                 window = slice(first, min(first + WINDOW, B))
                 y, keep[window] = self.select(pixels[window], query, threshold)
                 logits[window] = self.ragged(y, keep[window])
-        active = np.zeros((B, self.config.num_queries), dtype=bool)
+        active = np.zeros((B, self.num_queries), dtype=bool)
         active[:, :K] = keep
         return torch.from_numpy(logits), torch.from_numpy(active)
 
     def parts_of(self, images: int, length: int) -> Iterator[slice]:
         """Cut a batch of images with `length` tokens each in pieces of `TOKENS_PER_CALL` tokens."""
-        size = max(1, TOKENS_PER_CALL // max(length, self.config.num_patches // 4))
+        size = max(1, TOKENS_PER_CALL // max(length, self.num_patches // 4))
         for first in range(0, images, size):
             yield slice(first, min(first + size, images))
 
@@ -132,7 +135,7 @@ class OnnxPerceiver:
     def select(self, pixels: np.ndarray, query: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
         """Cross-attention outputs (n, k, D), and which of them stay, (n, k) bool."""
         t, results = np.array(threshold, dtype=np.float32), []
-        for part in self.parts_of(len(pixels), self.config.num_patches):
+        for part in self.parts_of(len(pixels), self.num_patches):
             if "select" in self.sessions.graphs:
                 results.append(self.sessions.run("select", pixel_values=pixels[part], query=query, threshold=t))
             else:  # each decision depends on those before
@@ -144,10 +147,13 @@ class OnnxPerceiver:
 
     def trunk(self, y: np.ndarray, query: np.ndarray, keep: np.ndarray) -> np.ndarray:
         """Logits (n, labels) of tokens (n, k, D) of the queries (n, k), of which `keep` (n, k) count."""
-        return self.sessions.run("trunk", y=y, query=np.ascontiguousarray(query), keep=keep)[0]
+        return self.sessions.run("trunk", y=y, query=query, keep=keep)[0]
 
     def ragged(self, y: np.ndarray, keep: np.ndarray) -> np.ndarray:
         """Logits (n, labels) of images that keep different numbers of tokens: of `y` (n, K, D) those that `keep` marks."""
+        if len(y) == 1:  # nothing to group
+            query = keep[0].nonzero()[0]
+            return self.trunk(y[0, query][None], query[None], np.ones((1, len(query)), dtype=bool))
         lengths = keep.sum(1)
         logits = np.empty((len(y), self.num_labels), dtype=np.float32)
         order = np.argsort(lengths, kind="stable")
@@ -212,7 +218,7 @@ class CallCost:
         for length in sorted({1, max(1, Q // 8), max(1, Q // 4), max(1, Q // 2), Q}):
             for images in (1, max(2, TOKENS_PER_CALL // (2 * max(length, 8)))):
                 y = np.zeros((images, length, D), dtype=np.float32)
-                query = np.broadcast_to(np.arange(length), (images, length))
+                query = np.repeat(engine.places[None, :length], images, 0)
                 keep = np.ones((images, length), dtype=bool)
                 taken = []
                 for _ in range(3):
@@ -255,7 +261,7 @@ class OnnxState:
         start = max(end for end in [0, *engine.config.block_ends] if end <= before) if causal else 0
         if causal and start == K:  # asked again: only the last block can give the answer
             start = max(end for end in [0, *engine.config.block_ends] if end < K)
-        query, kept = np.arange(start, K), []
+        query, kept = engine.places[start:K], []
         for part in engine.parts_of(B, K - start):
             y = np.ascontiguousarray(self.y[part, start:K])
             if causal:
@@ -263,7 +269,7 @@ class OnnxState:
                 kept.append(past)
             else:
                 keep = np.ones((len(y), K), dtype=bool)
-                logits[part] = engine.trunk(y, np.broadcast_to(query, keep.shape), keep)
+                logits[part] = engine.trunk(y, np.repeat(query[None], len(y), 0), keep)
         self.past, self.num_active_queries = np.concatenate(kept) if causal else None, K
         active = torch.arange(engine.config.num_queries) < K
         return VisualPerceiverImageClassifierOutput(logits=torch.from_numpy(logits), active_queries=active.repeat(B, 1))
