@@ -181,17 +181,24 @@ class OnnxPerceiver:
             yield order[images[first] : images[end]]
             first = end
 
-    def start(self, pixel_values: torch.Tensor, num_candidates: int | None = None) -> "OnnxState":
+    def tokens(self, pixels: np.ndarray) -> np.ndarray:
+        """What queries read of some images, (n, N, ...)."""
+        parts = self.parts_of(len(pixels), self.num_patches)
+        return np.concatenate([self.sessions.run("tokens", pixel_values=pixels[part])[0] for part in parts])
+
+    def ask(self, tokens: np.ndarray, query: np.ndarray) -> np.ndarray:
+        """Cross-attention outputs (n, k, D) of the queries (k,), from `tokens` of some images."""
+        parts = self.parts_of(len(tokens), len(query))
+        return np.concatenate([self.sessions.run("ask", tokens=tokens[part], query=query)[0] for part in parts])
+
+    def start(self, pixel_values: torch.Tensor) -> "OnnxState":
         """Read images, to answer with few queries first and with more later; see `VisualPerceiverForImageClassification.start`.
 
         Args:
             pixel_values: (B, C, H, W), normalised.
-            num_candidates: The most queries that will be asked for; None is Q.
         """
-        K = self.config.operating_point(num_candidates or self.config.num_queries)[0]
-        pixels, query = pixel_values.detach().float().numpy(), np.arange(K)
-        y = [self.read(pixels[part], query) for part in self.parts_of(len(pixels), self.config.num_patches)]
-        return OnnxState(self, np.concatenate(y))
+        tokens = self.tokens(pixel_values.detach().float().numpy())
+        return OnnxState(self, tokens, np.empty((len(tokens), 0, self.config.hidden_size), dtype=np.float32))
 
 
 class CallCost:
@@ -239,12 +246,25 @@ class OnnxState:
 
     Args:
         engine: What computes.
-        y: (B, candidates, D) cross-attention outputs.
+        tokens: (B, N, ...) what queries read.
+        y: (B, K, D) cross-attention outputs of the queries that have read.
+        past: Keys and values of those that have gone through a block-causal trunk, (B, 2 (L + 1), H, K, d).
     """
 
-    def __init__(self, engine: OnnxPerceiver, y: np.ndarray):
-        self.engine, self.y, self.num_active_queries = engine, y, 0
-        self.past: np.ndarray | None = None
+    def __init__(self, engine: OnnxPerceiver, tokens: np.ndarray, y: np.ndarray, past: np.ndarray | None = None):
+        self.engine, self.tokens, self.y, self.past = engine, tokens, y, past
+
+    @property
+    def num_active_queries(self) -> int:
+        """K so far; 0 before the first answer."""
+        return self.y.shape[1]
+
+    def read(self, K: int) -> np.ndarray:
+        """Cross-attention outputs of the first K queries, (B, K, D); those that are missing read now."""
+        before = self.num_active_queries
+        if before == K:
+            return self.y
+        return np.concatenate([self.y, self.engine.ask(self.tokens, self.engine.places[before:K])], axis=1)
 
     def extend(self, num_active_queries: int) -> Any:
         """Answer with the first K queries, going on from those that there are.
@@ -254,23 +274,24 @@ class OnnxState:
         """
         engine, before = self.engine, self.num_active_queries
         K, _ = engine.config.operating_point(num_active_queries)
-        if not before <= K <= self.y.shape[1]:
-            raise ValueError(f"Expected a number of queries in [{before}, {self.y.shape[1]}], got {K}.")
-        B, causal = len(self.y), engine.config.trunk_attention == "block_causal"
+        if before > K:
+            raise ValueError(f"Expected at least the {before} queries that there are, got {K}.")
+        read = self.read(K)
+        B, causal = len(read), engine.config.trunk_attention == "block_causal"
         logits = np.empty((B, engine.num_labels), dtype=np.float32)
         start = max(end for end in [0, *engine.config.block_ends] if end <= before) if causal else 0
         if causal and start == K:  # asked again: only the last block can give the answer
             start = max(end for end in [0, *engine.config.block_ends] if end < K)
         query, kept = engine.places[start:K], []
         for part in engine.parts_of(B, K - start):
-            y = np.ascontiguousarray(self.y[part, start:K])
+            y = np.ascontiguousarray(read[part, start:])
             if causal:
                 logits[part], past = engine.sessions.run("extend", y=y, query=query, past=self.past_of(part, start))
                 kept.append(past)
             else:
                 keep = np.ones((len(y), K), dtype=bool)
                 logits[part] = engine.trunk(y, np.repeat(query[None], len(y), 0), keep)
-        self.past, self.num_active_queries = np.concatenate(kept) if causal else None, K
+        self.y, self.past = read, np.concatenate(kept) if causal else None
         active = torch.arange(engine.config.num_queries) < K
         return VisualPerceiverImageClassifierOutput(logits=torch.from_numpy(logits), active_queries=active.repeat(B, 1))
 
@@ -286,7 +307,5 @@ class OnnxState:
     def __getitem__(self, images: torch.Tensor) -> "OnnxState":
         """The state of some of the images: (B,) bool or indices."""
         chosen = images.numpy()
-        state = OnnxState(self.engine, self.y[chosen])
-        state.num_active_queries = self.num_active_queries
-        state.past = None if self.past is None else self.past[chosen]
-        return state
+        past = None if self.past is None else self.past[chosen]
+        return OnnxState(self.engine, self.tokens[chosen], self.y[chosen], past)

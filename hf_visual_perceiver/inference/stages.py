@@ -1,5 +1,7 @@
 """The Visual Perceiver in stages, as `onnx_graphs.py` exports them: read the image, select queries, answer, go on.
 
+Reading is one stage for an answer at once, and two for going on later: the image's tokens, then what some queries read in them.
+
 The arithmetic is that of `modeling/modeling_visual_perceiver.py`, on the same modules, written so that a graph of it is short. Which
 queries an image uses comes in as indices, so that one graph serves every budget, selection and padding.
 
@@ -45,6 +47,26 @@ class PerceiverStage(nn.Module):
         block = torch.bucketize(torch.arange(self.config.num_queries), ends, right=True)
         self.register_buffer("block", block, persistent=False)
 
+    def tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What queries read: images (B, C, H, W) -> tokens (B, N, D), or for several heads keys and values (B, N, 2 D)."""
+        cross = self.visual_perceiver.cross_attention
+        inputs = cross.norm_inputs(self.visual_perceiver.embeddings(pixel_values))
+        return inputs if cross.num_heads == 1 else cross.key_value(inputs)
+
+    def ask(self, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Cross-attention outputs (n, k, D) of the queries (k,), from what `tokens` makes of n images."""
+        cross, D = self.visual_perceiver.cross_attention, self.config.hidden_size
+        queries = cross.query(cross.norm_queries(F.embedding(query, cross.queries)[None]))  # (1, k, D)
+        if cross.num_heads == 1:
+            # q . (W_k x) = (W_k^T q) . x, and the sum of a (W_v x) is W_v times that of a x: no token needs a key or a value.
+            # The key's bias adds the same to all scores of a query, which softmax takes away again.
+            key_weight, value_weight = cross.key_value.weight.split(D)
+            read = attend(split_heads(queries @ key_weight, 1), tokens[:, None], tokens[:, None], cross.scaling)
+            bias = None if cross.key_value.bias is None else cross.key_value.bias[D:]
+            return F.linear(read, value_weight, bias)
+        key, value = (split_heads(part, cross.num_heads) for part in tokens.split(D, -1))
+        return attend(split_heads(queries, cross.num_heads), key, value, cross.scaling)
+
     def finish(self, y: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """The rest of the cross-attention block: (n, k, D) of the queries (n, k) or (k,) -> (n, k, D)."""
         cross = self.visual_perceiver.cross_attention
@@ -70,23 +92,21 @@ class ReadStage(PerceiverStage):
     """Cross-attention outputs: images (B, C, H, W) and queries (k,) -> (B, k, D)."""
 
     def forward(self, pixel_values: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        cross, D = self.visual_perceiver.cross_attention, self.config.hidden_size
-        inputs = cross.norm_inputs(self.visual_perceiver.embeddings(pixel_values))
-        queries = cross.query(cross.norm_queries(F.embedding(query, cross.queries)[None]))  # (1, k, D)
-        if cross.num_heads == 1:
-            # q . (W_k x) = (W_k^T q) . x, and the sum of a (W_v x) is W_v times that of a x: no token needs a key or a value.
-            # The key's bias adds the same to all scores of a query, which softmax takes away again.
-            key_weight, value_weight = cross.key_value.weight.split(D)
-            read = attend(split_heads(queries @ key_weight, 1), inputs[:, None], inputs[:, None], cross.scaling)
-            bias = None if cross.key_value.bias is None else cross.key_value.bias[D:]
-            return F.linear(read, value_weight, bias)
-        key, value = cross.key_value(inputs).split(D, -1)
-        return attend(
-            split_heads(queries, cross.num_heads),
-            split_heads(key, cross.num_heads),
-            split_heads(value, cross.num_heads),
-            cross.scaling,
-        )
+        return self.ask(self.tokens(pixel_values), query)
+
+
+class TokensStage(PerceiverStage):
+    """The first half of `ReadStage`, for queries that come later: images (B, C, H, W) -> (B, N, D or 2 D)."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.tokens(pixel_values)
+
+
+class AskStage(PerceiverStage):
+    """The second half: the output of `TokensStage` for n images and queries (k,) -> (n, k, D)."""
+
+    def forward(self, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        return self.ask(tokens, query)
 
 
 class SelectStage(ReadStage):
@@ -149,17 +169,27 @@ class ExtendStage(PerceiverStage):
 
 
 def stages_of(parts: Any, head: nn.Module) -> dict[str, Stage]:
-    """The stages of a network: `read`, `select` unless it compares with kept queries alone, `trunk`, and of a block-causal one
-    `extend`."""
+    """The stages of a network: `read`, the same in two as `tokens` and `ask`, `select` unless it compares with kept queries
+    alone, `trunk`, and of a block-causal one `extend`."""
     config: VisualPerceiverConfig = parts.config
     D, H, L = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
     n, k, p = 3, min(5, config.num_queries), 2
     pixel_values = torch.zeros(2, config.num_channels, *config.image_height_width)
-    tokens, places = torch.zeros(n, k, D), torch.arange(k)
+    y, places = torch.zeros(n, k, D), torch.arange(k)
+    tokens = torch.zeros(n, config.num_patches, D if config.num_cross_attention_heads == 1 else 2 * D)
     images, of_image = {0: "images"}, {0: "images", 1: "queries"}
     reading = {"pixel_values": images, "query": {0: "queries"}}
     stages = {
         "read": Stage(ReadStage(parts, head), {"pixel_values": pixel_values, "query": places}, reading, ("y",)),
+        "tokens": Stage(
+            TokensStage(parts, head), {"pixel_values": pixel_values}, {"pixel_values": images}, ("tokens",)
+        ),
+        "ask": Stage(
+            AskStage(parts, head),
+            {"tokens": tokens, "query": places},
+            {"tokens": images, "query": {0: "queries"}},
+            ("y",),
+        ),
         "select": Stage(
             SelectStage(parts, head),
             {"pixel_values": pixel_values, "query": places, "threshold": torch.tensor(0.5)},
@@ -168,7 +198,7 @@ def stages_of(parts: Any, head: nn.Module) -> dict[str, Stage]:
         ),
         "trunk": Stage(
             TrunkStage(parts, head),
-            {"y": tokens, "query": places.repeat(n, 1), "keep": torch.ones(n, k, dtype=torch.bool)},
+            {"y": y, "query": places.repeat(n, 1), "keep": torch.ones(n, k, dtype=torch.bool)},
             {"y": of_image, "query": of_image, "keep": of_image},
             ("logits",),
         ),
@@ -178,7 +208,7 @@ def stages_of(parts: Any, head: nn.Module) -> dict[str, Stage]:
     if config.trunk_attention == "block_causal":
         stages["extend"] = Stage(
             ExtendStage(parts, head),
-            {"y": tokens, "query": places, "past": torch.zeros(n, 2 * (L + 1), H, p, D // H)},
+            {"y": y, "query": places, "past": torch.zeros(n, 2 * (L + 1), H, p, D // H)},
             {"y": of_image, "query": {0: "queries"}, "past": {0: "images", 3: "earlier"}},
             ("logits", "past_and_new"),
         )
