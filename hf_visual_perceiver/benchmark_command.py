@@ -33,7 +33,13 @@ def benchmark_command(
         list[str] | None,
         typer.Option(help="float32, bfloat16 or float16; repeat. By default float32, and bfloat16 where it is fast."),
     ] = None,
-    repetitions: Annotated[int, typer.Option(help="Of all settings.")] = 7,
+    timm: Annotated[
+        list[str] | None, typer.Option(help="Also time a classifier of timm, of random weights, by its name; repeat.")
+    ] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="Of all settings.")] = 7,
+    single_calls: Annotated[
+        int, typer.Option(min=1, help="Repetitions with one image, for its median and 95th percentile.")
+    ] = 200,
     device: DeviceOption = "auto",
     plot: Annotated[Path | None, picture_option("Write relative time against MACs to this picture.")] = None,
     json_file: JsonOption = None,
@@ -41,12 +47,12 @@ def benchmark_command(
     """Time and memory of a checkpoint on this machine, at every budget and in each form, side by side."""
     import torch
 
-    from .benchmark import benchmark, benchmark_table, plot_benchmark
+    from .benchmark import benchmark, benchmark_table, plot_benchmark, timm_rival
     from .loading import choose_device, default_dataset, load_model
     from .training.conditions import cpu_computes_in_bf16, measurement_conditions
     from .training.data import load_images, normalise, pixels_of_size
 
-    console = output_console(json_file, width=150)
+    console = output_console(json_file, width=170)
     place = choose_device(device)
     fast_bf16 = place != "cpu" or cpu_computes_in_bf16()
     dtypes = dtype or ["float32", *(["bfloat16"] if fast_bf16 else [])]
@@ -56,6 +62,12 @@ def benchmark_command(
     network = load_model(name, place)
     for K in num_active_queries or ():
         network.config.operating_point(K)
+    rivals = {
+        f"timm's {rival}, eager {dtypes[0]}": timm_rival(
+            rival, network.config, network.device, getattr(torch, dtypes[0])
+        )
+        for rival in timm or ()
+    }
     cfg, data = network.config.timm_pretrained_cfg, load_images(default_dataset(), "test")
     indices = range(min(max(batch_size), len(data)))
     pixels = normalise(pixels_of_size(data, indices, network.config.image_height_width), cfg["mean"], cfg["std"])
@@ -67,11 +79,14 @@ def benchmark_command(
         form,
         [getattr(torch, name) for name in dtypes],
         repetitions,
-        budgets=num_active_queries,
+        rivals,
+        num_active_queries,
+        single_calls=single_calls,
     )
     for size in batch_size:
         console.print(benchmark_table([row for row in rows if row.batch_size == size]))
-    conditions = measurement_conditions(place, model=model_label(name), repetitions=repetitions)
+    counts = {"repetitions": repetitions, **({"single_calls": single_calls} if 1 in batch_size else {})}
+    conditions = measurement_conditions(place, model=model_label(name), **counts)
     console.print(", ".join(f"{key} {value}" for key, value in conditions.items()), style="dim", highlight=False)
     write_result(json_file, {"conditions": conditions, "rows": [asdict(row) for row in rows]})
     if plot:

@@ -3,8 +3,9 @@
 DTYPES = ("float32", "bfloat16", "float16")  # to compute in
 FEATURES = ("pooled", "mean")  # of retrieval
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors-timm": "_timm"}  # of exports, and how their files end
-# Of a benchmark. "grouped" is eager too, but selection attends in groups where "eager" has variable-length attention.
-FORMS = ("eager", "optimized", "compiled", "grouped")
+# Of a benchmark. "optimized" is the engine of `optimize_for_inference`, on a CPU in float32 ONNX Runtime, and "int8" that in 8
+# bits. "grouped" is eager too, but selection attends in groups where "eager" has variable-length attention.
+FORMS = ("eager", "optimized", "int8", "compiled", "grouped")
 
 
 def check_dtype(dtype: str) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .conv_stem import ConvBlock
+from .query_selection import without_autocast
 
 
 class PlainPerceiver:
@@ -30,6 +31,7 @@ class PlainPerceiver:
         self.parts.to(self.dtype)
         self.head = copy.deepcopy(head).requires_grad_(False).eval()
 
+    @torch.no_grad()
     def __call__(
         self, pixel_values: torch.Tensor, K: int | torch.Tensor, threshold: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,10 +43,11 @@ class PlainPerceiver:
             threshold: Drop those of them that are more similar than this to an earlier one.
         """
         parts = self.parts
-        active = parts.process(parts.begin(pixel_values.to(self.dtype), K, threshold))
-        pooled = parts.decode(active)
-        parameter = next(self.head.parameters(), pooled)
-        return self.head(pooled.to(parameter.dtype)), parts.active_queries(active)
+        with without_autocast(self.device):  # the engine has a dtype of its own
+            active = parts.process(parts.begin(pixel_values.to(self.dtype), K, threshold))
+            pooled = parts.decode(active)
+            parameter = next(self.head.parameters(), pooled)
+            return self.head(pooled.to(parameter.dtype)), parts.active_queries(active)
 
 
 # What makes an engine for `optimize_for_inference` from a network and its head; importing hf_visual_perceiver adds

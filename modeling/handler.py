@@ -4,12 +4,14 @@ The endpoint loads this file by its path and calls `EndpointHandler(folder)` onc
 
     {"inputs": "<an image in base64>", "parameters": {"num_active_queries": 16, "dqs_threshold": 0.8, "top_k": 3}}
 
-It opens no file besides the folder's and no socket: images come in the request, never by address.
+It opens no file besides the folder's and no socket: images come in the request, never by address. On a CPU that has the packages
+hf_visual_perceiver and onnxruntime, ONNX Runtime computes the same answers sooner.
 """
 
 import base64
 import binascii
 import io
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,9 +45,8 @@ class EndpointHandler:
             raise ValueError(f"Expected the folder of a checkpoint, got {str(path)!r}.")
         # The endpoint already runs this file, which is the folder's own code: trusting its neighbours adds nothing.
         model = AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True, use_safetensors=True)
-        self.model = model.eval()
         self.processor = AutoImageProcessor.from_pretrained(path)
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.eval().cuda() if torch.cuda.is_available() else on_cpu(model.eval(), path)
 
     def __call__(self, data: dict[str, Any]) -> list[Any]:
         """Answer one request.
@@ -79,6 +80,29 @@ class EndpointHandler:
             for b, row in enumerate(zip(scores.tolist(), labels.tolist(), strict=True))
         ]
         return answers if isinstance(inputs, list) else answers[0]
+
+
+def on_cpu(model: Any, path: str) -> Any:
+    """The folder's network in ONNX Runtime, if that is installed and gives the model's answer; otherwise the model.
+
+    Args:
+        model: As the folder's code has loaded it.
+        path: The folder.
+    """
+    try:
+        from hf_visual_perceiver.loading import load_optimized
+
+        fast = load_optimized(path)
+        height, width = model.config.image_height_width
+        image = torch.linspace(-1, 1, model.config.num_channels * height * width).reshape(1, -1, height, width)
+        with torch.inference_mode():
+            logits, expected = fast(image).logits, model(image.to(model.dtype)).logits.float()
+        # The package may be of another version than the folder's code, which says what the weights mean.
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    except (ImportError, ValueError, AssertionError) as error:
+        logging.getLogger(__name__).info("Answers come from PyTorch: %s", error)
+        return model
+    return fast
 
 
 def read_parameters(parameters: dict[str, Any]) -> tuple[int | None, float | None, int]:

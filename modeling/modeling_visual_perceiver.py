@@ -1183,10 +1183,15 @@ class OptimizedVisualPerceiver(nn.Module):
         self.dtype, self.device = self.engine.dtype, self.engine.device
         self.eval()
 
+    def check_images(self, pixel_values: torch.Tensor) -> None:
+        """Raise a `ValueError` unless the engine can read these images."""
+        check_pixel_values(pixel_values, self.config, advice=OPTIMISE_AGAIN)
+        if pixel_values.device != self.device:
+            raise ValueError(f"Expected images on {self.device}, where the engine computes, got {pixel_values.device}.")
+
     def _apply(self, fn: Callable, recurse: bool = True) -> "OptimizedVisualPerceiver":
         raise RuntimeError("An optimised model stays as it is; move or convert the model, then optimise that.")
 
-    @torch.no_grad()
     def classify(
         self,
         pixel_values: torch.Tensor,
@@ -1195,15 +1200,12 @@ class OptimizedVisualPerceiver(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, labels) and the active queries (B, Q)."""
         K, threshold = self.config.operating_point(num_active_queries, dqs_threshold)
-        check_pixel_values(pixel_values, self.config, advice=OPTIMISE_AGAIN)
-        if pixel_values.device != self.device:
-            raise ValueError(f"Expected images on {self.device}, where the engine computes, got {pixel_values.device}.")
-        with without_autocast(self.device):  # the engine has a dtype of its own
-            return self.engine(pixel_values, K, threshold)
+        self.check_images(pixel_values)
+        return self.engine(pixel_values, K, threshold)
 
     def start(self, pixel_values: torch.Tensor) -> Any:
         """Read images, to answer with few queries first and with more later, as the model's `start` does."""
-        check_pixel_values(pixel_values, self.config, advice=OPTIMISE_AGAIN)
+        self.check_images(pixel_values)
         if hasattr(self.engine, "start"):
             return self.engine.start(pixel_values)
         return IncrementalState.read(self.engine.parts, self.engine.head, pixel_values.to(self.dtype))

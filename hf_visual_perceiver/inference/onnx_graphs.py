@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 
-FORMAT = 3  # of the files; another number means that they are exported anew
+FORMAT = 4  # of the files; another number means that they are exported anew
 INDEX = "graphs.json"
 
 
@@ -68,6 +68,18 @@ def import_onnxruntime() -> Any:
             '`optimize_for_inference(backend="torch")` does without.'
         ) from error
     return onnxruntime
+
+
+def checked_threads(num_threads: int | None) -> int:
+    """Threads of a call; None is torch's number.
+
+    Raises:
+        ValueError: If it is not at least 1.
+    """
+    threads = torch.get_num_threads() if num_threads is None else num_threads
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"Expected `num_threads` to be an integer of at least 1, got {num_threads!r}.")
+    return threads
 
 
 def export_stage(stage: Stage) -> Graph:
@@ -182,7 +194,7 @@ def write_graphs(folder: Path, key: str, graphs: Mapping[str, Graph]) -> None:
 
 
 def _sha256(graph: Graph) -> str:
-    return hashlib.sha256(graph.content).hexdigest()
+    return hashlib.sha256(graph.content + "\0".join(graph.weights).encode()).hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -222,10 +234,7 @@ class Sessions:
         int8: bool = False,
     ):
         import_onnxruntime()
-        threads = torch.get_num_threads() if num_threads is None else num_threads
-        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-            raise ValueError(f"Expected `num_threads` to be an integer of at least 1, got {num_threads!r}.")
-        self.num_threads, self.int8 = threads, int8
+        self.num_threads, self.int8 = checked_threads(num_threads), int8
         self.graphs = dict(graphs)
         self.weights = {name: value.detach().cpu().numpy().copy() for name, value in weights.items()}
         if int8:
@@ -248,23 +257,34 @@ class Sessions:
         return [output.name for output in self.session(stage).get_outputs()]
 
     def session(self, stage: str) -> Any:
-        """The session of a stage."""
+        """The session of a stage.
+
+        Raises:
+            ValueError: If onnxruntime does not take its graph.
+        """
         if self._process != os.getpid():  # a fork has the sessions, but not their threads
             self._reset()
         with self._lock:
             if stage not in self._sessions:
-                self._sessions[stage] = self._create(self.graphs[stage])
+                self._sessions[stage] = self._create(stage)
             return self._sessions[stage]
 
-    def _create(self, graph: Graph) -> Any:
-        onnxruntime = import_onnxruntime()
+    def _create(self, stage: str) -> Any:
+        onnxruntime, graph = import_onnxruntime(), self.graphs[stage]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.num_threads, 1
         options.log_severity_level = 3
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(self.weights[name]) for name in graph.weights]
         if values:
             options.add_external_initializers(list(graph.weights), values)
-        return onnxruntime.InferenceSession(graph.content, options, providers=["CPUExecutionProvider"])
+        try:
+            return onnxruntime.InferenceSession(graph.content, options, providers=["CPUExecutionProvider"])
+        # onnxruntime's exceptions have no common class but this.
+        except Exception as error:
+            raise ValueError(
+                f"Expected the graph of stage {stage} to load in onnxruntime {onnxruntime.__version__}, got: "
+                f"{str(error).splitlines()[0]} A newer onnxruntime may take it."
+            ) from error
 
     def run(self, stage: str, outputs: Sequence[str] | None = None, **inputs: np.ndarray) -> list[np.ndarray]:
         """The outputs of a stage, all or those of these names; safe from several threads."""

@@ -18,7 +18,7 @@ from torch import nn
 from ..modeling import VisualPerceiverConfig, VisualPerceiverImageClassifierOutput, select_queries
 from ..modeling.attention_groups import boundaries
 from ..modeling.engines import fold_batch_norms
-from .onnx_graphs import Sessions, cache_folder, graphs_key, graphs_of
+from .onnx_graphs import Sessions, cache_folder, checked_threads, graphs_key, graphs_of, import_onnxruntime
 from .stages import stages_of
 
 
@@ -80,6 +80,8 @@ class OnnxPerceiver:
         num_threads: int | None = None,
         int8: bool = False,
     ):
+        import_onnxruntime()  # exporting takes seconds, so what would fail after it fails now
+        threads = checked_threads(num_threads)
         self.config, self.dtype, self.device = copy.deepcopy(parts.config), torch.float32, torch.device("cpu")
         parts = copy.deepcopy(parts).float().cpu().eval().requires_grad_(False)
         fold_batch_norms(parts)
@@ -90,8 +92,12 @@ class OnnxPerceiver:
         folders = [SHIPPED / graphs_key(architecture), cache_folder(architecture)]
         module = stages["trunk"].module
         weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        self.sessions = Sessions(graphs_of(stages, architecture, folders), weights, num_threads, int8)
+        self.sessions = Sessions(graphs_of(stages, architecture, folders), weights, threads, int8)
         self.cost: CallCost | None = None
+        # Reading these from a config takes longer than a small network's matrix products.
+        self.num_queries, self.num_patches = self.config.num_queries, self.config.num_patches
+        self.places = np.arange(self.num_queries)
+        self.all_spans = self.config.query_spans(0, self.num_queries)
 
     def __call__(
         self, pixel_values: torch.Tensor, K: int | torch.Tensor, threshold: float | None = None
@@ -111,23 +117,28 @@ class OnnxPerceiver:
         keep = np.ones((B, most), dtype=bool)
         logits = np.empty((B, self.num_labels), dtype=np.float32)
         if threshold is None and not each:
-            query = np.arange(most)
+            query = self.places[:most]
             for part in self.parts_of(B, most):
                 y = Reader(self, pixels[part]).read(0, most)
-                logits[part] = self.trunk(y, np.broadcast_to(query, y.shape[:2]), keep[part])
+                logits[part] = self.trunk(y, np.repeat(query[None], len(y), 0), keep[part])
         else:
             allowed = K.numpy() if isinstance(K, torch.Tensor) else np.full(B, most)
             for first in range(0, B, WINDOW):
                 window = slice(first, min(first + WINDOW, B))
                 y, keep[window] = self.select(pixels[window], allowed[window], most, threshold)
                 logits[window] = self.ragged(y, keep[window])
-        active = np.zeros((B, self.config.num_queries), dtype=bool)
+        active = np.zeros((B, self.num_queries), dtype=bool)
         active[:, :most] = keep
         return torch.from_numpy(logits), torch.from_numpy(active)
 
+    def spans(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """As the config's `query_spans`."""
+        spans = [(level, max(start, a), min(end, b)) for level, a, b in self.all_spans]
+        return [span for span in spans if span[1] < span[2]]
+
     def parts_of(self, images: int, length: int) -> Iterator[slice]:
         """Cut a batch of images with `length` tokens each in pieces of `TOKENS_PER_CALL` tokens."""
-        size = max(1, TOKENS_PER_CALL // max(length, self.config.num_patches // 4))
+        size = max(1, TOKENS_PER_CALL // max(length, self.num_patches // 4))
         for first in range(0, images, size):
             yield slice(first, min(first + size, images))
 
@@ -136,7 +147,7 @@ class OnnxPerceiver:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Cross-attention outputs (n, most, D), and which of the first K (n,) of them stay, (n, most) bool."""
         results = []
-        for part in self.parts_of(len(pixels), self.config.num_patches):
+        for part in self.parts_of(len(pixels), self.num_patches):
             reader = Reader(self, pixels[part])
             y = reader.read(0, most) if (K[part] == most).all() else reader.read_each(K[part], most)
             keep = np.arange(most) < K[part, None]
@@ -155,10 +166,13 @@ class OnnxPerceiver:
 
     def trunk(self, y: np.ndarray, query: np.ndarray, keep: np.ndarray) -> np.ndarray:
         """Logits (n, labels) of tokens (n, k, D) of the queries (n, k), of which `keep` (n, k) count."""
-        return self.sessions.run("trunk", y=y, query=np.ascontiguousarray(query), keep=keep)[0]
+        return self.sessions.run("trunk", y=y, query=query, keep=keep)[0]
 
     def ragged(self, y: np.ndarray, keep: np.ndarray) -> np.ndarray:
         """Logits (n, labels) of images that keep different numbers of tokens: of `y` (n, K, D) those that `keep` marks."""
+        if len(y) == 1:  # nothing to group
+            query = keep[0].nonzero()[0]
+            return self.trunk(y[0, query][None], query[None], np.ones((1, len(query)), dtype=bool))
         lengths = keep.sum(1)
         logits = np.empty((len(y), self.num_labels), dtype=np.float32)
         order = np.argsort(lengths, kind="stable")
@@ -216,10 +230,10 @@ class Reader:
             end: One after the last query.
             go_on: Keep what a further call needs.
         """
-        config, sessions, results = self.engine.config, self.engine.sessions, []
-        spans = config.query_spans(first, end)
+        engine, sessions, results = self.engine, self.engine.sessions, []
+        spans = engine.spans(first, end)
         for level, a, b in spans:
-            query = np.arange(a, b)
+            query = engine.places[a:b]
             if level == self.level:
                 results += sessions.run("read", tokens=self.tokens, query=query)
                 continue
@@ -236,7 +250,7 @@ class Reader:
         """As `read` of `most` queries, of each image its first K (n,); the others' outputs are zero."""
         y = np.zeros((len(K), most, self.engine.config.hidden_size), dtype=np.float32)
         rows, reader = np.arange(len(K)), self
-        for _, first, end in self.engine.config.query_spans(0, most):
+        for _, first, end in self.engine.spans(0, most):
             going_on = K[rows] > first
             rows, reader = rows[going_on], reader[going_on]
             y[rows, first:end] = reader.read(first, end, go_on=True)
@@ -279,7 +293,7 @@ class CallCost:
         for length in sorted({1, max(1, Q // 8), max(1, Q // 4), max(1, Q // 2), Q}):
             for images in (1, max(2, TOKENS_PER_CALL // (2 * max(length, 8)))):
                 y = np.zeros((images, length, D), dtype=np.float32)
-                query = np.broadcast_to(np.arange(length), (images, length))
+                query = np.repeat(engine.places[None, :length], images, 0)
                 keep = np.ones((images, length), dtype=bool)
                 taken = []
                 for _ in range(3):
@@ -337,16 +351,16 @@ class OnnxState:
             readers.append(reader)
             read.append(y)
             if causal:
-                query, new = np.arange(start, K), np.ascontiguousarray(y[:, start:])
+                query, new = engine.places[start:K], np.ascontiguousarray(y[:, start:])
                 answer, kept = engine.sessions.run("extend", y=new, query=query, past=self.past_of(part, start))
                 past.append(kept)
             else:
                 keep = np.ones((len(y), K), dtype=bool)
-                answer = engine.trunk(y, np.broadcast_to(np.arange(K), keep.shape), keep)
+                answer = engine.trunk(y, np.repeat(engine.places[None, :K], len(y), 0), keep)
             logits.append(answer)
         self.reader, self.y = Reader.join(readers), joined(read)
         self.past = joined(past) if causal else None
-        active = (torch.arange(engine.config.num_queries) < K).repeat(len(self.y), 1)
+        active = (torch.arange(engine.num_queries) < K).repeat(len(self.y), 1)
         return VisualPerceiverImageClassifierOutput(logits=torch.from_numpy(joined(logits)), active_queries=active)
 
     def past_of(self, images: slice, length: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The Visual Perceiver in stages, as `onnx_graphs.py` exports them: read the image, select queries, answer, go on.
 
+Reading is one stage for an answer at once, and two for going on later: the image's tokens, then what some queries read in them.
+
 The arithmetic is that of `modeling/modeling_visual_perceiver.py`, on the same modules, written so that a graph of it is short. Which
 queries an image uses comes in as indices, so that one graph serves every budget, selection and padding.
 
@@ -45,6 +47,26 @@ class PerceiverStage(nn.Module):
         block = torch.bucketize(torch.arange(self.config.num_queries), ends, right=True)
         self.register_buffer("block", block, persistent=False)
 
+    def tokens(self, embedded: torch.Tensor) -> torch.Tensor:
+        """What queries read of a level's tokens (B, N, D): those, normalised, or for several heads keys and values (B, N, 2 D)."""
+        cross = self.visual_perceiver.cross_attention
+        inputs = cross.norm_inputs(embedded)
+        return inputs if cross.num_heads == 1 else cross.key_value(inputs)
+
+    def ask(self, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Cross-attention outputs (n, k, D) of the queries (k,), from what `tokens` makes of n images."""
+        cross, D = self.visual_perceiver.cross_attention, self.config.hidden_size
+        queries = cross.query(cross.norm_queries(F.embedding(query, cross.queries)[None]))  # (1, k, D)
+        if cross.num_heads == 1:
+            # q . (W_k x) = (W_k^T q) . x, and the sum of a (W_v x) is W_v times that of a x: no token needs a key or a value.
+            # The key's bias adds the same to all scores of a query, which softmax takes away again.
+            key_weight, value_weight = cross.key_value.weight.split(D)
+            read = attend(split_heads(queries @ key_weight, 1), tokens[:, None], tokens[:, None], cross.scaling)
+            bias = None if cross.key_value.bias is None else cross.key_value.bias[D:]
+            return F.linear(read, value_weight, bias)
+        key, value = (split_heads(part, cross.num_heads) for part in tokens.split(D, -1))
+        return attend(split_heads(queries, cross.num_heads), key, value, cross.scaling)
+
     def finish(self, y: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """The rest of the cross-attention block: (n, k, D) of the queries (n, k) or (k,) -> (n, k, D)."""
         cross = self.visual_perceiver.cross_attention
@@ -67,32 +89,17 @@ class PerceiverStage(nn.Module):
 
 
 class ReadStage(PerceiverStage):
-    """Cross-attention outputs: tokens (B, N, D) of a level, normalised, and queries (k,) of that level -> (B, k, D)."""
+    """Cross-attention outputs: what queries read of a level (B, N, D or 2 D) and queries (k,) of that level -> (B, k, D)."""
 
     def forward(self, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        cross, D = self.visual_perceiver.cross_attention, self.config.hidden_size
-        queries = cross.query(cross.norm_queries(F.embedding(query, cross.queries)[None]))  # (1, k, D)
-        if cross.num_heads == 1:
-            # q . (W_k x) = (W_k^T q) . x, and the sum of a (W_v x) is W_v times that of a x: no token needs a key or a value.
-            # The key's bias adds the same to all scores of a query, which softmax takes away again.
-            key_weight, value_weight = cross.key_value.weight.split(D)
-            read = attend(split_heads(queries @ key_weight, 1), tokens[:, None], tokens[:, None], cross.scaling)
-            bias = None if cross.key_value.bias is None else cross.key_value.bias[D:]
-            return F.linear(read, value_weight, bias)
-        key, value = cross.key_value(tokens).split(D, -1)
-        return attend(
-            split_heads(queries, cross.num_heads),
-            split_heads(key, cross.num_heads),
-            split_heads(value, cross.num_heads),
-            cross.scaling,
-        )
+        return self.ask(tokens, query)
 
 
-class LevelStage(ReadStage):
+class LevelStage(PerceiverStage):
     """A level of the stem, and what queries (k,) of it read.
 
-    Images (B, C, H, W), or the features (B, C, h, w) of the level before, to cross-attention outputs (B, k, D), the level's
-    tokens (B, N, D), normalised, and unless it is the last its features.
+    Images (B, C, H, W), or the features (B, C, h, w) of the level before, to cross-attention outputs (B, k, D), what further
+    queries of the level can read (B, N, D or 2 D), and unless it is the last its features.
     """
 
     def __init__(self, parts: Any, head: nn.Module, level: int):
@@ -101,8 +108,8 @@ class LevelStage(ReadStage):
 
     def forward(self, x: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         (tokens,), features = self.visual_perceiver.embeddings(x, first=self.level, end=self.level + 1)
-        tokens = self.visual_perceiver.cross_attention.norm_inputs(tokens)
-        y = super().forward(tokens, query)
+        tokens = self.tokens(tokens)
+        y = self.ask(tokens, query)
         return (y, tokens) if self.level == self.config.num_levels - 1 else (y, tokens, features)
 
 
@@ -185,7 +192,7 @@ def stages_of(parts: Any, head: nn.Module) -> dict[str, Stage]:
                 x = torch.zeros_like(parts.embeddings(x)[1])
     stages["read"] = Stage(
         ReadStage(parts, head),
-        {"tokens": torch.zeros(n, N, D), "query": places},
+        {"tokens": torch.zeros(n, N, D if config.num_cross_attention_heads == 1 else 2 * D), "query": places},
         {"tokens": images, "query": {0: "queries"}},
         ("y",),
     )

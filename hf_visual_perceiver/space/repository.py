@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import dataclass
 from importlib.metadata import requires
 from pathlib import Path
@@ -20,6 +21,8 @@ from ..training import files as training_files
 GRADIO, PYTHON = "6.31.0", "3.12"
 PACKAGE = "hf_visual_perceiver"
 SOURCES = {".py", ".css", ".yaml"}
+GRAPHS = "graphs"  # of ONNX Runtime, which computes the answers
+RUNTIME = r"(onnx|onnxscript|onnxruntime)\b"
 ELSEWHERE = {"checkpoints", "data", "model_cards"}  # not needed by the app
 # A new Space has these two.
 FRESH = {".gitattributes", "README.md"}
@@ -40,7 +43,8 @@ def space_files(repo_id: str, revision: str, license: str = "apache-2.0") -> dic
     """The files of a Space that shows a checkpoint: contents by path.
 
     app.py, with the model's repository and revision; README.md, whose metadata configure the Space; requirements.txt, what
-    this package depends on; and the sources of this package as they run here, since it need not be on a package index.
+    this package depends on, and ONNX Runtime with what exports graphs for it; and the sources of this package as they run here,
+    since it need not be on a package index.
 
     Args:
         repo_id: Of the model.
@@ -63,8 +67,7 @@ demo = build_app(Demo.load({json.dumps(repo_id)}, revision={json.dumps(revision)
 if __name__ == "__main__":
     launch(demo)
 '''
-    requirements = "".join(f"{line}\n" for line in requires("hf-visual-perceiver") or [] if "extra ==" not in line)
-    texts = {"README.md": _readme(repo_id, license), "app.py": app, "requirements.txt": requirements}
+    texts = {"README.md": _readme(repo_id, license), "app.py": app, "requirements.txt": _requirements()}
     return {**{name: text.encode() for name, text in texts.items()}, **_sources()}
 
 
@@ -92,6 +95,14 @@ Shows [{repo_id}](https://huggingface.co/{repo_id}): an image and two knobs, and
 """
 
 
+def _requirements() -> str:
+    wanted = [
+        line for line in requires("hf-visual-perceiver") or [] if "extra ==" not in line or re.match(RUNTIME, line)
+    ]
+    names = dict.fromkeys(line.partition(";")[0].strip() if "extra ==" in line else line for line in wanted)
+    return "".join(f"{name}\n" for name in names)
+
+
 def _sources() -> dict[str, bytes]:
     """This package's files, as a wheel lays them out; in a checkout, two of its folders lie elsewhere."""
     files = {}
@@ -106,7 +117,7 @@ def _sources() -> dict[str, bytes]:
             skipped = inside.parts[0] in ELSEWHERE or any(
                 part.startswith((".", "__pycache__")) for part in inside.parts
             )
-            if path.suffix in SOURCES and not skipped:
+            if (path.suffix in SOURCES or (path.is_file() and GRAPHS in inside.parts)) and not skipped:
                 files[(Path(PACKAGE, name) / inside).as_posix()] = path.read_bytes()
     return files
 

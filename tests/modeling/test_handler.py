@@ -3,17 +3,19 @@
 import base64
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import REPOSITORY
+from support import REPOSITORY, small_config
 
-from hf_visual_perceiver.loading import default_model
+from hf_visual_perceiver.loading import default_model, load_optimized
+from hf_visual_perceiver.modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification
 from hf_visual_perceiver.modeling.handler import MAX_PIXELS, EndpointHandler, open_image, read_parameters
-from hf_visual_perceiver.training.folder import create_image_processor
+from hf_visual_perceiver.training.folder import create_image_processor, save_folder
 
 
 CAT = REPOSITORY / "docs" / "cat.png"
@@ -56,6 +58,41 @@ def test_answers_are_the_models(endpoint, pictures, trained, point):
         assert [a["score"] for a in answer] == sorted((a["score"] for a in answer), reverse=True)
         for a in answer:
             assert a["score"] == pytest.approx(expected[trained.config.label2id[a["label"]]].item(), abs=1e-5)
+
+
+class TestForms:
+    """Answers come from ONNX Runtime where this package and onnxruntime are, and are the same without."""
+
+    PARAMETERS = {"num_active_queries": 40, "dqs_threshold": 0.8, "top_k": 10}
+
+    def test_it_serves_with_the_engine(self, endpoint):
+        assert isinstance(endpoint.model, OptimizedVisualPerceiver)
+
+    @pytest.mark.parametrize("missing", ["hf_visual_perceiver.loading", "onnxruntime"])
+    def test_without_a_package_it_serves_with_pytorch(self, endpoint, pictures, monkeypatch, missing):
+        monkeypatch.setitem(sys.modules, missing, None)
+        plain = EndpointHandler(default_model())
+        assert isinstance(plain.model, VisualPerceiverForImageClassification)
+        request = {"inputs": pictures, "parameters": self.PARAMETERS}
+        for expected, answer in zip(endpoint(request), plain(request), strict=True):
+            assert [a["label"] for a in answer] == [a["label"] for a in expected]
+            assert [a["score"] for a in answer] == pytest.approx([a["score"] for a in expected], abs=1e-5)
+            assert [a["queries_used"] for a in answer] == [a["queries_used"] for a in expected]
+
+    def test_a_package_that_answers_otherwise_is_not_used(self, tmp_path, monkeypatch):
+        """The folder's code says what its weights mean; the package may be of another version."""
+        folder = save_folder(VisualPerceiverForImageClassification(small_config()), tmp_path / "model")
+        other = load_optimized(default_model())
+        monkeypatch.setattr("hf_visual_perceiver.loading.load_optimized", lambda path: other)
+        assert not isinstance(EndpointHandler(str(folder)).model, OptimizedVisualPerceiver)
+
+        def same_shape(path):
+            torch.manual_seed(7)
+            model = VisualPerceiverForImageClassification(small_config()).eval()
+            return model.optimize_for_inference(backend="torch")
+
+        monkeypatch.setattr("hf_visual_perceiver.loading.load_optimized", same_shape)
+        assert not isinstance(EndpointHandler(str(folder)).model, OptimizedVisualPerceiver)
 
 
 def test_every_form_of_an_image_is_the_same_image(endpoint, pictures):

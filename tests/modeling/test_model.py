@@ -194,6 +194,14 @@ class TestDynamicQuerySelection:
         model.set_attn_implementation("eager")
         assert model(images, dqs_threshold=0.3).active_queries.shape == (2, 12)
 
+    def test_the_optimised_form_has_no_gradients_and_a_dtype_of_its_own(self, model, images):
+        fast = model.optimize_for_inference(backend="torch")
+        expected = fast(images).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = fast(images.requires_grad_()).logits
+        assert not logits.requires_grad
+        assert torch.equal(logits, expected)
+
     @pytest.mark.parametrize("t", [float("nan"), -float("inf"), -2, True, "0.5", torch.tensor([0.5, 0.5])])
     def test_bad_values(self, model, images, t):
         with pytest.raises(ValueError, match="`dqs_threshold` to be a finite number of at least -1, got"):

@@ -9,7 +9,15 @@ import torch
 from support import run, small_config, unwrapped
 
 from hf_visual_perceiver import VisualPerceiverForImageClassification, count_macs
-from hf_visual_perceiver.benchmark import Rival, benchmark, benchmark_table, forms_of, plan, plot_benchmark
+from hf_visual_perceiver.benchmark import (
+    Rival,
+    benchmark,
+    benchmark_table,
+    forms_of,
+    plan,
+    plot_benchmark,
+    timm_rival,
+)
 from hf_visual_perceiver.timing import (
     SHORT,
     PeakMemory,
@@ -112,6 +120,45 @@ def test_rows(rows):
     assert "K = 64" not in {row.setting for row in rows}
 
 
+def test_one_image_has_percentiles(model, images, monkeypatch):
+    def interleaved(runs, repetitions, *_):
+        return {name: [0.001 * (i + 1) for i in range(repetitions)] for name in runs}
+
+    monkeypatch.setattr("hf_visual_perceiver.benchmark.interleaved", interleaved)
+    monkeypatch.setattr("hf_visual_perceiver.benchmark.matmul_peak", lambda *_: 1.0)
+    arguments = {"forms": ["eager"], "budgets": [1], "repetitions": 3, "progress": False}
+    rows = benchmark(model, images, [1, 2], single_calls=101, **arguments)
+    assert {(row.batch_size, round(row.ms, 6), row.p50_ms == row.ms) for row in rows} == {(1, 51, True), (2, 2, False)}
+    assert {row.p95_ms and round(row.p95_ms, 6) for row in rows} == {96, None}
+    heads = [[column.header for column in benchmark_table([row]).columns] for row in (rows[0], rows[-1])]
+    assert "p50 (ms)" in heads[0]
+    assert "p95 (ms)" in heads[0]
+    assert "ms" in heads[1]
+    # Too few repetitions have none.
+    assert {row.p95_ms for row in benchmark(model, images, [1], **arguments)} == {None}
+
+
+def test_only_torchs_memory_is_known(rows):
+    """ONNX Runtime allocates by itself."""
+    assert all((row.peak_mb is None) == (row.form == "optimized float32") for row in rows)
+
+
+class TestTimm:
+    @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+    def test_a_classifier_beside_the_model(self, name):
+        config = small_config(image_size=[32, 48])
+        rival = timm_rival(name, config, torch.device("cpu"), torch.bfloat16)
+        assert rival.dtype == torch.bfloat16
+        assert rival.macs > 1e6
+        with torch.no_grad():
+            assert rival.run(torch.zeros(2, 3, 32, 48, dtype=torch.bfloat16)).shape == (2, 5)
+
+    @pytest.mark.parametrize("name", ["resnet0", "timm/resnet10t", ""])
+    def test_others_are_refused(self, name):
+        with pytest.raises(ValueError, match="Expected a classifier of timm that takes 16x16 images, got"):
+            timm_rival(name, small_config(), torch.device("cpu"), torch.float32)
+
+
 def test_table_and_plot(rows, tmp_path):
     table = benchmark_table(rows[:3])
     assert table.row_count == 3
@@ -128,8 +175,27 @@ def test_forms_agree(model, images):
         for network, dtype in forms.values():
             logits = network(images.to(dtype)).logits.float()
             assert (logits - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.1) * expected.abs().max()
-    with pytest.raises(ValueError, match="Expected forms among eager, optimized, compiled, grouped, got 'fast'"):
+    with pytest.raises(ValueError, match="Expected forms among eager, optimized, int8, compiled, grouped, got 'fast'"):
         forms_of(model, ["fast"], [torch.float32])
+
+
+def test_eight_bits_have_a_dtype_of_their_own(trained, monkeypatch):
+    made = []
+    optimize = type(trained).optimize_for_inference
+
+    def counting(self, *arguments, **settings):
+        made.append(settings)
+        return optimize(self, *arguments, **settings)
+
+    monkeypatch.setattr(type(trained), "optimize_for_inference", counting)
+    forms = forms_of(trained, ["int8", "eager"], [torch.bfloat16, torch.float32])
+    assert {name: dtype for name, (_, dtype) in forms.items()} == {
+        "int8": torch.float32,
+        "eager bfloat16": torch.bfloat16,
+        "eager float32": torch.float32,
+    }
+    assert made == [{"int8": True}]
+    assert forms["int8"][0].engine.sessions.int8
 
 
 @pytest.mark.parametrize(
@@ -150,13 +216,18 @@ def test_a_batch_that_does_not_fit(model, images, error):
 
 def test_command(tmp_path):
     result = run(
-        *("visual-perceiver", "benchmark", "--batch-size", 2, "--repetitions", 1, "--num-active-queries", 4),
+        *("visual-perceiver", "benchmark", "--batch-size", 1, "--single-calls", 3, "--num-active-queries", 4),
+        *("--timm", "resnet10t", "--form", "eager", "--form", "int8"),
         *("--dtype", "float32", "--json", tmp_path / "b.json", "--plot", tmp_path / "b.png"),
         env={"OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr
-    assert "optimized float32" in result.stdout
+    assert "eager float32" in result.stdout
+    assert "p95 (ms)" in result.stdout
     assert "threads 1" in unwrapped(result.stdout)
-    settings = {row["setting"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
-    assert {"K = 4", "K = 64", "t = 0.8"} <= settings
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["conditions"]["single_calls"] == 3
+    assert {"K = 4", "K = 64", "t = 0.8"} <= {row["setting"] for row in written["rows"]}
+    assert {row["form"] for row in written["rows"]} == {"eager float32", "int8", "timm's resnet10t, eager float32"}
+    assert all(row["p50_ms"] <= row["p95_ms"] for row in written["rows"])
     assert (tmp_path / "b.png").exists()

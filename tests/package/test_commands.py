@@ -153,7 +153,7 @@ class TestResults:
             ["knn", *FEW, "--num-active-queries", "2", "--neighbours", "3"],
             ["attention-maps", *QUICK, "--output", "{folder}/maps.png"],
             ["compare-exports", "{graph}", *QUICK],
-            ["benchmark", "--batch-size", "1", "--num-active-queries", "2", "--repetitions", "1", "--form", "eager"],
+            ["benchmark", "--batch-size", "1", "--num-active-queries", "2", "--single-calls", "1", "--form", "eager"],
             ["compare", "{run}"],
         ],
         ids=lambda arguments: arguments[0],

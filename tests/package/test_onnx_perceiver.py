@@ -1,8 +1,11 @@
 """The engine of ONNX Runtime: its answers are the model's at every budget, and skipped queries are not computed."""
 
 import copy
+import json
 import multiprocessing
 import pickle
+import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,9 +13,10 @@ import pytest
 import torch
 from support import PATIENCE, REPOSITORY, small_config
 
+from hf_visual_perceiver import cli
 from hf_visual_perceiver.cascade import Cascade
 from hf_visual_perceiver.inference import onnx_graphs, onnx_perceiver
-from hf_visual_perceiver.inference.onnx_graphs import Graph, read_graphs, write_graphs
+from hf_visual_perceiver.inference.onnx_graphs import Graph, Sessions, read_graphs, write_graphs
 from hf_visual_perceiver.inference.onnx_perceiver import CallCost, OnnxPerceiver
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 
@@ -116,10 +120,10 @@ def test_dropped_queries_go_through_no_trunk(both, images, monkeypatch, padding)
     rows = []
     run = type(engine.sessions).run
 
-    def counting(self, stage, **inputs):
+    def counting(self, stage, outputs=None, **inputs):
         if stage == "trunk":
             rows.append(inputs["keep"])
-        return run(self, stage, **inputs)
+        return run(self, stage, outputs, **inputs)
 
     engine.cost = CallCost(call=1.0 - min(padding, 1.0), image=(0.0, padding, 0.0))
     monkeypatch.setattr(type(engine.sessions), "run", counting)
@@ -144,6 +148,34 @@ def test_going_on_equals_one_pass(both, images):
     for wrong in (4, 13):
         with pytest.raises(ValueError, match=f"got {wrong}"):
             state.extend(wrong)
+
+
+@torch.no_grad()
+def test_going_on_reads_new_queries_alone_and_of_images_that_are_left(both, images, monkeypatch):
+    _, engine = both
+    asked, levels = [], []
+    run = type(engine.sessions).run
+
+    def noting(self, stage, outputs=None, **inputs):
+        if "query" in inputs and stage not in ("trunk", "extend"):
+            asked.append((len(next(iter(inputs.values()))), inputs["query"].tolist()))
+        if stage.startswith("level"):
+            levels.append((stage, len(inputs["x"])))
+        return run(self, stage, outputs, **inputs)
+
+    monkeypatch.setattr(type(engine.sessions), "run", noting)
+    state = engine.start(images)
+    assert not asked
+    state.extend(2)
+    left = state[torch.tensor([1, 4, 6])]
+    for K in (7, 7, 8):
+        left.extend(K)
+    state.extend(12)  # what is left goes its own way
+    by_images = {n: [query for images, queries in asked if images == n for query in queries] for n in (8, 3)}
+    assert by_images == {8: list(range(12)), 3: [2, 3, 4, 5, 6, 7]}
+    # Each level of the stem is computed once for the images that ask for it.
+    deeper = [(f"level_{i}", n) for n in (3, 8) for i in range(1, engine.config.num_levels)]
+    assert levels == [("level_0", 8), *deeper]
 
 
 @torch.no_grad()
@@ -210,11 +242,67 @@ def test_eight_bits_of_a_trained_network(trained):
     assert 1e-4 < (logits - expected).norm() / expected.norm() < 0.1
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, True])
-def test_threads_that_make_no_sense(both, threads):
-    model, _ = both
-    with pytest.raises(ValueError, match="`num_threads`"):
-        OnnxPerceiver(model.visual_perceiver, model.head, num_threads=threads)
+class TestBadInput:
+    """Is refused in words, and before seconds are spent on an export."""
+
+    @pytest.fixture
+    def optimized(self, both):
+        return both[0].optimize_for_inference(num_threads=1)
+
+    @pytest.fixture
+    def no_export(self, monkeypatch):
+        monkeypatch.setattr(onnx_perceiver, "graphs_of", lambda *_: pytest.fail("exported first"))
+
+    @pytest.mark.parametrize("threads", [0, -1, 1.5, True])
+    def test_threads_that_make_no_sense(self, both, threads, no_export):
+        model, _ = both
+        with pytest.raises(ValueError, match="`num_threads`"):
+            OnnxPerceiver(model.visual_perceiver, model.head, num_threads=threads)
+
+    @pytest.mark.parametrize("int8", [False, True])
+    def test_without_onnxruntime(self, both, monkeypatch, no_export, int8):
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        with pytest.raises(ImportError, match=r"Expected onnxruntime to be installed.*pip install onnxruntime"):
+            both[0].optimize_for_inference(int8=int8)
+
+    def test_without_onnx(self, both, monkeypatch):
+        monkeypatch.setitem(sys.modules, "onnx", None)
+        with pytest.raises(ImportError, match="Expected onnx to be installed, to quantise"):
+            both[0].optimize_for_inference(int8=True)
+
+    def test_the_command_line_says_what_to_install(self, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        monkeypatch.setattr("sys.argv", ["visual-perceiver", "predict", str(REPOSITORY / "docs/cat.png"), "--fast"])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 1
+        error = capsys.readouterr().err.strip().splitlines()
+        assert "pip install onnxruntime" in error[-1]
+        assert not any("Traceback" in line for line in error)
+
+    def test_images_elsewhere(self, optimized, images):
+        for read in (optimized, optimized.start):
+            with pytest.raises(ValueError, match="Expected images on cpu, where the engine computes, got meta"):
+                read(images.to("meta"))
+
+    @pytest.mark.parametrize("shape", [(8, 3, 16, 20), (0, 3, 16, 16), (8, 1, 16, 16), (3, 16, 16)])
+    def test_images_of_another_shape(self, optimized, shape):
+        for read in (optimized, optimized.start):
+            with pytest.raises(ValueError, match="Expected"):
+                read(torch.zeros(shape))
+
+    @pytest.mark.parametrize("K", [0, 13, -1, 2.5, True, "3"])
+    def test_queries_out_of_range(self, optimized, images, K):
+        message = rf"`num_active_queries` to be an integer in \[1, 12\], got {K!r}"
+        with pytest.raises(ValueError, match=message):
+            optimized(images, num_active_queries=K)
+        with pytest.raises(ValueError, match=message):
+            optimized.start(images).extend(K)
+
+    @pytest.mark.parametrize("t", [-2, float("nan"), "0.5"])
+    def test_thresholds_out_of_range(self, optimized, images, t):
+        with pytest.raises(ValueError, match="`dqs_threshold`"):
+            optimized(images, dqs_threshold=t)
 
 
 @torch.no_grad()
@@ -250,10 +338,66 @@ class TestGraphs:
             (tmp_path / "graphs.json").write_text("{")
         assert read_graphs(tmp_path, key, stages) is None
 
+    def test_are_needed_no_longer_once_read(self, both, images, tmp_path, monkeypatch):
+        model, engine = both
+        monkeypatch.setattr(onnx_perceiver, "SHIPPED", tmp_path)
+        key = onnx_graphs.graphs_key(onnx_perceiver.architecture_of(model.config, 5))
+        write_graphs(tmp_path / key, key, engine.sessions.graphs)
+        monkeypatch.setattr(onnx_graphs, "export_stage", lambda stage: pytest.fail("exported"))
+        again = OnnxPerceiver(model.visual_perceiver, model.head, num_threads=1)
+        shutil.rmtree(tmp_path / key)
+        torch.testing.assert_close(again(images, 12, 0.95)[0], engine(images, 12, 0.95)[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(copy.deepcopy(again)(images, 7)[0], engine(images, 7)[0], rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("damage", ["another family", "another weight", "a list", "no stages", "cut off", "empty"])
+    def test_damaged_ones_are_exported_anew(self, both, images, tmp_path, monkeypatch, damage):
+        model, engine = both
+        key = onnx_graphs.graphs_key(onnx_perceiver.architecture_of(model.config, 5))
+        write_graphs(tmp_path, key, engine.sessions.graphs)
+        file = tmp_path / "graphs.json"
+        index = json.loads(file.read_text())
+        if damage == "another family":
+            index["key"] = "0" * 32
+        elif damage == "another weight":
+            index["stages"]["read"]["weights"][0] = "layers.0.weight"
+        elif damage == "a list":
+            index = [index]
+        elif damage == "no stages":
+            index["stages"] = None
+        text = json.dumps(index)
+        file.write_text({"cut off": text[:99], "empty": ""}.get(damage, text))
+        monkeypatch.setattr(onnx_perceiver, "cache_folder", lambda architecture: tmp_path)
+        exports = iter(engine.sessions.graphs.values())
+        monkeypatch.setattr(onnx_graphs, "export_stage", lambda stage: next(exports))
+        again = OnnxPerceiver(model.visual_perceiver, model.head, num_threads=1)
+        assert next(exports, None) is None
+        torch.testing.assert_close(again(images, 12)[0], engine(images, 12)[0], rtol=1e-5, atol=1e-5)
+        assert read_graphs(tmp_path, key, engine.sessions.graphs) == engine.sessions.graphs
+
+    @pytest.mark.parametrize("damage", ["a newer opset", "a newer format", "no graph"])
+    def test_one_that_onnxruntime_does_not_take(self, both, images, damage):
+        import onnx
+
+        _, engine = both
+        graph = engine.sessions.graphs["read"]
+        proto = onnx.load_from_string(graph.content)
+        if damage == "a newer opset":
+            proto.opset_import[0].version = 99
+        else:
+            proto.ir_version = 99
+        content = b"no graph" if damage == "no graph" else proto.SerializeToString()
+        sessions = Sessions({"read": Graph(content, graph.weights)}, {}, num_threads=1)
+        sessions.weights = engine.sessions.weights
+        with pytest.raises(ValueError, match=r"Expected the graph of stage read to load in onnxruntime \d.*, got: "):
+            sessions.run("read", tokens=images.numpy(), query=np.arange(3))
+
     def test_hold_no_weights_and_serve_other_weights(self, both, images):
         model, engine = both
-        for graph in engine.sessions.graphs.values():
-            assert "visual_perceiver.cross_attention.queries" in graph.weights
+        for name, graph in engine.sessions.graphs.items():
+            if name == "select":
+                assert not graph.weights
+                continue
+            assert any(name.startswith("visual_perceiver.cross_attention.") for name in graph.weights)
         torch.manual_seed(5)
         other = VisualPerceiverForImageClassification(model.config).eval()
         with pytest.MonkeyPatch.context() as patch:

@@ -31,7 +31,7 @@ from support import PATIENCE, REPOSITORY, small_config
 from hf_visual_perceiver import cli
 from hf_visual_perceiver.evaluation import Evaluation, Row
 from hf_visual_perceiver.loading import default_model, load_model
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.modeling.handler import MAX_PIXELS
 from hf_visual_perceiver.publishing import prepare, upload
 from hf_visual_perceiver.space import demo as demo_module
@@ -69,6 +69,12 @@ def picture(demo, cat):
     return demo.look(cat)
 
 
+@pytest.fixture
+def without_onnxruntime(monkeypatch):
+    """Spares the export of another architecture's graphs."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+
+
 class TestNumbers:
     def test_what_the_queries_read_is_what_the_model_says(self, demo, picture, trained):
         with torch.no_grad():
@@ -76,6 +82,16 @@ class TestNumbers:
         expected = output.cross_attentions[0][0].mean(0).reshape(64, 8, 8).numpy()
         np.testing.assert_allclose(picture.attention, expected, atol=1e-6)
         np.testing.assert_allclose(picture.full_probabilities, output.logits[0].softmax(-1).numpy(), atol=1e-6)
+
+    def test_it_answers_with_the_engine_and_without_it_with_the_model(self, demo, cat, picture, monkeypatch):
+        assert isinstance(demo.network, OptimizedVisualPerceiver)
+        expected = demo.answer(picture, 40, 0.8)
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        plain = Demo.load(default_model())
+        assert plain.network is plain.model
+        answer = plain.answer(plain.look(cat), 40, 0.8)
+        np.testing.assert_allclose(answer.probabilities, expected.probabilities, atol=1e-5)
+        assert answer.active.tolist() == expected.active.tolist()
 
     def test_the_view_is_the_image(self, picture, cat):
         assert picture.view.size == (32, 32)
@@ -99,7 +115,7 @@ class TestNumbers:
         for i in range(1, 64):
             assert answer.active[i] == (picture.similarities[i, :i].max() <= 0.7)
 
-    def test_the_greedy_rule_compares_with_what_stays(self, cat):
+    def test_the_greedy_rule_compares_with_what_stays(self, cat, without_onnxruntime):
         model = load_model(default_model())
         model.config.dqs_reference = "kept"
         demo = Demo(model, "greedy")
@@ -140,7 +156,7 @@ class TestNumbers:
         with pytest.raises(ValueError, match=message):
             demo.answer(picture, K, t)
 
-    def test_an_image_of_another_shape_and_network(self):
+    def test_an_image_of_another_shape_and_network(self, without_onnxruntime):
         config = small_config(image_size=[16, 24], patch_size=4, num_cross_attention_heads=2)
         demo = Demo(VisualPerceiverForImageClassification(config).eval(), "small")
         picture = demo.look(Image.new("RGB", (301, 17), (200, 30, 30)))
@@ -270,6 +286,9 @@ class TestFiles:
         lines = self.files["requirements.txt"].decode().splitlines()
         assert any(line.startswith("torch>") for line in lines)
         assert not any(re.match(r"gradio|pytest|playwright", line) for line in lines)
+        # What answers, and what exports its graphs for another architecture.
+        assert all(sum(line.startswith(name) for line in lines) == 1 for name in ("onnxruntime", "onnxscript"))
+        assert len(set(lines)) == len(lines)
         assert not any(";" in line for line in lines)
 
     def test_the_model_is_pinned_and_its_code_not_run(self):
@@ -280,7 +299,9 @@ class TestFiles:
 
     def test_sources_alone_and_all_of_them(self):
         names = {name for name in self.files if name.startswith("hf_visual_perceiver/")}
-        assert {Path(name).suffix for name in names} == {".py", ".css", ".yaml"}
+        graphs = {name for name in names if name.startswith("hf_visual_perceiver/inference/graphs/")}
+        assert {Path(name).name for name in graphs} >= {"graphs.json", "read.onnx", "trunk.onnx"}
+        assert {Path(name).suffix for name in names - graphs} == {".py", ".css", ".yaml"}
         assert not any("checkpoints/" in name or "/data/" in name for name in names)
         for folder, place in (("hf_visual_perceiver", ""), ("modeling", "modeling/"), ("training", "training/")):
             here = {p.relative_to(REPOSITORY / folder).as_posix() for p in (REPOSITORY / folder).rglob("*.py")}
