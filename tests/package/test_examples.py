@@ -44,7 +44,6 @@ MODULES = [
     "hf_visual_perceiver.space.demo",
     "hf_visual_perceiver.space.draw",
     "hf_visual_perceiver.space.repository",
-    "hf_visual_perceiver.training.campaign",
     "hf_visual_perceiver.predictor",
     "hf_visual_perceiver.training.initial",
     "hf_visual_perceiver.training.schedules",

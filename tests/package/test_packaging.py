@@ -34,7 +34,6 @@ def test_wheel_contents(wheel):
         "modeling/modeling_visual_perceiver.py",
         "modeling/timm_visual_perceiver.py",
         "training/train.py",
-        "training/campaign.yaml",
         "training/recipes/cifar10_query_masking.yaml",
         "data/test.parquet",
         "model_cards/template.md",
