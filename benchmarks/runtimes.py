@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hf_visual_perceiver.evaluate_command import conditions_line
 from hf_visual_perceiver.evaluation import OperatingPoint
 from hf_visual_perceiver.export import export_onnx, quantise, require, trace
 from hf_visual_perceiver.export_comparison import runtime_versions
@@ -32,7 +31,7 @@ from hf_visual_perceiver.exported import OnnxClassifier, numpy_inputs
 from hf_visual_perceiver.loading import default_dataset, default_model, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.plots import check_picture, save_figure
-from hf_visual_perceiver.training.conditions import measurement_conditions
+from hf_visual_perceiver.training.conditions import conditions_line, measurement_conditions
 from hf_visual_perceiver.training.console import run_command
 from hf_visual_perceiver.training.data import load_images, normalise, pixels_of_size
 from hf_visual_perceiver.training.files import check_writable, write_json

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from .plots import save_figure
+from .tables import markdown_table
 from .training.checkpointing import FREE_KEYS, RunFolder
 from .training.recipe import recipe_from_dict
 
@@ -96,9 +97,8 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """The table in markdown."""
-        headers, *lines = [[cell.replace("|", "\\|") for cell in line] for line in self.table()]
-        rule = ["---", *["---:"] * (len(headers) - 1)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in (headers, rule, *lines))
+        headers, *lines = self.table()
+        return markdown_table(headers, lines)
 
 
 def compare_runs(folders: Sequence[str | Path]) -> Comparison:

@@ -1,6 +1,5 @@
 """Accuracy, cost and time of a checkpoint at every budget, in one pass over a dataset."""
 
-import json
 import logging
 import math
 import time
@@ -27,6 +26,7 @@ from .modeling.query_selection import as_number
 from .training.conditions import measurement_conditions
 from .training.console import tracked
 from .training.data import ImageDataset, normalise, pixels_of_size
+from .training.files import read_json
 
 
 logger = logging.getLogger(__name__)
@@ -162,10 +162,7 @@ def read_evaluation(path: Path) -> Evaluation:
     Raises:
         ValueError: If the file is damaged.
     """
-    try:
-        return Evaluation.from_dict(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"Expected {path} to be as it was written; it is damaged: {error!r}.") from error
+    return read_json(path, Evaluation.from_dict)
 
 
 def default_points(num_queries: int) -> list[OperatingPoint]:
