@@ -124,7 +124,9 @@ def correlate(a: np.ndarray, b: np.ndarray, draws: int = 1000, seed: int = 0) ->
     generator = np.random.default_rng(seed)
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.simplefilter("ignore", DegenerateDataWarning)  # of few images, of which some draws are all alike
-        drawn = bootstrap((a, b), _spearman, paired=True, n_resamples=draws, method="percentile", rng=generator)
+        drawn = bootstrap(
+            (a, b), _spearman, paired=True, n_resamples=draws, batch=16, method="percentile", rng=generator
+        )
     low, high = np.nanquantile(drawn.bootstrap_distribution, (0.025, 0.975))
     error = float(np.nanstd(drawn.bootstrap_distribution, ddof=1))
     return Correlation(float(_spearman(a, b)), error, float(low), float(high))
