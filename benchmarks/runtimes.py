@@ -25,9 +25,10 @@ from rich.progress import track
 from rich.table import Table
 
 from hf_visual_perceiver.evaluation import OperatingPoint
-from hf_visual_perceiver.export import export_onnx, quantise, require, trace
+from hf_visual_perceiver.export import export_onnx, quantise, trace
 from hf_visual_perceiver.export_comparison import runtime_versions
 from hf_visual_perceiver.exported import OnnxClassifier, numpy_inputs
+from hf_visual_perceiver.extras import require_extra
 from hf_visual_perceiver.loading import default_dataset, default_model, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.plots import check_picture, save_figure
@@ -118,7 +119,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         path, int8 = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
         try:
-            require("onnx", "onnxscript", "onnxruntime")
+            require_extra("export")
             with messages.status("exporting"):
                 export_onnx(network, path)
                 quantise(path, int8)

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from .choices import FORMATS
+from .extras import require_extra
 from .options import (
     BatchSizeOption,
     DatasetNameOption,
@@ -49,7 +50,7 @@ def export_command(
     A graph takes pixel_values (B, C, H, W), dqs_threshold (float32; 1 keeps all queries) and num_active_queries (int64) and
     gives logits (B, labels) and active_queries (B, Q). The batch is dynamic.
     """
-    from .export import check_output, export_onnx, export_program, export_timm, require
+    from .export import check_output, export_onnx, export_program, export_timm
     from .loading import load_config, load_model
 
     console, folder = output_console(), chosen_model(checkpoint, model)
@@ -65,7 +66,7 @@ def export_command(
     if int8 and format != "onnx":
         raise ValueError(f"Expected --int8 with --format onnx, got {format!r}.")
     if format == "onnx":
-        require("onnx", "onnxscript", "onnxruntime")
+        require_extra("export")
     # What could fail at the end fails now.
     load_config(folder).operating_point(num_active_queries)
     variant = ("" if num_active_queries is None else f"-k{num_active_queries}") + ("-int8" if int8 else "")
@@ -113,7 +114,6 @@ def compare_exports_command(
 
     OMP_NUM_THREADS sets the threads of all of them.
     """
-    from .export import require
     from .export_comparison import compare_exports
     from .loading import default_dataset, load_model
     from .splits import at_most
@@ -121,8 +121,6 @@ def compare_exports_command(
     from .training.data import load_images
 
     console = output_console(json_file)
-    if any(path.suffix == ".onnx" for path in files):
-        require("onnxruntime")
     name = chosen_model(None, model)
     result = compare_exports(
         load_model(name),

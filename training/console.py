@@ -41,7 +41,8 @@ def errors_in_one_line(debug: bool = False, out_of_memory: str = "") -> Iterator
     except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, RuntimeError) as error:
         if debug:
             raise
-        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        # An ImportError that is not a ModuleNotFoundError says itself what is to be installed.
+        if isinstance(error, (ValueError, OSError, FloatingPointError)) or type(error) is ImportError:
             print_error(error)
         else:
             # torch says more on the lines that follow, for those who work on it.
