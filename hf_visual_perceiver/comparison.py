@@ -217,21 +217,14 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
         try:
             entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if not _is_entry(entry):
-            raise ValueError(f"Expected line {number} of {path} to be as it was logged; it is damaged: {line!r}.")
+            if not isinstance(entry["step"], int) or (
+                "validation_accuracy" in entry and not isinstance(entry["K"], int)
+            ):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"Line {number} of {path} is damaged: {line!r}.") from None
         entries.append(entry)
     return entries
-
-
-def _is_entry(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
-        return False
-    accuracy = value.get("validation_accuracy", 0.0)
-    return isinstance(accuracy, (int, float)) and (
-        "validation_accuracy" not in value or isinstance(value.get("K"), int)
-    )
 
 
 def _training_macs(run: RunFolder, entries: list[dict[str, Any]]) -> float | None:

@@ -37,8 +37,8 @@ def networks_section(found: Measurements, folder: Path) -> str:
         size = f"{config.num_hidden_layers} x {config.hidden_size}"
         images = training_images(found.folders[role])
         trained = ABSENT if images is None else f"{images / 1e6:.1f}"
-        name = f"{found.folders[role].name}, {config.architecture}"
-        rows.append([role, name, size, f"{parameters:.2f}", f"{config.num_queries}", trained])
+        called = f"{found.folders[role].name}, {config.architecture}"
+        rows.append([role, called, size, f"{parameters:.2f}", f"{config.num_queries}", trained])
     headers = ("role", "network", "blocks x width", "parameters (M)", "Q", "training images (M, with repetition)")
     table = markdown_table(headers, rows, left=2)
     lines = ["## Networks", "", table, "", "A network of another size than the paper's does not repeat its experiment."]
