@@ -18,6 +18,9 @@ def main() -> None:
         spec = find_spec(PACKAGE)
         assert spec is not None, "they are installed together"
         sys.modules[PACKAGE] = module_from_spec(spec)
-    from hf_visual_perceiver.cli import main as run
+    try:
+        from hf_visual_perceiver.cli import main as run
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}; the extra `cli` brings it: pip install 'hf-visual-perceiver[cli]'")
 
     run()

@@ -24,15 +24,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hf_visual_perceiver.evaluate_command import conditions_line
 from hf_visual_perceiver.evaluation import OperatingPoint
-from hf_visual_perceiver.export import export_onnx, quantise, require, trace
+from hf_visual_perceiver.export import export_onnx, quantise, trace
 from hf_visual_perceiver.export_comparison import runtime_versions
 from hf_visual_perceiver.exported import OnnxClassifier, numpy_inputs
+from hf_visual_perceiver.extras import require_extra
 from hf_visual_perceiver.loading import default_dataset, default_model, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.plots import check_picture, save_figure
-from hf_visual_perceiver.training.conditions import measurement_conditions
+from hf_visual_perceiver.training.conditions import conditions_line, measurement_conditions
 from hf_visual_perceiver.training.console import run_command
 from hf_visual_perceiver.training.data import load_images, normalise, pixels_of_size
 from hf_visual_perceiver.training.files import check_writable, write_json
@@ -119,7 +119,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         path, int8 = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
         try:
-            require("onnx", "onnxscript", "onnxruntime")
+            require_extra("export")
             with messages.status("exporting"):
                 export_onnx(network, path)
                 quantise(path, int8)

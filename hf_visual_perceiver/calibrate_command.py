@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from .options import (
     BatchSizeOption,
@@ -23,9 +21,12 @@ from .options import (
     output_console,
     write_result,
 )
+from .tables import terminal_table
 
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from .calibration import Calibration
 
 
@@ -68,7 +69,7 @@ def calibrate_command(
     json_file: JsonOption = None,
 ) -> None:
     """Choose K or t for a budget or an accuracy, and report what it does on images that it was not chosen on."""
-    from .calibration import Target, calibrate, candidate_points, small_set_warning, write_operating_point
+    from .calibration import FEW_IMAGES, Target, calibrate, candidate_points, write_operating_point
     from .evaluation import OperatingPoint
     from .loading import choose_device, default_dataset, load_model
     from .splits import at_most
@@ -88,8 +89,9 @@ def calibrate_command(
         thresholds: list[float | None] = [*dqs_threshold] if dqs_threshold else [None]
         points = [OperatingPoint(K, t) for K in budgets for t in thresholds]
     data = at_most(load_images(dataset or default_dataset(), split), max_images)
-    if warning := small_set_warning(len(data)):
-        messages.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    if len(data) < FEW_IMAGES:
+        few = f"warning: calibrating on {len(data)} images, fewer than {FEW_IMAGES}: the intervals are wide"
+        messages.print(few, style="yellow", highlight=False, soft_wrap=True)
     result = calibrate(network, data, target, points, batch_size)
     conditions = measurement_conditions(
         next(network.parameters()).device,
@@ -102,51 +104,34 @@ def calibrate_command(
         split=split,
     )
     console.print(calibration_table(result))
-    for line in calibration_lines(result):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not result.met:
+        messages.print("warning: the target is missed on the held-out images", style="yellow", highlight=False)
     write_result(json_file, {"conditions": conditions, **result.to_dict()})
     if write:
         write_operating_point(name, result.point)
         console.print(f"Written to {Path(name) / 'config.json'}: {result.point}", highlight=False, markup=False)
 
 
-def calibration_table(result: "Calibration") -> Table:
+def calibration_table(result: "Calibration") -> "Table":
     """What the chosen point did where it was chosen and elsewhere, beside all queries."""
-    table = Table(title=f"{result.point}: {result.target}", title_justify="left", box=box.SIMPLE_HEAD)
-    for header in ("setting", "images", "queries", "MACs (M)", "of all", "ms/image", "accuracy (%)"):
-        table.add_column(header, justify="left" if header in ("setting", "images") else "right", no_wrap=True)
-    rows = [
-        (str(result.point), "it was chosen on", result.chosen_on),
-        (str(result.point), "held out", result.achieved),
-        ("all queries", "held out", result.full),
+    low, high = (100 * x for x in result.accuracy_interval)
+    drop = f"{result.drop:.2f} ({result.drop_interval[0]:.2f} to {result.drop_interval[1]:.2f})"
+    settings = [
+        ([str(result.point), "it was chosen on"], result.chosen_on, "", ""),
+        ([str(result.point), "held out"], result.achieved, f" ({low:.2f} to {high:.2f})", drop),
+        (["all queries", "held out"], result.full, "", ""),
     ]
-    for setting, images, row in rows:
-        table.add_row(
-            setting,
-            images,
+    rows = [
+        [
+            *names,
             f"{row.queries_mean:.2f}",
             f"{row.macs / 1e6:.2f}",
             f"{row.macs / result.full.macs:.3f}",
             f"{row.ms_per_image:.3f}",
-            f"{100 * row.accuracy:.2f}",
-        )
-    return table
-
-
-def calibration_lines(result: "Calibration") -> list[str]:
-    """What to expect, in words."""
-    from .calibration import target_value
-
-    low, high = (100 * x for x in result.accuracy_interval)
-    drop_low, drop_high = result.drop_interval
-    lines = [
-        f"Expected accuracy {100 * result.achieved.accuracy:.2f} % (95 %: {low:.2f} to {high:.2f}), "
-        f"{result.drop:.2f} points below all queries (95 %, paired: {drop_low:.2f} to {drop_high:.2f}).",
+            f"{100 * row.accuracy:.2f}{interval}",
+            lost,
+        ]
+        for names, row, interval, lost in settings
     ]
-    if not result.met:
-        value = target_value(result.achieved, result.full, result.target.kind)
-        lines.append(
-            f"On the held-out images the target, {result.target}, is missed: {value:.3g}. "
-            "More images, or a target with a margin, hold better."
-        )
-    return lines
+    headers = ("setting", "images", "queries", "MACs (M)", "of all", "ms/image", "accuracy (%)", "points below all")
+    return terminal_table(f"{result.point}: {result.target}; 95 % intervals in brackets", headers, rows, left=2)

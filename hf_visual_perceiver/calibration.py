@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import binomtest, norm
+
 from .evaluation import Measurement, OperatingPoint, Row, measure_points
 from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
 from .training.data import ImageDataset
@@ -17,7 +19,6 @@ KINDS = ("macs", "ms", "accuracy_drop")
 SEARCHES = ("queries", "threshold", "both")
 # Below this a 95 % interval is wider than about 8 points at 70 % accuracy.
 FEW_IMAGES = 500
-Z95 = 1.959964  # of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -246,16 +247,18 @@ def calibrate(
     chosen = choose_operating_point(curve, target)
     others = measure_points(model, halves[1], [chosen.point, everything], batch_size, progress)
     achieved, full = (m.row(model) for m in others)
-    drop, interval = accuracy_drop(others[1], others[0])
+    drop, drop_interval = accuracy_drop(others[1], others[0])
+    # Wilson's stays inside [0, 1] for few images.
+    interval = binomtest(int(others[0].correct.sum()), len(halves[1])).proportion_ci(method="wilson")
     return Calibration(
         target=target,
         point=chosen.point,
         chosen_on=chosen,
         achieved=achieved,
         full=full,
-        accuracy_interval=wilson_interval(int(others[0].correct.sum()), len(halves[1])),
+        accuracy_interval=(float(interval.low), float(interval.high)),
         drop=drop,
-        drop_interval=interval,
+        drop_interval=drop_interval,
         met=meets(achieved, full, target),
         curve=curve,
     )
@@ -269,25 +272,11 @@ def accuracy_drop(full: Measurement, point: Measurement) -> tuple[float, tuple[f
     return 100 * (lost - won) / n, paired_interval(lost, won, n)
 
 
-def wilson_interval(right: int, images: int) -> tuple[float, float]:
-    """The 95 % score interval of an accuracy (Wilson 1927), which stays inside [0, 1] for few images.
-
-    Example:
-        >>> [round(x, 3) for x in wilson_interval(8, 10)]
-        [0.49, 0.943]
-    """
-    if not 0 <= right <= images or images < 1:
-        raise ValueError(f"Expected 0 <= right <= images and an image, got {right} of {images}.")
-    p, z2 = right / images, Z95**2
-    middle = (p + z2 / (2 * images)) / (1 + z2 / images)
-    half = Z95 / (1 + z2 / images) * math.sqrt(p * (1 - p) / images + z2 / (4 * images**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def paired_interval(lost: int, won: int, images: int) -> tuple[float, float]:
     """The 95 % interval, in percentage points, of a difference between two accuracies on the same images.
 
-    Wald's interval on the discordant images, half an image added to each of the four cells (Agresti & Min 2005).
+    Wald's interval on the discordant images, half an image added to each of the four cells (Agresti & Min 2005), which SciPy
+    does not have.
 
     Args:
         lost: Images that only the first classifies rightly.
@@ -302,7 +291,7 @@ def paired_interval(lost: int, won: int, images: int) -> tuple[float, float]:
         raise ValueError(f"Expected lost + won <= images and an image, got {lost} + {won} of {images}.")
     b, c, n = lost + 0.5, won + 0.5, images + 2
     difference = (b - c) / n
-    half = Z95 * math.sqrt(max(0.0, b + c - (b - c) ** 2 / n)) / n
+    half = float(norm.ppf(0.975)) * math.sqrt(max(0.0, b + c - (b - c) ** 2 / n)) / n
     return 100 * (difference - half), 100 * (difference + half)
 
 
@@ -333,15 +322,3 @@ def write_operating_point(folder: str | Path, point: OperatingPoint) -> None:
         values["model_args"] |= operating_point
     VisualPerceiverConfig.from_dict(values)  # raises for what cannot be loaded
     write_json(path, values)
-
-
-def small_set_warning(images: int) -> str | None:
-    """What to say of a calibration set with few images, None if there are enough."""
-    if images >= FEW_IMAGES:
-        return None
-    half = images // 2
-    low, high = wilson_interval(round(0.75 * half), half) if half else (0.0, 1.0)
-    return (
-        f"Calibrating on {images} images, fewer than {FEW_IMAGES}: half of them choose, and an accuracy of 75 % on the "
-        f"other half has a 95 % interval of {100 * low:.1f} to {100 * high:.1f} %."
-    )

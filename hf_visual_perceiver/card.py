@@ -1,24 +1,22 @@
 """Model cards, made from what was measured and from how the checkpoint was trained."""
 
-import json
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from .confusion import Confusion
-from .evaluation import Evaluation, default_points, read_evaluation
+from .evaluation import Evaluation, read_evaluation
 from .loading import SAMPLE, load_config, shipped
 from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
 from .plots import plot_tradeoff
-from .robustness import Robustness, read_robustness
-from .robustness_report import robustness_sentence
-from .training.files import write_json, write_text
+from .robustness import ALL, CLEAN, Robustness, read_robustness
+from .tables import markdown_table
+from .training.conditions import conditions_line
+from .training.files import read_json, write_json, write_text
 
 
 PICTURE = "tradeoff.png"
@@ -84,11 +82,9 @@ def render_card(folder: Path, config: VisualPerceiverConfig, evaluation: Evaluat
     """
     training, robustness = folder / "training.json", folder / "robustness.json"
     corrupted = read_robustness(robustness) if robustness.is_file() else None
-    try:
-        facts = json.loads(training.read_text()) if training.is_file() else {}
-        described = training_lines(facts) if training.is_file() else []
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"Expected {training} to be as it was written; it is damaged: {error!r}.") from error
+    facts, described = (
+        read_json(training, lambda values: (values, training_lines(values))) if training.is_file() else ({}, [])
+    )
     name = folder.resolve().name
     return _template().render(
         metadata=_metadata(name, evaluation, facts),
@@ -96,28 +92,26 @@ def render_card(folder: Path, config: VisualPerceiverConfig, evaluation: Evaluat
         summary=_summary(config, facts),
         num_queries=config.num_queries,
         picture=picture,
-        table=markdown_table(evaluation),
-        command=_command(evaluation),
-        conditions=", ".join(f"{key.replace('_', ' ')} {value}" for key, value in evaluation.conditions.items()),
+        table=evaluation_markdown(evaluation),
+        command=evaluation.conditions.get("command", "visual-perceiver evaluate"),
+        conditions=conditions_line(evaluation.conditions),
         errors=_errors(evaluation.confusion, config.num_queries),
         training="\n".join(f"- {line}" for line in described) or "Not recorded.",
-        limits=_limits(config, evaluation, corrupted),
+        limits=_limits(config, corrupted),
     )
 
 
-def markdown_table(evaluation: Evaluation) -> str:
+def evaluation_markdown(evaluation: Evaluation) -> str:
     """The rows of a sweep as Markdown."""
-    lines = [
-        "| setting | queries: mean ± std (min to max) | MACs (M) | accuracy (%) | time |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for row in evaluation.rows:
         queries = f"{row.queries_mean:.2f}"
         if row.dqs_threshold is not None:
             queries += f" ± {row.queries_std:.2f} ({row.queries_min} to {row.queries_max})"
         accuracy = f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}"
-        lines.append(f"| {row.point} | {queries} | {row.macs / 1e6:.2f} | {accuracy} | {row.relative_time:.2f} |")
-    return "\n".join(lines)
+        rows.append([str(row.point), queries, f"{row.macs / 1e6:.2f}", accuracy, f"{row.relative_time:.2f}"])
+    headers = ("setting", "queries: mean ± std (min to max)", "MACs (M)", "accuracy (%)", "time")
+    return markdown_table(headers, rows)
 
 
 def _errors(confusion: Confusion | None, num_queries: int) -> str:
@@ -126,19 +120,14 @@ def _errors(confusion: Confusion | None, num_queries: int) -> str:
         return "Accuracy by class, and what is taken for what, were not measured."
     worst = confusion.worst_first()
     chosen = "class by class" if len(worst) <= CLASSES else f"the {CLASSES} worst of {len(worst)} classes"
-    lines = [
-        f"All {num_queries} queries, {chosen}:",
-        "",
-        "| class | images | accuracy (%) | most often taken for |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for label in worst[:CLASSES]:
         accuracy, images = confusion.accuracy(label), confusion.images(label)
         error = (accuracy * (1 - accuracy) / images) ** 0.5
         others = ", ".join(f"{given} ({number})" for _, given, number in confusion.mistakes(label)[:2])
-        cells = (label, f"{images}", f"{100 * accuracy:.1f} ± {100 * error:.1f}", others)
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join([*lines, "", confusion.sentence()])
+        rows.append([label, others, f"{images}", f"{100 * accuracy:.1f} ± {100 * error:.1f}"])
+    table = markdown_table(["class", "most often taken for", "images", "accuracy (%)"], rows, left=2)
+    return f"All {num_queries} queries, {chosen}:\n\n{table}\n\n{confusion.sentence()}"
 
 
 def _template() -> jinja2.Template:
@@ -183,21 +172,6 @@ def _summary(config: VisualPerceiverConfig, facts: dict[str, Any]) -> str:
         f"{config.hidden_size}) that classifies {height}x{width} images into {config.num_labels} classes"
         + (f", trained on {facts['recipe']['dataset']}." if facts else ".")
     )
-
-
-def _command(evaluation: Evaluation) -> str:
-    """The command that measures these rows."""
-    c = evaluation.conditions
-    parts = ["visual-perceiver", "evaluate", "--model", f"checkpoints/{c['model']}"]
-    parts += [] if c["dataset"] == SAMPLE else ["--dataset", c["dataset"]]
-    parts += ["--split", c["split"], "--batch-size", str(c["batch_size"]), "--dtype", c["dtype"]]
-    queries = max(row.num_active_queries or 0 for row in evaluation.rows)
-    if [row.point for row in evaluation.rows] != default_points(queries):
-        for K in dict.fromkeys(row.num_active_queries for row in evaluation.rows if row.num_active_queries):
-            parts += ["--num-active-queries", str(K)]
-        for t in dict.fromkeys(row.dqs_threshold for row in evaluation.rows if row.dqs_threshold is not None):
-            parts += ["--dqs-threshold", str(t)]
-    return shlex.join([*parts, "--write-card"])
 
 
 def training_lines(facts: dict[str, Any]) -> list[str]:
@@ -253,27 +227,20 @@ def _earlier_stage(facts: dict[str, Any]) -> str:
     )
 
 
-def selection_verdict(evaluation: Evaluation) -> str:
-    """Whether selection per image beats the same first K queries for every image, at equal MACs, in a sentence."""
-    masking = sorted((row.macs, row.accuracy) for row in evaluation.rows if row.dqs_threshold is None)
-    selection = [row for row in evaluation.rows if row.dqs_threshold is not None]
-    if not selection or len(masking) < 2:
-        return ""
-    macs, accuracies = [m for m, _ in masking], [a for _, a in masking]
-    wins = sum(row.accuracy > float(np.interp(row.macs, macs, accuracies)) for row in selection)
-    return (
-        f"At equal MACs, Dynamic Query Selection is more accurate than the first K queries for all images at {wins} of the "
-        f"{len(selection)} thresholds measured (accuracy between the measured K interpolated). "
-    )
-
-
-def _limits(config: VisualPerceiverConfig, evaluation: Evaluation, corrupted: Robustness | None) -> str:
+def _limits(config: VisualPerceiverConfig, corrupted: Robustness | None) -> str:
     height, width = config.image_height_width
     robustness = "Robustness to corrupted or shifted images was not measured."
     if corrupted:
-        robustness = robustness_sentence(corrupted)
+        clean, mean = (
+            next(o for o in corrupted.cell(*place) if o.point == corrupted.full) for place in ((CLEAN, 0), (ALL, None))
+        )
+        robustness = (
+            f"Under {len(corrupted.corruptions)} corruptions (robustness.json) its mean accuracy at {corrupted.full} is "
+            f"{100 * mean.accuracy:.2f} %, on the same {corrupted.conditions['images']:,} images uncorrupted "
+            f"{100 * clean.accuracy:.2f} %; other shifts were not measured."
+        )
     return (
-        f"{selection_verdict(evaluation)}The network has seen {height}x{width} images of the training set's classes only, and gives every image one of those labels. "
-        f"Its probabilities are not calibrated. {robustness} At few queries it "
-        "is much less accurate; read the table before you choose."
+        f"The network has seen {height}x{width} images of the training set's classes only, and gives every image one of those "
+        f"labels. Its probabilities are not calibrated. {robustness} At few queries it is much less accurate; read the table "
+        "before you choose."
     )

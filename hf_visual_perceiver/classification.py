@@ -1,13 +1,11 @@
 """What a model says of some images."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 
-from .memory import fitting
 from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
 from .training.folder import create_image_processor
 
@@ -24,10 +22,7 @@ def classify(
     names = model.config.label_names
     pixels = create_image_processor(model.config)(images=list(images), return_tensors="pt")["pixel_values"]
     K, t = model.config.operating_point(num_active_queries, dqs_threshold)
-    pixels = pixels.to(model.device, model.dtype)
-    run = partial(model, num_active_queries=K, dqs_threshold=t)
-    with fitting(run, pixels):
-        output = run(pixels)
+    output = model(pixels.to(model.device, model.dtype), num_active_queries=K, dqs_threshold=t)
     probabilities, labels = output.logits.float().softmax(-1).topk(min(top_k, len(names)))
     return [
         {

@@ -20,6 +20,7 @@ from .card_command import card_command
 from .compare_command import compare_command
 from .evaluate_command import evaluate_command
 from .export_command import compare_exports_command, export_command
+from .extras import require_extra
 from .info_command import info_command
 from .knn_command import knn_command
 from .predict_command import predict_command
@@ -73,6 +74,7 @@ def _begun(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**arguments: object) -> None:
+        require_extra("cli")
         import_package()
         command(**arguments)
 

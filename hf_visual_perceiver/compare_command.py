@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from .options import JsonOption, output_console, picture_option, write_result
+from .tables import terminal_table
 
 
 def compare_command(
@@ -25,12 +23,7 @@ def compare_command(
         console.print(comparison.to_markdown(), markup=False, highlight=False, soft_wrap=True)
     else:
         headers, *lines = comparison.table()
-        table = Table(title="validation accuracy (%)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for header in headers:
-            table.add_column(header, justify="left" if header == "runs" else "right", no_wrap=header != "runs")
-        for line in lines:
-            table.add_row(*map(escape, line))
-        console.print(table)
+        console.print(terminal_table("validation accuracy (%)", headers, lines))
     write_result(json_file, comparison.to_dict())
     if plot:
         plot_comparison(comparison, plot)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from .plots import save_figure
+from .tables import markdown_table
 from .training.checkpointing import FREE_KEYS, RunFolder
 from .training.recipe import recipe_from_dict
 
@@ -96,9 +97,8 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """The table in markdown."""
-        headers, *lines = [[cell.replace("|", "\\|") for cell in line] for line in self.table()]
-        rule = ["---", *["---:"] * (len(headers) - 1)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in (headers, rule, *lines))
+        headers, *lines = self.table()
+        return markdown_table(headers, lines)
 
 
 def compare_runs(folders: Sequence[str | Path]) -> Comparison:
@@ -217,21 +217,14 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
         try:
             entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if not _is_entry(entry):
-            raise ValueError(f"Expected line {number} of {path} to be as it was logged; it is damaged: {line!r}.")
+            if not isinstance(entry["step"], int) or (
+                "validation_accuracy" in entry and not isinstance(entry["K"], int)
+            ):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"Line {number} of {path} is damaged: {line!r}.") from None
         entries.append(entry)
     return entries
-
-
-def _is_entry(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
-        return False
-    accuracy = value.get("validation_accuracy", 0.0)
-    return isinstance(accuracy, (int, float)) and (
-        "validation_accuracy" not in value or isinstance(value.get("K"), int)
-    )
 
 
 def _training_macs(run: RunFolder, entries: list[dict[str, Any]]) -> float | None:

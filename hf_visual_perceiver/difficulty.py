@@ -1,12 +1,11 @@
 """Does selection spend more queries on harder images? Queries kept against the full network's confidence and error."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-
-WEAK = 0.1  # a rank correlation below this is called weak in words
+from scipy.stats import DegenerateDataWarning, bootstrap, rankdata
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,6 @@ class Correlation:
     standard_error: float | None
     low: float | None
     high: float | None
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 if the interval is on that side of zero, else 0."""
-        if self.low is None or self.high is None:
-            return 0
-        return int(self.low > 0) - int(self.high < 0)
 
     def __str__(self) -> str:
         if self.value is None:
@@ -107,94 +99,47 @@ def measure_difficulty(
         raise ValueError(
             f"Expected queries, confidence and right of the same images, got {len(queries)}, {len(confidence)} and {len(right)}."
         )
+    # An edge belongs to the bin below it.
+    edges = np.unique(np.quantile(queries, np.linspace(0, 1, bins + 1)[1:-1], method="lower"))
+    places = np.searchsorted(edges, queries)
     return Difficulty(
         dqs_threshold,
         correlate(queries, confidence),
         correlate(queries, ~right),
         float(queries[right].mean()) if right.any() else None,
         float(queries[~right].mean()) if not right.all() else None,
-        _bins(queries, confidence, right, bins),
+        [_bin(queries[here], confidence[here], right[here]) for here in (places == i for i in np.unique(places))],
     )
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman's rank correlation: Pearson's of the ranks, equal values sharing their mean rank.
-
-    Args:
-        a: (n,).
-        b: (n,).
-
-    Returns:
-        In [-1, 1]; None if all of `a`, or all of `b`, are equal.
+def correlate(a: np.ndarray, b: np.ndarray, draws: int = 1000, seed: int = 0) -> Correlation:
+    """Spearman's rank correlation of (n,) values with its bootstrap over images.
 
     Example:
-        >>> spearman(np.array([1, 2, 3, 4]), np.array([10, 20, 40, 30]))
+        >>> correlate(np.array([1, 2, 3, 4]), np.array([10, 20, 40, 30]), draws=10).value
         0.8
     """
-    x, y = _ranks(a), _ranks(b)
-    x, y = x - x.mean(), y - y.mean()
-    norm = float(np.sqrt((x * x).sum() * (y * y).sum()))
-    return float((x * y).sum()) / norm if norm else None
-
-
-def correlate(a: np.ndarray, b: np.ndarray, draws: int = 1000, seed: int = 0) -> Correlation:
-    """Spearman's rank correlation with its bootstrap over images."""
-    value = spearman(a, b)
-    if value is None:
+    if np.all(a == a[0]) or np.all(b == b[0]):
         return Correlation(None, None, None, None)
-    rng = np.random.default_rng(seed)
-    samples = (rng.integers(len(a), size=len(a)) for _ in range(draws))
-    drawn = np.array([v for i in samples if (v := spearman(a[i], b[i])) is not None])
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return Correlation(value, float(drawn.std(ddof=1)), float(low), float(high))
-
-
-def difficulty_verdict(difficulty: Difficulty) -> str:
-    """Whether harder images get more queries, in a sentence."""
-    by_confidence, by_error = -difficulty.with_confidence.sign, difficulty.with_error.sign
-    spent = {1: "more queries", -1: "fewer queries", 0: "no measurably different number of queries"}
-    unsure, wrong = "images that the full network is less sure of", "images that it gets wrong"
-    if by_confidence == by_error == 1:
-        answer = f"yes, it spends more queries on {unsure} and on {wrong}"
-    elif by_confidence == by_error == -1:
-        answer = f"no, on the contrary: it spends fewer queries on {unsure} and on {wrong}"
-    elif by_confidence == by_error == 0:
-        answer = f"not measurably, neither on {unsure} nor on {wrong}"
-    else:
-        answer = f"not consistently: {spent[by_confidence]} on {unsure}, {spent[by_error]} on {wrong}"
-    values = [c.value for c in (difficulty.with_confidence, difficulty.with_error) if c.value is not None]
-    if (by_confidence or by_error) and max(map(abs, values)) < WEAK:
-        answer += f", but the tendency is weak (rank correlations below {WEAK:g} in size)"
-    means = ""
-    if difficulty.queries_right is not None and difficulty.queries_wrong is not None:
-        means = (
-            f" It keeps {difficulty.queries_right:.2f} queries on average where the full network is right, "
-            f"{difficulty.queries_wrong:.2f} where it is wrong."
+    generator = np.random.default_rng(seed)
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # of few images, of which some draws are all alike
+        drawn = bootstrap(
+            (a, b), _spearman, paired=True, n_resamples=draws, batch=16, method="percentile", rng=generator
         )
-    return f"At t = {difficulty.dqs_threshold:g}: {answer}.{means}"
+    low, high = np.nanquantile(drawn.bootstrap_distribution, (0.025, 0.975))
+    error = float(np.nanstd(drawn.bootstrap_distribution, ddof=1))
+    return Correlation(float(_spearman(a, b)), error, float(low), float(high))
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+def _spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Of many draws at once, which `scipy.stats.spearmanr` does not do."""
+    x, y = (ranks - ranks.mean(axis, keepdims=True) for ranks in (rankdata(a, axis=axis), rankdata(b, axis=axis)))
+    return (x * y).sum(axis) / np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
 
 
-def _bins(queries: np.ndarray, confidence: np.ndarray, right: np.ndarray, count: int) -> list[Bin]:
-    edges = np.unique(np.quantile(queries, np.linspace(0, 1, count + 1)[1:-1], method="lower"))
-    place = np.searchsorted(edges, queries)  # an edge belongs to the bin below it
-    result = []
-    for number in np.unique(place):
-        here = place == number
-        accuracy = float(right[here].mean())
-        result.append(
-            Bin(
-                queries_min=int(queries[here].min()),
-                queries_max=int(queries[here].max()),
-                queries_mean=float(queries[here].mean()),
-                images=int(here.sum()),
-                accuracy=accuracy,
-                standard_error=float(np.sqrt(accuracy * (1 - accuracy) / here.sum())),
-                confidence=float(confidence[here].mean()),
-            )
-        )
-    return result
+def _bin(queries: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> Bin:
+    accuracy, images = float(right.mean()), len(right)
+    error = float(np.sqrt(accuracy * (1 - accuracy) / images))
+    reach = int(queries.min()), int(queries.max()), float(queries.mean())
+    return Bin(*reach, images, accuracy, error, float(confidence.mean()))

@@ -1,11 +1,10 @@
 """`visual-perceiver evaluate`."""
 
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
 from .options import (
     BatchSizeOption,
@@ -26,9 +25,12 @@ from .options import (
     picture_option,
     write_result,
 )
+from .tables import terminal_table
 
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from .evaluation import Evaluation
 
 
@@ -62,6 +64,7 @@ def evaluate_command(
     from .modeling import VisualPerceiverForImageClassification
     from .plots import plot_tradeoff
     from .splits import at_most
+    from .training.conditions import command_line, conditions_line
     from .training.data import load_images
 
     console, name = output_console(json_file), chosen_model(checkpoint, model)
@@ -84,6 +87,7 @@ def evaluate_command(
             "model": model_label(name),
             "dataset": dataset_label(dataset, dataset_name),
             "split": split,
+            "command": command_line(),
         },
     )
     console.print(evaluation_table(result))
@@ -98,15 +102,10 @@ def evaluate_command(
         console.print(f"Card: {write_card(Path(name), network, result)}")
 
 
-def evaluation_table(evaluation: "Evaluation") -> Table:
+def evaluation_table(evaluation: "Evaluation") -> "Table":
     """The rows of a sweep, for the terminal."""
-    table = Table(title="one network, every budget", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in ("setting", "queries", "std", "min-max", "MACs (M)", "accuracy (%)", "ms/image", "time"):
-        table.add_column(header, justify="left" if header == "setting" else "right", no_wrap=True)
-    for before, row in zip([None, *evaluation.rows], evaluation.rows, strict=False):
-        if before is not None and (before.dqs_threshold is None) != (row.dqs_threshold is None):
-            table.add_section()
-        table.add_row(
+    rows = [
+        [
             str(row.point),
             f"{row.queries_mean:.2f}",
             f"{row.queries_std:.2f}",
@@ -115,13 +114,13 @@ def evaluation_table(evaluation: "Evaluation") -> Table:
             f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}",
             f"{row.ms_per_image:.3f}",
             f"{row.relative_time:.2f}",
-        )
-    return table
-
-
-def conditions_line(conditions: dict[str, Any]) -> str:
-    """The conditions of a measurement, in one line."""
-    return ", ".join(f"{key} {value}" for key, value in conditions.items())
+        ]
+        for row in evaluation.rows
+    ]
+    headers = ("setting", "queries", "std", "min-max", "MACs (M)", "accuracy (%)", "ms/image", "time")
+    selects = [row.dqs_threshold is not None for row in evaluation.rows]
+    ends = [i for i, (one, other) in enumerate(pairwise(selects)) if one != other]
+    return terminal_table("one network, every budget", headers, rows, ends=ends)
 
 
 def errors_line(evaluation: "Evaluation") -> str:

@@ -1,6 +1,8 @@
-"""Accuracy, cost and time of a checkpoint at every budget, in one pass over a dataset."""
+"""Accuracy, cost and time of a checkpoint at every budget, in one pass over a dataset.
 
-import json
+Results can be read without the packages that measuring takes (extra `cli`), as the Space does.
+"""
+
 import logging
 import math
 import time
@@ -8,14 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .confusion import Confusion
-from .memory import fitting
-from .metrics import Accuracy
 from .modeling import (
     OptimizedVisualPerceiver,
     VisualPerceiverConfig,
@@ -26,7 +26,11 @@ from .modeling import (
 from .modeling.query_selection import as_number
 from .training.conditions import measurement_conditions
 from .training.console import tracked
-from .training.data import ImageDataset, normalise, pixels_of_size
+from .training.files import read_json
+
+
+if TYPE_CHECKING:
+    from .training.data import ImageDataset
 
 
 logger = logging.getLogger(__name__)
@@ -114,6 +118,8 @@ class Measurement:
 
     def row(self, model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver) -> Row:
         """The summary over images; times are medians over batches."""
+        from .metrics import Accuracy
+
         score = Accuracy(keep_in_memory=True).compute(predictions=self.predictions, references=self.labels)
         return Row(
             num_active_queries=self.point.num_active_queries,
@@ -162,10 +168,7 @@ def read_evaluation(path: Path) -> Evaluation:
     Raises:
         ValueError: If the file is damaged.
     """
-    try:
-        return Evaluation.from_dict(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"Expected {path} to be as it was written; it is damaged: {error!r}.") from error
+    return read_json(path, Evaluation.from_dict)
 
 
 def default_points(num_queries: int) -> list[OperatingPoint]:
@@ -176,7 +179,7 @@ def default_points(num_queries: int) -> list[OperatingPoint]:
 
 def evaluate(
     model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
-    data: ImageDataset,
+    data: "ImageDataset",
     points: Sequence[OperatingPoint] | None = None,
     batch_size: int = 256,
     progress: bool = True,
@@ -222,7 +225,7 @@ def form_of(model: VisualPerceiverForImageClassification | OptimizedVisualPercei
 
 def measure_points(
     model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
-    data: ImageDataset,
+    data: "ImageDataset",
     points: Sequence[OperatingPoint],
     batch_size: int = 256,
     progress: bool = True,
@@ -272,7 +275,7 @@ def measure_points(
 
 def pixel_batches(
     model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver | VisualPerceiverModel,
-    data: ImageDataset,
+    data: "ImageDataset",
     batch_size: int,
     description: str | None = None,
 ) -> Iterator[tuple[range, torch.Tensor]]:
@@ -280,6 +283,8 @@ def pixel_batches(
 
     With a `description`, stderr shows how far it is.
     """
+    from .training.data import normalise, pixels_of_size
+
     config = model.config
     cfg = config.timm_pretrained_cfg
     batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
@@ -290,7 +295,7 @@ def pixel_batches(
 
 
 def labels_of_model(
-    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver, data: ImageDataset
+    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver, data: "ImageDataset"
 ) -> np.ndarray:
     """The dataset's labels as indices of the model's classes, (n,).
 
@@ -356,6 +361,8 @@ def output_at(model: Any, pixels: torch.Tensor, point: OperatingPoint) -> Any:
     Raises:
         ValueError: As `forward_at`.
     """
+    from .memory import fitting
+
     run = partial(model, **point.knobs(model.config))
     with fitting(run, pixels):
         return run(pixels)

@@ -10,7 +10,6 @@ A graph has no default arguments and raises no errors: t = 1 keeps all queries, 
 """
 
 import copy
-import importlib.util
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 
 from .export_check import check_export, check_quantised
 from .exported import METADATA_KEY, OnnxClassifier, ProgramClassifier, TimmClassifier
+from .extras import require_extra
 from .modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
 from .modeling.query_selection import cosine_similarities, keep_dissimilar
 from .modeling.timm_visual_perceiver import checkpoint_filter_fn
@@ -164,9 +164,10 @@ def export_onnx(
         The largest difference of a logit from PyTorch's; with `int8` the mean difference relative to their deviation.
 
     Raises:
-        ValueError: If K is out of range, a package is missing, the file cannot be written or its answers are wrong.
+        ValueError: If K is out of range, the file cannot be written or its answers are wrong.
+        ImportError: If a package of the extra `export` is missing.
     """
-    require("onnx", "onnxscript", "onnxruntime")
+    require_extra("export")
     path = Path(path)
     check_output(path)
     check_size(model)
@@ -278,16 +279,6 @@ def export_timm(model: VisualPerceiverForImageClassification, folder: str | Path
         write_json(aside / "config.json", config)
         save_file(checkpoint_filter_fn(state, model), aside / "model.safetensors", metadata={"format": "pt"})
         return check_export(TimmClassifier(aside), model, None)
-
-
-def require(*packages: str) -> None:
-    """Raise a `ValueError` that names the extra unless these packages are there."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"Expected {', '.join(packages)} to be installed, which the extra `export` brings "
-            f"(pip install 'hf-visual-perceiver[export]'); missing: {', '.join(missing)}."
-        )
 
 
 def check_output(path: Path) -> None:

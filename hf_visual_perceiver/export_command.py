@@ -4,12 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from .choices import FORMATS
+from .extras import require_extra
 from .options import (
     BatchSizeOption,
     DatasetNameOption,
@@ -25,10 +23,11 @@ from .options import (
     output_console,
     write_result,
 )
+from .tables import markdown_table, terminal_table
 
 
 if TYPE_CHECKING:
-    from .export_comparison import ExportComparison, ExportRow
+    from .export_comparison import ExportRow
 
 
 def export_command(
@@ -51,7 +50,7 @@ def export_command(
     A graph takes pixel_values (B, C, H, W), dqs_threshold (float32; 1 keeps all queries) and num_active_queries (int64) and
     gives logits (B, labels) and active_queries (B, Q). The batch is dynamic.
     """
-    from .export import check_output, export_onnx, export_program, export_timm, require
+    from .export import check_output, export_onnx, export_program, export_timm
     from .loading import load_config, load_model
 
     console, folder = output_console(), chosen_model(checkpoint, model)
@@ -67,7 +66,7 @@ def export_command(
     if int8 and format != "onnx":
         raise ValueError(f"Expected --int8 with --format onnx, got {format!r}.")
     if format == "onnx":
-        require("onnx", "onnxscript", "onnxruntime")
+        require_extra("export")
     # What could fail at the end fails now.
     load_config(folder).operating_point(num_active_queries)
     variant = ("" if num_active_queries is None else f"-k{num_active_queries}") + ("-int8" if int8 else "")
@@ -115,15 +114,13 @@ def compare_exports_command(
 
     OMP_NUM_THREADS sets the threads of all of them.
     """
-    from .export import require
     from .export_comparison import compare_exports
     from .loading import default_dataset, load_model
     from .splits import at_most
+    from .training.conditions import conditions_line
     from .training.data import load_images
 
     console = output_console(json_file)
-    if any(path.suffix == ".onnx" for path in files):
-        require("onnxruntime")
     name = chosen_model(None, model)
     result = compare_exports(
         load_model(name),
@@ -138,11 +135,13 @@ def compare_exports_command(
             "split": split,
         },
     )
+    rows = [comparison_cells(row) for row in result.rows]
     if markdown:
-        console.print(comparison_markdown(result), markup=False, highlight=False, soft_wrap=True)
+        console.print(markdown_table(COLUMNS, rows, left=2), markup=False, highlight=False, soft_wrap=True)
     else:
-        console.print(comparison_table(result))
-    console.print(", ".join(f"{key} {value}" for key, value in result.conditions.items()), style="dim", highlight=False)
+        ends = range(len(files), len(rows), 1 + len(files))  # of each operating point
+        console.print(terminal_table("exported, side by side", COLUMNS, rows, left=2, ends=ends))
+    console.print(conditions_line(result.conditions), style="dim", highlight=False)
     write_result(json_file, result.to_dict())
 
 
@@ -163,27 +162,3 @@ def comparison_cells(row: "ExportRow") -> list[str]:
         f"{row.ms_per_image:.3f}",
         f"{row.relative_time:.2f}",
     ]
-
-
-def comparison_table(result: "ExportComparison") -> Table:
-    """One section for each operating point."""
-    table = Table(title="exported, side by side", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in COLUMNS:
-        left = header in COLUMNS[:2]
-        table.add_column(
-            header,
-            justify="left" if left else "right",
-            no_wrap=header != "form",
-            overflow="fold" if left else "ellipsis",
-        )
-    for row, after in zip(result.rows, [*result.rows[1:], None], strict=True):
-        table.add_row(
-            *map(escape, comparison_cells(row)), end_section=after is not None and after.form == result.rows[0].form
-        )
-    return table
-
-
-def comparison_markdown(result: "ExportComparison") -> str:
-    """The table for documents."""
-    lines = [COLUMNS, ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2), *map(comparison_cells, result.rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

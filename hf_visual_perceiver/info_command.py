@@ -1,25 +1,21 @@
 """`visual-perceiver info`."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 from rich.table import Table
 
-from .evaluate_command import conditions_line, errors_line, evaluation_table
+from .evaluate_command import errors_line, evaluation_table
 from .options import JsonOption, ModelArgument, ModelOption, chosen_model, output_console, write_result
-
-
-T = TypeVar("T")
+from .training.files import read_json
 
 
 def info_command(checkpoint: ModelArgument = None, model: ModelOption = None, json_file: JsonOption = None) -> None:
     """A checkpoint at a glance: architecture, operating point, cost at every budget, measured accuracy."""
     from .card import training_lines
-    from .evaluation import Evaluation, default_points
+    from .evaluation import default_points, read_evaluation
     from .loading import load_model
     from .modeling import count_macs
+    from .training.conditions import conditions_line
 
     console, name = output_console(json_file), chosen_model(checkpoint, model)
     network = load_model(name)
@@ -41,8 +37,9 @@ def info_command(checkpoint: ModelArgument = None, model: ModelOption = None, js
     console.print(summary)
     budgets = [point.num_active_queries for point in default_points(config.num_queries) if point.num_active_queries]
     macs = {budget: count_macs(config, budget) for budget in budgets}
-    evaluation = _read_json(Path(name) / "evaluation.json", Evaluation.from_dict)
-    for line in _read_json(Path(name) / "training.json", training_lines) or []:
+    measured, training = Path(name) / "evaluation.json", Path(name) / "training.json"
+    evaluation = read_evaluation(measured) if measured.is_file() else None
+    for line in read_json(training, training_lines) if training.is_file() else []:
         console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
     if evaluation is not None:
         console.print(evaluation_table(evaluation))
@@ -54,13 +51,3 @@ def info_command(checkpoint: ModelArgument = None, model: ModelOption = None, js
             table.add_row(f"{budget}", f"{count / 1e6:.2f}")
         console.print(table)
     write_result(json_file, {**facts, "macs": macs, "evaluation": None if evaluation is None else evaluation.to_dict()})
-
-
-def _read_json(path: Path, convert: Callable[[dict[str, Any]], T]) -> T | None:
-    """A file of a checkpoint's folder, None if it is not there; a damaged one is a `ValueError`."""
-    if not path.is_file():
-        return None
-    try:
-        return convert(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"Expected {path} to be as it was written; it is damaged: {error!r}.") from error

@@ -3,8 +3,6 @@
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
 from .choices import FEATURES
 from .options import (
@@ -23,9 +21,12 @@ from .options import (
     output_console,
     write_result,
 )
+from .tables import terminal_table
 
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from .retrieval import Retrieval
 
 
@@ -60,6 +61,7 @@ def knn_command(
     from .loading import choose_device, default_dataset, load_model
     from .retrieval import measure_retrieval, retrieval_points
     from .splits import at_most, load_splits
+    from .training.conditions import conditions_line
 
     console, name = output_console(json_file), chosen_model(checkpoint, model)
     network = load_model(name, choose_device(device), dtype).visual_perceiver
@@ -86,28 +88,23 @@ def knn_command(
         },
     )
     console.print(retrieval_table(result))
-    console.print(
-        ", ".join(f"{key} {value}" for key, value in result.conditions.items()),
-        style="dim",
-        highlight=False,
-        markup=False,
-    )
+    console.print(conditions_line(result.conditions), style="dim", highlight=False, markup=False)
     write_result(json_file, result.to_dict())
 
 
-def retrieval_table(result: "Retrieval") -> Table:
+def retrieval_table(result: "Retrieval") -> "Table":
     """One line for each operating point."""
     from .evaluation import OperatingPoint
 
-    table = Table(title="nearest neighbours", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in ("setting", "queries", "MACs (M)", "gallery alike (%)", "gallery at all queries (%)"):
-        table.add_column(header, justify="left" if header == "setting" else "right", no_wrap=True)
-    for row in result.rows:
-        table.add_row(
+    rows = [
+        [
             str(OperatingPoint(row.num_active_queries, row.dqs_threshold)),
             f"{row.queries_mean:.2f}",
             f"{row.macs / 1e6:.2f}",
             f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}",
             f"{100 * row.full_gallery_accuracy:.2f} ± {100 * row.full_gallery_standard_error:.2f}",
-        )
-    return table
+        ]
+        for row in result.rows
+    ]
+    headers = ("setting", "queries", "MACs (M)", "gallery alike (%)", "gallery at all queries (%)")
+    return terminal_table("nearest neighbours", headers, rows)

@@ -45,8 +45,7 @@ SELECTION: dict[float, tuple[float, float]] = {
 
 # Section 3: the network and its training.
 PARAMETERS_M = 6.18
-TRAINING_STEPS = 350_000
-TRAINING_BATCH = 512
+TRAINING_IMAGES = 350_000 * 512  # steps times batch
 
 # Section 3.1: "we run the evaluation 5 times, with each time K random tokens".
 RANDOM_DRAWS = 5

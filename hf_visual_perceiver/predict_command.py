@@ -3,9 +3,6 @@
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from .options import (
     BatchSizeOption,
@@ -18,6 +15,7 @@ from .options import (
     output_console,
     write_result,
 )
+from .tables import terminal_table
 from .training.console import print_error
 
 
@@ -58,22 +56,14 @@ def predict_command(
             results += [{"file": file, **output} for file, output in zip(named, outputs, strict=True)]
 
     if results:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("image", overflow="fold")
-        for header in ("label", "p", "also", "queries", "MACs (M)"):
-            table.add_column(header, justify="left" if header in ("label", "also") else "right")
+        rows = []
         for result in results:
             (label, p), *others = result["labels"].items()
             also = ", ".join(f"{name} {q:.1%}" for name, q in others)
-            table.add_row(
-                escape(result["file"]),  # brackets in a name are no markup
-                escape(label),
-                f"{p:.1%}",
-                escape(also),
-                f"{result['queries_used']}",
-                f"{result['macs'] / 1e6:.1f}",
-            )
-        output_console(json_file).print(table)
+            cost = [f"{result['queries_used']}", f"{result['macs'] / 1e6:.1f}"]
+            rows.append([result["file"], label, also, f"{p:.1%}", *cost])
+        headers = ("image", "label", "also", "p", "queries", "MACs (M)")
+        output_console(json_file).print(terminal_table(None, headers, rows, left=3))
     write_result(json_file, {"images": results, "unreadable": unreadable})
     for message in unreadable:
         print_error(message)

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from .options import ModelOption, chosen_model, required_model
+from .tables import terminal_table
 
 
 if TYPE_CHECKING:
@@ -106,14 +104,8 @@ def _show_plan(console: Console, plan: "Plan") -> None:
 
 
 def _show_files(console: Console, where: str, sizes: dict[str, int]) -> None:
-    table = Table(title=f"to {where}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("file", overflow="fold")
-    table.add_column("size", justify="right")
-    for name, size in sizes.items():
-        table.add_row(escape(name), _bytes(size))
-    table.add_section()
-    table.add_row("all", _bytes(sum(sizes.values())))
-    console.print(table)
+    rows = [[name, _bytes(size)] for name, size in [*sizes.items(), ("all", sum(sizes.values()))]]
+    console.print(terminal_table(f"to {where}", ["file", "size"], rows, ends=[len(sizes) - 1]))
 
 
 def _show_published(console: Console, published: "Published") -> None:

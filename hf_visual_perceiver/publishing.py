@@ -11,7 +11,7 @@ from importlib.metadata import requires
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
+from huggingface_hub import HfApi, RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from .folder_check import check_folder
@@ -23,7 +23,6 @@ from .modeling import VisualPerceiverConfig, handler
 
 # Formats that can run code when they are loaded, or that hold weights beside model.safetensors.
 UNSAFE = {".bin", ".ckpt", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
-LARGE = 2**20  # bytes; smaller files go with the commit
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 VERSION = re.compile(r"v(\d+)")
 
@@ -182,12 +181,10 @@ def upload(
         HubError: If a step fails.
     """
     api = api or HfApi()
-    again = "The same command tries again."
-    with hub_step("logging in", f"Nothing was sent. {again}", api):
+    state = "Nothing was uploaded. The same command tries again."
+    with hub_step(f"preparing {repo_id}", state, api):
         api.whoami()
-    with hub_step(f"creating {repo_id}", f"Nothing was uploaded. {again}", api):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
-    with hub_step(f"looking at {repo_id}", f"Nothing was uploaded. {again}", api):
         info, refs = api.model_info(repo_id), api.list_repo_refs(repo_id)
     tags = {ref.name: ref.target_commit for ref in refs.tags}
     branches = {ref.name: ref.target_commit for ref in refs.branches}
@@ -197,7 +194,7 @@ def upload(
         )
     if revision in tags:
         raise ValueError(f"Expected a branch of {repo_id} to commit to, got its tag {revision}.")
-    with hub_step(f"looking at {repo_id}", f"Nothing was uploaded. {again}", api):
+    with hub_step(f"looking at {repo_id}", state, api):
         if revision not in branches:
             api.create_branch(repo_id, branch=revision)
         head = branches.get(revision, branches.get("main", info.sha or ""))
@@ -206,34 +203,27 @@ def upload(
         model = _model_there(api, repo_id, head, there, plan.stage.parent)
     if model is not None:
         raise ValueError(f"Expected {repo_id} to be new or to hold a Visual Perceiver; the name is taken by {model}.")
-    changed = any(name not in there or not _same(plan.stage / name, there[name]) for name in plan.sizes)
     gone = [name for name in there if name not in plan.sizes and _is_weights_or_code(name)]
-    changed = changed or bool(gone)
+    changed = bool(gone) or any(name not in there or not _same(plan.stage / name, there[name]) for name in plan.sizes)
     tag = tag or _next_tag(tags, None if changed else head)
     if tag in tags and (changed or tags[tag] != head):
         raise ValueError(f"Expected a free tag, but {tag} of {repo_id} is there, at {tags[tag][:7]}.")
 
     commit = head
     if changed:
-        additions = [CommitOperationAdd(name, str(plan.stage / name)) for name in plan.sizes]
-        with hub_step(f"uploading to {repo_id}", "No commit was made. The same command goes on.", api):
-            # One by one, as several at once run in threads, which would finish before an interrupt is heard.
-            for addition in additions:
-                if plan.sizes[addition.path_in_repo] >= LARGE or addition.path_in_repo.endswith(".safetensors"):
-                    api.preupload_lfs_files(repo_id, [addition], revision=revision, free_memory=False)
-        state = "The commit is there as a whole or not at all. The same command finds out and does the rest."
-        with hub_step(f"committing to {repo_id}", state, api):
-            commit = api.create_commit(
-                repo_id,
-                [*additions, *(CommitOperationDelete(name) for name in gone)],
+        state = "The branch holds all of the new files or none. The same command finds out and does the rest."
+        with hub_step(f"uploading to {repo_id}", state, api):
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=plan.stage,
+                delete_patterns=gone,
                 commit_message=f"Publish {tag}",
                 revision=revision,
                 parent_commit=head,  # somebody else's commit in between is not overwritten
             ).oid
     if tag not in tags:
-        with hub_step(
-            f"tagging {repo_id}", f"Commit {commit[:7]} is there, without its tag. The same command adds it.", api
-        ):
+        state = f"Commit {commit[:7]} is there, without its tag. The same command adds it."
+        with hub_step(f"tagging {repo_id}", state, api):
             api.create_tag(repo_id, tag=tag, revision=commit)
     return Published(repo_id, f"{api.endpoint}/{repo_id}", commit, tag, changed, bool(info.private))
 

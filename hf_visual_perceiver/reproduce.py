@@ -3,8 +3,6 @@
 python -m hf_visual_perceiver.reproduce --output-dir outputs/paper
 """
 
-import shlex
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +13,7 @@ import typer
 from rich.console import Console
 
 from . import paper
-from .loading import SAMPLE, choose_device, default_dataset, shipped
+from .loading import choose_device, default_dataset, shipped
 from .options import (
     BatchSizeOption,
     DatasetNameOption,
@@ -27,8 +25,9 @@ from .options import (
     dataset_label,
 )
 from .reproduce_measure import Measurements, measure, read_checkpoints
-from .reproduce_sections import PICTURES, SECTIONS, difference_from_paper
+from .reproduce_sections import PICTURES, SECTIONS
 from .splits import at_most
+from .training.conditions import command_line, conditions_line
 from .training.console import run_command
 from .training.data import load_images
 from .training.files import folder_written_aside, write_json, write_text
@@ -37,13 +36,12 @@ from .training.files import folder_written_aside, write_json, write_text
 messages = Console(stderr=True)
 
 
-def write_report(found: Measurements, output_dir: Path, command: Sequence[str]) -> Path:
+def write_report(found: Measurements, output_dir: Path) -> Path:
     """Write paper.md, its pictures in paper/, and what was measured as paper/measurements.json.
 
     Args:
         found: What was measured; its conditions name the dataset.
         output_dir: Made if it is missing; what an earlier report left in its paper/ is replaced.
-        command: That measured it.
 
     Returns:
         The report.
@@ -53,32 +51,18 @@ def write_report(found: Measurements, output_dir: Path, command: Sequence[str]) 
         sections = [section(found, pictures) for section in SECTIONS]
         write_json(pictures / "measurements.json", _plain(found))
     report = output_dir / "paper.md"
-    write_text(report, "\n\n".join([_introduction(found, command), *sections]) + "\n")
+    write_text(report, "\n\n".join([_introduction(found), *sections]) + "\n")
     return report
 
 
-def _introduction(found: Measurements, command: Sequence[str]) -> str:
+def _introduction(found: Measurements) -> str:
     c = found.conditions
-    conditions = ", ".join(
-        f"{key.replace('_', ' ')} {value}" for key, value in c.items() if key not in ("dataset", "split", "images")
-    )
-    others = [
-        role
-        for role, network in found.networks.items()
-        if difference_from_paper(network.config, sum(p.numel() for p in network.parameters()) / 1e6)
-    ]
-    warning = (
-        f"**Not a repetition of the paper's experiment**: {', '.join(others)} is not the paper's network, as the next section "
-        "says, and what loses to the paper is printed with the rest.\n\n"
-        if others
-        else ""
-    )
     return (
         "# The paper's tables and figures, and ours\n\n"
         f"{paper.CITATION}. Columns and dashed curves called *paper* repeat its printed numbers (CIFAR-10, all 10,000 test "
         f"images); all others were measured on {len(found.data):,} images of {c['dataset']}, split {c['split']}, by\n\n"
-        f"    {shlex.join(command)}\n\n"
-        f"{warning}Conditions: {conditions}. The seed is that of the random subsets; each checkpoint is one training run."
+        f"    {c.get('command', 'python -m hf_visual_perceiver.reproduce')}\n\n"
+        f"Conditions: {conditions_line(c)}. The seed is that of the random subsets; each checkpoint is one training run."
     )
 
 
@@ -124,29 +108,24 @@ def command(
     for role, name in checkpoints.missing.items():
         messages.print(f"missing: {role}" + (f", {name}" if name else ""), markup=False, highlight=False)
     data = at_most(load_images(dataset or default_dataset(), split), max_images)
-    chosen = choose_device(device)
-    called = dataset_label(dataset, dataset_name)
     found = measure(
         checkpoints,
         data,
         batch_size,
-        chosen,
+        choose_device(device),
         dtype,
         seed,
         image,
         True,
         robustness_images,
         robustness_severity,
-        conditions={"dataset": called, "split": split},
+        conditions={
+            "dataset": dataset_label(dataset, dataset_name),
+            "split": split,
+            "command": command_line(),
+        },
     )
-    parts = ["python", "-m", "hf_visual_perceiver.reproduce"]
-    parts += ["--config", str(config)] if config else []
-    parts += ["--dataset", called] if called != SAMPLE else []
-    parts += ["--max-images", str(max_images)] if max_images else []
-    parts += ["--split", split, "--batch-size", str(batch_size), "--device", chosen, "--dtype", dtype]
-    parts += ["--seed", str(seed), "--image", str(image), "--robustness-images", str(robustness_images)]
-    parts += [word for severity in robustness_severity for word in ("--robustness-severity", str(severity))]
-    typer.echo(f"Report: {write_report(found, output_dir, parts)}")
+    typer.echo(f"Report: {write_report(found, output_dir)}")
 
 
 def main() -> None:

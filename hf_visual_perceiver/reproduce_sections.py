@@ -1,7 +1,6 @@
 """The sections of the report on the paper: each takes the measurements, draws its pictures and returns Markdown."""
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,12 @@ import numpy as np
 
 from . import paper
 from .attention_maps import plot_attention_maps
-from .card import selection_verdict, training_lines
 from .evaluation import Row
-from .modeling import VisualPerceiverConfig
 from .reproduce_figures import Curve, plot_curves, plot_gallery, plot_selection, plot_similarities
 from .reproduce_measure import FIXED, QUERY_MASKING, Measurements, specialist_role
 from .robustness_report import robustness_section
+from .tables import markdown_table
+from .training.files import read_json
 
 
 ABSENT = "-"
@@ -32,17 +31,17 @@ COLORS = {QUERY_MASKING: "tab:blue", "specialists": "tab:orange", FIXED: "tab:gr
 
 def networks_section(found: Measurements, folder: Path) -> str:
     """Which networks were measured, how they differ from the paper's, and what is missing."""
-    lines = ["## Networks", ""]
+    rows = [["paper", "-", "12 x 192", f"{paper.PARAMETERS_M:.2f}", "64", f"{paper.TRAINING_IMAGES / 1e6:.1f}"]]
     for role, network in found.networks.items():
-        config = network.config
-        parameters = sum(p.numel() for p in network.parameters()) / 1e6
-        lines.append(
-            f"- **{role}**: `{found.folders[role].name}`, {config.architecture}, {parameters:.2f} M parameters "
-            f"({config.num_hidden_layers} blocks of width {config.hidden_size}), Q = {config.num_queries}."
-        )
-        if difference := difference_from_paper(config, parameters):
-            lines.append(f"    - {difference}")
-        lines += [f"    - {line}" for line in training_of(found.folders[role])]
+        config, parameters = network.config, sum(p.numel() for p in network.parameters()) / 1e6
+        size = f"{config.num_hidden_layers} x {config.hidden_size}"
+        images = training_images(found.folders[role])
+        trained = ABSENT if images is None else f"{images / 1e6:.1f}"
+        called = f"{found.folders[role].name}, {config.architecture}"
+        rows.append([role, called, size, f"{parameters:.2f}", f"{config.num_queries}", trained])
+    headers = ("role", "network", "blocks x width", "parameters (M)", "Q", "training images (M, with repetition)")
+    table = markdown_table(headers, rows, left=2)
+    lines = ["## Networks", "", table, "", "A network of another size than the paper's does not repeat its experiment."]
     if found.missing:
         lines += ["", "Missing, and what the report therefore lacks:", ""]
         for role, name in found.missing.items():
@@ -76,7 +75,7 @@ def table_1(found: Measurements, folder: Path) -> str:
         )
     headers = ["K", "MACs (M)", "paper", "ms per image (relative)", "paper: ms per 512 (relative)", "accuracy (%)"]
     return (
-        f"{heading}{_table([*headers, 'paper', 'difference'], lines)}\n\n"
+        f"{heading}{markdown_table([*headers, 'paper', 'difference'], lines)}\n\n"
         "± is one standard error over images. Time is the median over batches, of the model alone; relative is to all queries. "
         "The paper calls its MACs FLOP and does not name its hardware, so that only relative times compare."
     )
@@ -105,7 +104,7 @@ def table_2(found: Measurements, folder: Path) -> str:
     plot_curves(curves, "K, queries used", folder / "figure_2.png", ticks=(1, 2, 4, 8, 16, 32, 64))
     return (
         "## Table 2 and Figure 2: accuracy (%) against K\n\n"
-        f"{_table(headers, lines)}\n\n"
+        f"{markdown_table(headers, lines)}\n\n"
         f"Random subsets: of the network trained with all queries, {paper.RANDOM_DRAWS} draws, mean ± standard deviation over draws; "
         f"± elsewhere is one standard error over images.\n\n{_picture('figure_2', 'Accuracy against K')}"
     )
@@ -151,10 +150,9 @@ def table_3(found: Measurements, folder: Path) -> str:
     ]
     plot_selection(masking, selection, paper_curves, folder / "figure_6.png")
     return (
-        f"{heading}{_table(headers, lines)}\n\n"
+        f"{heading}{markdown_table(headers, lines)}\n\n"
         "The last column is the accuracy less that of the first K queries for all images at the same average K, interpolated "
-        "between the measured K: below zero, selection loses. MACs include reading and comparing all queries. "
-        f"{selection_verdict(found.query_masking).strip()}\n\n"
+        "between the measured K: below zero, selection loses. MACs include reading and comparing all queries.\n\n"
         f"{_picture('figure_6', 'Accuracy against the mean number of queries')}"
     )
 
@@ -265,40 +263,15 @@ def _three_curves(found: Measurements, x: Callable, paper_x: dict[int, float]) -
     return curves
 
 
-def difference_from_paper(config: VisualPerceiverConfig, parameters: float) -> str:
-    """How a network of so many million parameters differs from the paper's; empty if it does not."""
-    published = VisualPerceiverConfig.from_architecture("visual_perceiver_tiny_patch4_32")
-    trunk = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    if all(getattr(config, name) == getattr(published, name) for name in trunk):
-        return ""
-    return (
-        f"**Not the paper's network**, which reads {published.image_size}x{published.image_size} images and has {published.num_hidden_layers} blocks of width {published.hidden_size} and "
-        f"{paper.PARAMETERS_M} M parameters, {paper.PARAMETERS_M / parameters:.1f} times as many: its accuracies and costs are "
-        "printed beside the paper's, and do not repeat its experiment."
-    )
+def training_images(folder: Path) -> int | None:
+    """Images of all steps of all stages of a training, as training.json has them; None if there is none."""
 
+    def count(facts: dict[str, Any]) -> int:
+        earlier = facts.get("earlier_training")
+        return facts["recipe"]["steps"] * facts["recipe"]["batch_size"] + (count(earlier) if earlier else 0)
 
-def training_of(folder: Path) -> list[str]:
-    """What training.json says, and how much that is of the paper's training."""
     file = folder / "training.json"
-    if not file.is_file():
-        return ["Its training is not recorded."]
-    try:
-        facts = json.loads(file.read_text())
-        stages, stage = [], facts
-        while stage is not None:
-            stages.append(stage["recipe"]["steps"] * stage["recipe"]["batch_size"])
-            stage = stage.get("earlier_training")
-        images = sum(stages)
-        lines = training_lines(facts)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"Expected {file} to be as it was written; it is damaged: {error!r}.") from error
-    theirs = paper.TRAINING_STEPS * paper.TRAINING_BATCH
-    return [
-        f"Trained on {images / 1e6:.1f} M images{'' if len(stages) == 1 else f' in {len(stages)} stages'}, {100 * images / theirs:.1f} % of the paper's {theirs / 1e6:.0f} M "
-        f"({paper.TRAINING_STEPS:,} steps of {paper.TRAINING_BATCH}).",
-        *lines,
-    ]
+    return read_json(file, count) if file.is_file() else None
 
 
 def _lacking(role: str) -> str:
@@ -319,8 +292,3 @@ def _number(value: float | None, form: str = "{:.2f}") -> str:
 
 def _gap(accuracy: float, published: float | None) -> str:
     return ABSENT if published is None else f"{100 * accuracy - published:+.2f}"
-
-
-def _table(headers: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(headers) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (headers, rule, *lines))

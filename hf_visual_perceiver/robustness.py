@@ -1,6 +1,5 @@
 """Accuracy and queries kept under common corruptions, at several operating points."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from .corruptions import CORRUPTIONS, SEVERITIES, Cifar10C, corrupt
 from .difficulty import Difficulty, measure_difficulty
 from .evaluation import OperatingPoint, form_of, forward_at, labels_of_model
 from .modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification
@@ -16,6 +15,7 @@ from .splits import evenly_spaced
 from .training.conditions import measurement_conditions
 from .training.console import tracked
 from .training.data import ImageDataset, normalise, pixels_of_size
+from .training.files import read_json
 
 
 BUDGETS = (8, 16, 32, 64)
@@ -51,7 +51,7 @@ class Cell:
     """The outcomes under one corruption at one severity.
 
     Attributes:
-        corruption: A key of `CORRUPTIONS`, `"clean"` or `"all"`.
+        corruption: Its name, `"clean"` or `"all"`.
         severity: 0 for clean images; None is the mean over the severities measured.
         outcomes: One per operating point, in the order of the result.
     """
@@ -127,10 +127,7 @@ def read_robustness(path: Path) -> Robustness:
     Raises:
         ValueError: If the file is damaged.
     """
-    try:
-        return Robustness.from_dict(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"Expected {path} to be as it was written; it is damaged: {error!r}.") from error
+    return read_json(path, Robustness.from_dict)
 
 
 def robustness_points(
@@ -150,37 +147,42 @@ def measure_robustness(
     model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
     data: ImageDataset,
     points: Sequence[OperatingPoint] | None = None,
-    corruptions: Sequence[str] = tuple(CORRUPTIONS),
+    corruptions: Sequence[str] | None = None,
     severities: Sequence[int] = SEVERITIES,
     max_images: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = True,
     conditions: dict[str, Any] | None = None,
+    cifar10_c: Path | None = None,
 ) -> Robustness:
     """Measure accuracy and queries used on clean and corrupted images.
 
-    Images are brought to the network's size, then corrupted.
+    Our own corruptions are applied to images of the network's size; those of CIFAR-10-C are read, then brought to that size.
 
     Args:
         model: In eval mode, on the device and in the dtype to measure.
         data: Images that the model has labels for.
         points: What to measure, all queries among it; `robustness_points` if None.
-        corruptions: Keys of `CORRUPTIONS`.
+        corruptions: Keys of `CORRUPTIONS`, or names of files of CIFAR-10-C; None is all.
         severities: Some of 1 to 5.
         max_images: At most so many, evenly spaced in the dataset; None for all.
         seed: Of the corruptions.
         batch_size: Images of a batch.
         progress: Say on stderr how far it is.
         conditions: More facts to keep with the result, such as the names of model and dataset.
+        cifar10_c: Folder of the published CIFAR-10-C, to read instead of corrupting; `data` are then CIFAR-10's test images.
 
     Raises:
         ValueError: If the dataset's labels are not the model's, or an argument is out of its range.
     """
     config = model.config
     points = robustness_points(config.num_queries) if points is None else list(dict.fromkeys(points))
-    corruptions, severities = list(dict.fromkeys(corruptions)), sorted(set(severities))
-    _check(model, points, corruptions, severities, batch_size)
+    published = None if cifar10_c is None else Cifar10C(cifar10_c, data)
+    known = list(CORRUPTIONS) if published is None else published.corruptions
+    corruptions = known if corruptions is None else list(dict.fromkeys(corruptions))
+    severities = sorted(set(severities))
+    _check(model, points, corruptions, known, severities, batch_size)
     places_in_data = evenly_spaced(len(data), max_images)
     chosen, count = data if max_images is None else data.subset(places_in_data), len(places_in_data)
     labels = labels_of_model(model, chosen)
@@ -191,12 +193,16 @@ def measure_robustness(
     confidence = np.zeros(count)
     full = points.index(OperatingPoint(config.num_queries))
     cfg = config.timm_pretrained_cfg
+    size, interpolation = config.image_height_width, cfg["interpolation"]
     batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
     pieces = [(places, kind) for places in batches for kind in range(len(kinds))]
     for places, kind in tracked(pieces, "corrupting" if progress else None):
         (corruption, severity), here = kinds[kind], slice(places.start, places.stop)
         if corruption == CLEAN:  # the first kind
-            images = clean = pixels_of_size(chosen, places, config.image_height_width, cfg["interpolation"])
+            images = clean = pixels_of_size(chosen, places, size, interpolation)
+        elif published is not None:
+            corrupted = published.images(corruption, severity).subset(places_in_data[here])
+            images = pixels_of_size(corrupted, range(len(places)), size, interpolation)
         else:
             images = corrupt(clean, corruption, severity, seed, places_in_data[here].tolist())
         pixels = normalise(images, cfg["mean"], cfg["std"]).to(model.device, model.dtype)
@@ -232,6 +238,7 @@ def measure_robustness(
         images=count,
         images_in_split=len(data),
         seed=seed,
+        corrupted_by="this package" if published is None else "CIFAR-10-C",
         **(conditions or {}),
     )
     return Robustness(cells, difficulty, measured_under)
@@ -241,6 +248,7 @@ def _check(
     model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
     points: list[OperatingPoint],
     corruptions: list[str],
+    known: list[str],
     severities: list[int],
     batch_size: int,
 ) -> None:
@@ -250,9 +258,9 @@ def _check(
         raise ValueError(
             f"Expected all {model.config.num_queries} queries among the points, got {', '.join(map(str, points))}."
         )
-    unknown = [c for c in corruptions if c not in CORRUPTIONS]
+    unknown = [c for c in corruptions if c not in known]
     if unknown or not corruptions:
-        raise ValueError(f"Expected corruptions among {', '.join(CORRUPTIONS)}, got {', '.join(unknown) or 'none'}.")
+        raise ValueError(f"Expected corruptions among {', '.join(known)}, got {', '.join(unknown) or 'none'}.")
     if not severities or not set(severities) <= set(SEVERITIES):
         raise ValueError(f"Expected severities from 1 to 5, got {', '.join(map(str, severities)) or 'none'}.")
     if batch_size < 1:

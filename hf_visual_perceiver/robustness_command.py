@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
 from .options import (
     BatchSizeOption,
@@ -25,10 +23,13 @@ from .options import (
     output_console,
     write_result,
 )
+from .tables import terminal_table
 from .training.files import write_json, write_text
 
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from .robustness import Robustness
 
 
@@ -38,6 +39,14 @@ def robustness_command(
     dataset: DatasetOption = None,
     dataset_name: DatasetNameOption = None,
     split: SplitOption = "test",
+    cifar10_c: Annotated[
+        Path | None,
+        typer.Option(
+            "--cifar10-c",
+            help="Folder of the published CIFAR-10-C (NAME.npy, labels.npy), instead of our own corruptions; --dataset is "
+            "then CIFAR-10.",
+        ),
+    ] = None,
     corruption: Annotated[list[str] | None, typer.Option(help="Repeat for several; by default all.")] = None,
     severity: Annotated[list[int] | None, typer.Option(help="1 to 5; repeat for several; by default all.")] = None,
     num_active_queries: Annotated[
@@ -58,11 +67,11 @@ def robustness_command(
     ] = None,
 ) -> None:
     """Accuracy and queries kept under common corruptions; whether selection spends more on harder images."""
-    from .corruptions import CORRUPTIONS, SEVERITIES
-    from .difficulty import difficulty_verdict
+    from .corruptions import SEVERITIES
     from .loading import choose_device, default_dataset, load_model, load_optimized
     from .robustness import BUDGETS, THRESHOLDS, measure_robustness, robustness_points
-    from .robustness_report import robustness_section, robustness_verdict
+    from .robustness_report import difficulty_rows, robustness_section
+    from .training.conditions import command_line
     from .training.data import load_images
 
     console, name = output_console(json_file), chosen_model(checkpoint, model)
@@ -73,7 +82,7 @@ def robustness_command(
         network,
         load_images(dataset or default_dataset(), split),
         robustness_points(network.config.num_queries, num_active_queries or BUDGETS, dqs_threshold or THRESHOLDS),
-        corruption or tuple(CORRUPTIONS),
+        corruption or None,
         severity or SEVERITIES,
         max_images,
         seed,
@@ -82,11 +91,14 @@ def robustness_command(
             "model": model_label(name),
             "dataset": dataset_label(dataset, dataset_name),
             "split": split,
+            "command": command_line(),
         },
+        cifar10_c=cifar10_c,
     )
-    console.print(robustness_rich_table(result))
-    for sentence in (robustness_verdict(result), *map(difficulty_verdict, result.difficulty)):
-        console.print(sentence, highlight=False)
+    console.print(robustness_table(result))
+    if result.difficulty:
+        headers, *rows = difficulty_rows(result)
+        console.print(terminal_table("rank correlation of queries kept, clean images", headers, rows))
     write_result(json_file, result.to_dict())
     if output_dir:
         write_json(output_dir / "robustness.json", result.to_dict())
@@ -94,19 +106,17 @@ def robustness_command(
         console.print(f"Report: {output_dir / 'robustness.md'}")
 
 
-def robustness_rich_table(result: "Robustness") -> Table:
+def robustness_table(result: "Robustness") -> "Table":
     """Accuracy by corruption, mean over severities, for the terminal; with selection, the mean queries in brackets."""
     from .robustness import ALL, CLEAN
     from .robustness_report import severities_in_words
 
-    title = f"accuracy (%), mean over {severities_in_words(result)}; queries kept in brackets"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in ("corruption", *map(str, result.points)):
-        table.add_column(header, justify="left" if header == "corruption" else "right", no_wrap=True)
+    rows = []
     for name, severity in ((CLEAN, 0), *((c, None) for c in result.corruptions), (ALL, None)):
-        cells = [
+        cells = (
             f"{100 * o.accuracy:.2f}" + ("" if o.dqs_threshold is None else f" ({o.queries_mean:.1f})")
             for o in result.cell(name, severity)
-        ]
-        table.add_row(name.replace("_", " "), *cells, end_section=name == CLEAN or name == result.corruptions[-1])
-    return table
+        )
+        rows.append([name.replace("_", " "), *cells])
+    title = f"accuracy (%), mean over {severities_in_words(result)}; queries kept in brackets"
+    return terminal_table(title, ["corruption", *map(str, result.points)], rows, ends=(0, len(rows) - 2))

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,18 @@ def measurement_conditions(device: str | torch.device = "cpu", **more: Any) -> d
         **more,
     }
     return {key: value for key, value in conditions.items() if value is not None}
+
+
+def command_line() -> str:
+    """What this process was started with, for a shell; folders of this machine are not part of the program's name."""
+    module = sys.modules["__main__"].__spec__
+    program = [Path(sys.argv[0]).name] if module is None else ["python", "-m", module.name]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+def conditions_line(conditions: dict[str, Any]) -> str:
+    """The conditions of a measurement in one line, but for the command, which has a line of its own."""
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in conditions.items() if key != "command")
 
 
 def hardware_name(device: torch.device) -> str:

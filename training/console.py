@@ -1,14 +1,13 @@
 """What commands say on stderr: mistakes in one line, and how far they are."""
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import track
+from tqdm import tqdm
 
 
 T = TypeVar("T")
@@ -41,7 +40,8 @@ def errors_in_one_line(debug: bool = False, out_of_memory: str = "") -> Iterator
     except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, RuntimeError) as error:
         if debug:
             raise
-        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        # An ImportError that is not a ModuleNotFoundError says itself what is to be installed.
+        if isinstance(error, (ValueError, OSError, FloatingPointError)) or type(error) is ImportError:
             print_error(error)
         else:
             # torch says more on the lines that follow, for those who work on it.
@@ -72,18 +72,5 @@ def tracked(items: Sequence[T], description: str | None) -> Iterable[T]:
         items: What to go through.
         description: What is being done; None says nothing.
     """
-    console = Console(stderr=True)
-    if description is None:
-        return items
-    if console.is_terminal:
-        return track(items, description, console=console)
-    return _with_lines(items, description, console)
-
-
-def _with_lines(items: Sequence[T], description: str, console: Console) -> Iterator[T]:
-    said = time.monotonic()
-    for number, item in enumerate(items):
-        if time.monotonic() - said >= SECONDS:
-            said = time.monotonic()
-            console.print(f"{description}: {number:,} of {len(items):,}", highlight=False, markup=False, soft_wrap=True)
-        yield item
+    bar = {} if sys.stderr.isatty() else {"delay": SECONDS, "mininterval": SECONDS, "miniters": 1, "leave": False}
+    return tqdm(items, description, disable=description is None, file=sys.stderr, **bar)

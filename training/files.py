@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -32,6 +35,18 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, values: Any) -> None:
     """Write plain values as JSON."""
     write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: Path, convert: Callable[[Any], T]) -> T:
+    """`convert` of the values in a JSON file.
+
+    Raises:
+        ValueError: If the file is not valid, or `convert` does not find what it needs.
+    """
+    try:
+        return convert(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"Expected {path} to be as it was written; it is damaged: {error!r}.") from error
 
 
 @contextmanager

@@ -1,13 +1,20 @@
 """Query schedules: which subsets of the queries a training step uses, as a function of the seed and the step alone."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Annotated, Any, Protocol
 
 import numpy as np
+from pydantic import Field
 
 from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverConfig, count_macs, count_trunk_macs
 from hf_visual_perceiver.modeling.macs import count_decoder_macs
+
+from .validation import CHECKED, Count, Flag, Positive, checked_dataclass, require, validated
+
+
+Part = Annotated[float, Field(gt=0, le=1)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 
 class Schedule(Protocol):
@@ -25,25 +32,25 @@ class Schedule(Protocol):
     def __call__(self, step: int) -> list[QuerySubset]: ...
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=CHECKED)
 class Fixed:
     """Always the first K queries: the paper's baseline (K = Q) and specialised models (section 3.1)."""
 
     num_queries: int
     seed: int
-    K: int
+    K: Count
 
     distils = False
     groups = 1
 
     def __post_init__(self) -> None:
-        _check_integer("K", self.K, 1, self.num_queries)
+        require(self.num_queries >= self.K, "K", f"at most {self.num_queries}", self.K)
 
     def __call__(self, step: int) -> list[QuerySubset]:
         return [QuerySubset(self.K)]
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=CHECKED)
 class Uniform:
     """Query Masking: one K per step for the whole batch, uniform on [1, Q] (section 2)."""
 
@@ -57,7 +64,7 @@ class Uniform:
         return [QuerySubset(int(_generator(self, step).integers(1, self.num_queries + 1)))]
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=CHECKED)
 class Stratified:
     """Query Masking in every step at several K: one group of the batch at Q, each other at a K of its own, p(K) ~ 1/K.
 
@@ -69,12 +76,9 @@ class Stratified:
 
     num_queries: int
     seed: int
-    groups: int = 4
+    groups: Annotated[int, Field(strict=True, ge=2, le=64)] = 4
 
     distils = False
-
-    def __post_init__(self) -> None:
-        _check_integer("groups", self.groups, 2, 64)
 
     def __call__(self, step: int) -> list[QuerySubset]:
         drawn = _log_uniform(_generator(self, step), self.num_queries, self.groups - 1)
@@ -83,7 +87,7 @@ class Stratified:
         ]
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=CHECKED)
 class Sandwich:
     """Each image with all Q queries and with those of `students` smaller budgets, which learn from the full network.
 
@@ -94,16 +98,13 @@ class Sandwich:
 
     num_queries: int
     seed: int
-    students: int = 2
-    smallest: bool = False
+    students: Annotated[int, Field(strict=True, ge=1, le=16)] = 2
+    smallest: Flag = False
 
     distils = True
     groups = 1
 
     def __post_init__(self) -> None:
-        _check_integer("students", self.students, 1, 16)
-        if not isinstance(self.smallest, bool):
-            raise ValueError(f"Expected `queries.smallest` to be true or false, got {self.smallest!r}.")
         if self.num_queries < 2:
             raise ValueError(f"Expected at least 2 queries for a sandwich, got {self.num_queries}.")
 
@@ -113,7 +114,7 @@ class Sandwich:
         return [QuerySubset(K) for K in (self.num_queries, *([1] if self.smallest else []), *drawn)]
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=CHECKED)
 class Nested:
     """Each image with the first K queries for every K at which a block of queries ends, up to a largest K drawn anew in each step.
 
@@ -130,19 +131,14 @@ class Nested:
     num_queries: int
     seed: int
     block_ends: tuple[int, ...]
-    largest: dict[int, float] | None = None
+    largest: Annotated[dict[int, Positive], Field(min_length=1)] | None = None
 
     distils = False
     groups = 1
 
     def __post_init__(self) -> None:
-        weights = {self.num_queries: 1.0} if self.largest is None else self.largest
-        positive = isinstance(weights, dict) and weights and all(_is_number(w) and w > 0 for w in weights.values())
-        if not positive or not set(weights) <= set(self.block_ends):
-            raise ValueError(
-                f"Expected `queries.largest` to give positive weights to some of the ends of blocks, "
-                f"{list(self.block_ends)}, got {self.largest!r}."
-            )
+        ends = f"some of the ends of blocks, {list(self.block_ends)}"
+        require(set(self.largest or ()) <= set(self.block_ends), "largest", ends, self.largest)
 
     def __call__(self, step: int) -> list[QuerySubset]:
         weights = self.largest or {self.num_queries: 1.0}
@@ -151,7 +147,7 @@ class Nested:
         return [QuerySubset(K) for K in self.block_ends[::-1] if largest >= K]
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=CHECKED)
 class SmallFirst:
     """No subset has more than K_max queries, which grows from `start` to all of them in the first `fraction` of the steps.
 
@@ -162,13 +158,11 @@ class SmallFirst:
     schedule: Any
     num_queries: int
     steps: int
-    start: int = 4
-    fraction: float = 0.5
+    start: Count = 4
+    fraction: Part = 0.5
 
     def __post_init__(self) -> None:
-        _check_integer("small_first.start", self.start, 1, self.num_queries)
-        if not _is_number(self.fraction) or not 0 < self.fraction <= 1:
-            raise ValueError(f"Expected `queries.small_first.fraction` to be in (0, 1], got {self.fraction!r}.")
+        require(self.start <= self.num_queries, "start", f"at most {self.num_queries}", self.start)
 
     @property
     def distils(self) -> bool:
@@ -187,7 +181,7 @@ class SmallFirst:
         return [replace(subset, num_active_queries=min(most, subset.num_active_queries)) for subset in subsets]
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=CHECKED)
 class DqsTail:
     """In the last part of training, some of the smaller subsets are those that selection really keeps.
 
@@ -200,19 +194,12 @@ class DqsTail:
     num_queries: int
     seed: int
     steps: int
-    fraction: float
-    share: float
-    thresholds: tuple[float, float]
+    fraction: Part
+    share: Part
+    thresholds: tuple[Cosine, Cosine]
 
     def __post_init__(self) -> None:
-        for name in ("fraction", "share"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-                raise ValueError(f"Expected `queries.dqs_tail.{name}` to be in (0, 1], got {value!r}.")
-        limits = self.thresholds
-        numbers = isinstance(limits, (list, tuple)) and all(isinstance(t, (int, float)) for t in limits)
-        if not (numbers and len(limits) == 2 and -1 <= limits[0] <= limits[1] <= 1):
-            raise ValueError(f"Expected `queries.dqs_tail.thresholds` to be [low, high] in [-1, 1], got {limits!r}.")
+        require(self.thresholds[0] <= self.thresholds[1], "thresholds", "[low, high]", self.thresholds)
         if isinstance(self.schedule, Fixed):
             raise ValueError("Expected `queries.dqs_tail` to go with a schedule of several K, got 'fixed'.")
 
@@ -279,15 +266,15 @@ def create_schedule(
         if block_ends is None:
             raise ValueError("Expected a model with `trunk_attention` 'block_causal' for the schedule `nested`.")
         given["block_ends"] = tuple(block_ends)
-    schedule = _create(SCHEDULES[name], arguments, f"queries` of schedule `{name}", **given)
+    schedule = validated(SCHEDULES[name], arguments, f"`queries` of schedule {name}", **given)
     for key, group in (("small_first", small_first), ("dqs_tail", tail)):
         if group is not None and not isinstance(group, dict):
             raise ValueError(f"Expected `queries.{key}` to be a group of keys, got {group!r}.")
     given = {"num_queries": num_queries, "steps": steps}
     if small_first is not None:
-        schedule = _create(SmallFirst, small_first, "queries.small_first", schedule=schedule, **given)
+        schedule = validated(SmallFirst, small_first, "`queries.small_first`", schedule=schedule, **given)
     if tail is not None:
-        schedule = _create(DqsTail, tail, "queries.dqs_tail", schedule=schedule, seed=seed, **given)
+        schedule = validated(DqsTail, tail, "`queries.dqs_tail`", schedule=schedule, seed=seed, **given)
     return schedule
 
 
@@ -311,17 +298,6 @@ def describe(subsets: list[QuerySubset]) -> int | list[int | str]:
     return names[0] if len(names) == 1 and isinstance(names[0], int) else names
 
 
-def _create(cls: Any, arguments: dict[str, Any], place: str, **given: Any) -> Any:
-    allowed = {f.name: f.default is MISSING for f in fields(cls) if f.name not in given}
-    missing = [name for name, required in allowed.items() if required and name not in arguments]
-    if missing or not set(arguments) <= set(allowed):
-        raise ValueError(
-            f"Expected `{place}` to have the arguments {sorted(allowed)}"
-            f"{f' ({sorted(missing)} must be given)' if missing else ''}, got {sorted(arguments)}."
-        )
-    return cls(**given, **arguments)
-
-
 def _generator(schedule: Any, step: int) -> np.random.Generator:
     return np.random.default_rng((schedule.seed, step))
 
@@ -330,12 +306,3 @@ def _log_uniform(random: np.random.Generator, largest: int, count: int) -> list[
     """`count` draws from [1, largest] with p(K) proportional to 1 / K."""
     weights = 1 / np.arange(1, largest + 1)
     return [int(K) for K in random.choice(np.arange(1, largest + 1), size=count, p=weights / weights.sum())]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_integer(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"Expected `queries.{name}` to be an integer in [{low}, {high}], got {value!r}.")

@@ -95,14 +95,10 @@ def _take(state: dict[str, torch.Tensor], name: str, like: torch.Tensor) -> torc
     return state[name].to(like.dtype)
 
 
-def write_state(
-    folder: Path, state: dict[str, torch.Tensor], facts: dict[str, Any], max_shard_size: str | int = "5GB"
-) -> None:
+def write_state(folder: Path, state: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
     """Write tensors to state*.safetensors and the rest, with the names of those files, to state.json."""
     contiguous = {name: value.contiguous() for name, value in state.items()}
-    save_torch_state_dict(
-        contiguous, folder, filename_pattern="state{suffix}.safetensors", max_shard_size=max_shard_size
-    )
+    save_torch_state_dict(contiguous, folder, filename_pattern="state{suffix}.safetensors", max_shard_size="5GB")
     files = sorted(path.name for path in folder.glob("state*.safetensors"))
     (folder / FACTS).write_text(json.dumps({**facts, "files": files}, indent=1) + "\n")
 
@@ -121,11 +117,3 @@ def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"Expected a complete checkpoint in {folder}, got a damaged one: {error}") from error
     return state, facts
-
-
-def lighter(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state with its floating-point tensors in bfloat16; single numbers, such as step counts, stay."""
-    return {
-        name: value.bfloat16() if value.is_floating_point() and value.ndim > 0 else value
-        for name, value in state.items()
-    }

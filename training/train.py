@@ -9,6 +9,11 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+from hf_visual_perceiver.extras import require_extra
+
+
+require_extra("train")
+
 import torch
 import typer
 from accelerate import Accelerator

@@ -126,7 +126,7 @@ class TestCard:
         assert "Robustness to corrupted or shifted images was not measured." in rewrite_card(folder).read_text()
         (folder / "robustness.json").write_text(json.dumps(robustness.to_dict()))
         text = rewrite_card(folder).read_text()
-        assert "50.00 %, against 70.00 % on the same images" in text
+        assert "is 50.00 %, on the same 200 images uncorrupted 70.00 %" in text
         assert "was not measured. At few queries" not in text
 
     def test_what_is_missing_or_damaged_is_named(self, folder):

@@ -149,7 +149,7 @@ class TestResults:
             ["predict", "{picture}"],
             ["evaluate", *QUICK],
             ["calibrate", *QUICK, "--target-macs", "0.5"],
-            ["robustness", *QUICK, "--corruption", "fog", "--severity", "1", "--dqs-threshold", "0.8"],
+            ["robustness", *QUICK, "--corruption", "contrast", "--severity", "1", "--dqs-threshold", "0.8"],
             ["knn", *FEW, "--num-active-queries", "2", "--neighbours", "3"],
             ["attention-maps", *QUICK, "--output", "{folder}/maps.png"],
             ["compare-exports", "{graph}", *QUICK],

@@ -170,7 +170,7 @@ class TestErrors:
         folder = make_run("a", {64: 0.5})
         with (folder / "log.jsonl").open("a") as file:
             file.write(line + "\n")
-        with pytest.raises(ValueError, match=r"line 4 of .*log.jsonl .*damaged"):
+        with pytest.raises(ValueError, match=r"Line 4 of .*log.jsonl is damaged"):
             compare_runs([folder])
 
     @pytest.mark.parametrize("text", ["steps: [", "- 1", "nonsense: 1"])

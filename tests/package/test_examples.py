@@ -11,14 +11,13 @@ import timm
 from support import REPOSITORY
 
 from hf_visual_perceiver import ARCHITECTURES, count_macs
-from hf_visual_perceiver.card import markdown_table
+from hf_visual_perceiver.card import evaluation_markdown
 from hf_visual_perceiver.evaluation import Evaluation
 from hf_visual_perceiver.loading import default_model
 
 
 MODULES = [
     "hf_visual_perceiver.adaptive_pipeline",
-    "hf_visual_perceiver.hub_errors",
     "hf_visual_perceiver.hub_page",
     "hf_visual_perceiver.loading",
     "hf_visual_perceiver.corruptions",
@@ -32,6 +31,7 @@ MODULES = [
     "hf_visual_perceiver.metrics",
     "hf_visual_perceiver.retrieval",
     "hf_visual_perceiver.robustness",
+    "hf_visual_perceiver.tables",
     "hf_visual_perceiver.modeling.attention_groups",
     "hf_visual_perceiver.modeling.configuration_visual_perceiver",
     "hf_visual_perceiver.modeling.handler",
@@ -44,7 +44,6 @@ MODULES = [
     "hf_visual_perceiver.space.demo",
     "hf_visual_perceiver.space.draw",
     "hf_visual_perceiver.space.repository",
-    "hf_visual_perceiver.training.campaign",
     "hf_visual_perceiver.predictor",
     "hf_visual_perceiver.training.initial",
     "hf_visual_perceiver.training.schedules",
@@ -65,7 +64,7 @@ def test_the_readmes_numbers_are_the_measured_ones():
     measured = Path(default_model()) / "evaluation.json"
     evaluation = Evaluation.from_dict(json.loads(measured.read_text()))
     assert evaluation.conditions["images"] == 10_000
-    assert markdown_table(evaluation) in readme
+    assert evaluation_markdown(evaluation) in readme
     for name in ARCHITECTURES:
         model = timm.create_model(name, device="meta")
         parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model.config)

@@ -1,6 +1,8 @@
 """What is installed: one package, one command, and everything the package needs to find."""
 
 import ast
+import email
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,9 @@ import zipfile
 
 import pytest
 from support import PATIENCE, REPOSITORY
+
+import hf_visual_perceiver
+from hf_visual_perceiver.extras import EXTRAS
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,6 @@ def test_wheel_contents(wheel):
         "modeling/modeling_visual_perceiver.py",
         "modeling/timm_visual_perceiver.py",
         "training/train.py",
-        "training/campaign.yaml",
         "training/recipes/cifar10_query_masking.yaml",
         "data/test.parquet",
         "model_cards/template.md",
@@ -179,3 +183,66 @@ def test_the_checkpoints_code_is_the_packages():
     for folder in folders:
         for name in REMOTE:
             assert (folder / f"{name}.py").read_text() == (REPOSITORY / "modeling" / f"{name}.py").read_text(), name
+
+
+# Whether a script works in an interpreter that lacks the packages of the extras.
+WITHOUT = ("accelerate", "datasets", "evaluate", "matplotlib", "onnxruntime", "scipy")
+
+
+def without(code, *packages):
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({packages!r}));"
+    command = [sys.executable, "-c", f"{blocked} {code}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def test_the_models_need_no_extra():
+    code = (
+        "import hf_visual_perceiver, timm, torch; "
+        "from transformers import AutoModelForImageClassification as Auto; "
+        "folder = hf_visual_perceiver.bundled_checkpoint(); x = torch.zeros(1, 3, 32, 32); "
+        "one = Auto.from_pretrained(folder).eval()(x).logits; "
+        "torch.testing.assert_close(one, timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(x))"
+    )
+    done = without(code, *WITHOUT, "gradio")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_space_needs_gradio_and_matplotlib_alone():
+    code = "import hf_visual_perceiver as p; from hf_visual_perceiver.space import app; app.Demo.load(p.bundled_checkpoint())"
+    done = without(code, *(name for name in WITHOUT if name != "matplotlib"))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", ["accelerate", "datasets", "matplotlib", "pydantic"])
+def test_training_names_its_extra(package):
+    done = without("import hf_visual_perceiver.training.train", package)
+    assert f"Expected {package} to be installed, which the extra `train` brings" in done.stderr
+    assert "pip install 'hf-visual-perceiver[train]'" in done.stderr
+
+
+@pytest.mark.parametrize("package", ["evaluate", "scipy", "onnxruntime", "matplotlib", "typer"])
+def test_commands_name_their_extra(package):
+    code = "sys.argv = ['visual-perceiver', 'info']; from visual_perceiver_launcher import main; main()"
+    done = without(code, package)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert package in done.stderr
+    assert "pip install 'hf-visual-perceiver[cli]'" in done.stderr
+
+
+def test_extras_and_version_are_those_of_the_code(wheel):
+    archive = zipfile.ZipFile(wheel)
+    metadata = email.message_from_bytes(archive.read(next(n for n in archive.namelist() if n.endswith("/METADATA"))))
+    assert metadata["Version"] == hf_visual_perceiver.__version__
+    required = [requirement.partition(";") for requirement in metadata.get_all("Requires-Dist")]
+
+    def packages(extra):
+        own = [name for name, _, marker in required if (f'extra == "{extra}"' in marker if extra else not marker)]
+        inner = (found for name in own for found in re.findall(r"hf-visual-perceiver\[(.*)\]", name))
+        names = {re.split(r"[<>=\[ ]", name)[0] for name in own}
+        return names.union(*(packages(other) for others in inner for other in others.split(",")))
+
+    assert packages("") == {"torch", "torchvision", "transformers", "timm", "huggingface-hub", "safetensors"}
+    for extra, names in EXTRAS.items():
+        assert set(names) <= packages(extra)
+        assert set(names) <= packages("all") <= packages("dev")

@@ -1,4 +1,4 @@
-"""Robustness: cells are those of plain loops, verdicts follow the numbers, the report has what was measured."""
+"""Robustness: cells are those of plain loops, and the report has what was measured."""
 
 import json
 import re
@@ -11,17 +11,17 @@ from typer.testing import CliRunner
 
 from hf_visual_perceiver.card import write_card
 from hf_visual_perceiver.cli import app
-from hf_visual_perceiver.corruptions import CORRUPTIONS, corrupt
-from hf_visual_perceiver.difficulty import correlate, difficulty_verdict, measure_difficulty, spearman
+from hf_visual_perceiver.corruptions import corrupt
+from hf_visual_perceiver.difficulty import correlate, measure_difficulty
 from hf_visual_perceiver.evaluation import OperatingPoint, evaluate
 from hf_visual_perceiver.robustness import Robustness, measure_robustness, read_robustness, robustness_points
-from hf_visual_perceiver.robustness_report import plot_contact_sheet, robustness_command_line, robustness_section
+from hf_visual_perceiver.robustness_report import robustness_section
 from hf_visual_perceiver.training.data import ImageDataset, load_images, normalise
 from hf_visual_perceiver.training.files import write_json
 from hf_visual_perceiver.training.folder import save_folder
 
 
-CHOSEN = ["fog", "gaussian_noise"]
+CHOSEN = ["contrast", "gaussian_noise"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def data(cifar10):
 
 @pytest.fixture(scope="module")
 def result(trained, data):
-    conditions = {"model": "m", "dataset": "d", "split": "test"}
+    conditions = {"model": "m", "dataset": "d", "split": "test", "command": "visual-perceiver robustness --seed 3"}
     points = robustness_points(64, thresholds=(0.8, 0.9))
     return measure_robustness(
         trained, data, points, CHOSEN, (5, 1), 48, 3, batch_size=20, progress=False, conditions=conditions
@@ -63,8 +63,8 @@ def test_cells_equal_plain_loops(trained, data, result):
                 assert outcome.queries_mean == pytest.approx(output.active_queries.sum(1).float().mean().item())
     for number, point in enumerate(result.points):
         for name, severity, members in (
-            ("fog", None, [("fog", 1), ("fog", 5)]),
-            ("all", 5, [("fog", 5), ("gaussian_noise", 5)]),
+            ("contrast", None, [("contrast", 1), ("contrast", 5)]),
+            ("all", 5, [("contrast", 5), ("gaussian_noise", 5)]),
             ("all", None, [(n, s) for n in CHOSEN for s in (1, 5)]),
         ):
             per_image = np.mean([scores[(*member, point)] for member in members], axis=0)
@@ -107,7 +107,7 @@ def test_bad_input(trained, data, result):
         measure_robustness(trained, data, progress=False, **arguments)
 
     with pytest.raises(ValueError, match=r"corruptions among gaussian_noise, .*, got frost"):
-        measure(corruptions=["fog", "frost"])
+        measure(corruptions=["contrast", "frost"])
     with pytest.raises(ValueError, match="got none"):
         measure(corruptions=[])
     with pytest.raises(ValueError, match="severities from 1 to 5, got 0, 1"):
@@ -128,11 +128,12 @@ def test_bad_input(trained, data, result):
 
 def test_spearman_on_known_data():
     a = np.array([3.0, 1, 4, 1, 5])
-    assert spearman(a, 10 * a**3) == pytest.approx(1)
-    assert spearman(a, -a) == pytest.approx(-1)
+    assert correlate(a, 10 * a**3).value == pytest.approx(1)
+    assert correlate(a, -a).value == pytest.approx(-1)
     # Ranks less their mean: 0, -1.5, 1, -1.5, 2 and -1, -1, -1, 1.5, 1.5.
-    assert spearman(a, np.array([0, 0, 0, 1, 1])) == pytest.approx(1.25 / np.sqrt(9.5 * 7.5))
-    assert spearman(a, np.ones(5)) is None
+    assert correlate(a, np.array([0, 0, 0, 1, 1])).value == pytest.approx(1.25 / np.sqrt(9.5 * 7.5))
+    assert correlate(a, np.ones(5)).value is None
+    assert str(correlate(a, np.ones(5))) == "not defined"
 
 
 def test_correlation_finds_what_was_put_in():
@@ -142,34 +143,9 @@ def test_correlation_finds_what_was_put_in():
     found = correlate(x, y)
     # Of normal variables: 6 / pi * arcsin(r / 2).
     assert found.low < 6 / np.pi * np.arcsin(0.3) < found.high
-    assert found.sign == 1
     assert found.standard_error == pytest.approx(0.015, abs=0.005)
-    assert correlate(x, -y).sign == -1
-    assert correlate(x, rng.normal(size=2000)).sign == 0
-    assert correlate(x, np.zeros(2000)).sign == 0
-    assert str(correlate(x, np.zeros(2000))) == "not defined"
-
-
-def test_verdict_follows_the_numbers():
-    rng = np.random.default_rng(0)
-    n = 1000
-    hardness = rng.random(n)
-    confidence, right = 1 - 0.5 * hardness, rng.random(n) > hardness
-
-    def verdict(queries, sure=confidence, correct=right):
-        return difficulty_verdict(measure_difficulty(0.8, queries, sure, correct))
-
-    assert verdict((10 + 20 * hardness).astype(int)).startswith("At t = 0.8: yes, it spends more queries on images")
-    assert verdict((40 - 20 * hardness).astype(int)).startswith("At t = 0.8: no, on the contrary: it spends fewer")
-    assert verdict(np.random.default_rng(1).integers(1, 64, n)).startswith("At t = 0.8: not measurably")
-    assert verdict(np.full(n, 7)).startswith("At t = 0.8: not measurably")
-    assert "tendency" not in verdict((10 + 20 * hardness).astype(int))
-    mixed = verdict(np.where(right, 30, 20) + rng.integers(0, 2, n), rng.random(n))
-    assert "not consistently: no measurably different number of queries on images that the full network" in mixed
-    assert "fewer queries on images that it gets wrong" in mixed
-    many = rng.random(20_000)
-    queries = (100 * many + 2000 * rng.random(20_000)).astype(int)
-    assert "tendency is weak" in verdict(queries, 1 - many, many < rng.random(20_000))
+    unrelated = correlate(x, rng.normal(size=2000))
+    assert unrelated.low < 0 < unrelated.high
 
 
 def test_bins_hold_every_image():
@@ -198,34 +174,37 @@ def test_section(result, tmp_path):
     assert sorted(pictures) == sorted(p.name for p in (tmp_path / "new").iterdir())
     for picture in pictures:
         assert (tmp_path / "new" / picture).read_bytes().startswith(b"\x89PNG")
-    for name, severity in (("clean", 0), ("fog", None), ("gaussian_noise", None), ("all", 5), ("all", None)):
+    for name, severity in (("clean", 0), ("contrast", None), ("gaussian_noise", None), ("all", 5), ("all", None)):
         for outcome in result.cell(name, severity):
             assert f"{100 * outcome.accuracy:.2f} ± {100 * outcome.standard_error:.2f}" in text
     for difficulty in result.difficulty:
-        assert difficulty_verdict(difficulty) in text
-    command = "--corruption fog --corruption gaussian_noise --severity 1 --severity 5 --num-active-queries 8"
-    assert command in text
-    assert "--dqs-threshold 0.8 --dqs-threshold 0.9 --max-images 48 --seed 3 --batch-size 20" in text
+        assert f"{difficulty.with_error} | {difficulty.queries_right:.2f} | {difficulty.queries_wrong:.2f} |" in text
+    assert "Measured by\n\n    visual-perceiver robustness --seed 3\n" in text
 
 
 def test_section_without_selection(trained, data, tmp_path):
-    plain = measure_robustness(trained, data.subset(slice(0, 4)), [OperatingPoint(64)], ["fog"], [2], progress=False)
+    plain = measure_robustness(
+        trained, data.subset(slice(0, 4)), [OperatingPoint(64)], ["contrast"], [2], progress=False
+    )
     text = robustness_section(plain, tmp_path)
     assert "harder images" not in text
-    assert "Queries kept" not in text
     assert "robustness_difficulty.png" not in {p.name for p in tmp_path.iterdir()}
 
 
-def test_contact_sheet_shows_every_corruption(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        "hf_visual_perceiver.robustness_report.corrupt",
-        lambda images, name, severity, indices: drawn.append((name, severity)) or images,
-    )
-    plot_contact_sheet(tmp_path / "sheet.png")
-    assert drawn == [(name, severity) for name in CORRUPTIONS for severity in (1, 3, 5)]
-    with pytest.raises(ValueError, match="severities from 1 to 5, got 9"):
-        plot_contact_sheet(tmp_path / "sheet.png", (9,))
+def test_published_corruptions_are_read(trained, data, tmp_path):
+    few = data.subset(slice(0, 10))
+    np.save(tmp_path / "labels.npy", np.tile(few.labels, 5))
+    contrast = [corrupt(few.images, "contrast", severity) for severity in (1, 2, 3, 4, 5)]
+    np.save(tmp_path / "low_contrast.npy", np.concatenate(contrast))
+    point = [OperatingPoint(64)]
+    ours = measure_robustness(trained, few, point, ["contrast"], [1, 5], 6, batch_size=4, progress=False)
+    read = measure_robustness(trained, few, point, None, [1, 5], 6, batch_size=4, progress=False, cifar10_c=tmp_path)
+    assert [cell.outcomes for cell in read.cells] == [cell.outcomes for cell in ours.cells]
+    assert read.corruptions == ["low_contrast"]
+    assert (read.conditions["corrupted_by"], ours.conditions["corrupted_by"]) == ("CIFAR-10-C", "this package")
+    assert "robustness_corrupted.png" not in robustness_section(read, tmp_path / "report")
+    with pytest.raises(ValueError, match="corruptions among low_contrast, got contrast"):
+        measure_robustness(trained, few, point, ["contrast"], [1], progress=False, cifar10_c=tmp_path)
 
 
 def test_card_has_a_sentence_of_it(trained, data, result, tmp_path):
@@ -240,37 +219,33 @@ def test_card_has_a_sentence_of_it(trained, data, result, tmp_path):
     card = write_card(folder, trained, measured).read_text()
     assert "was not measured." not in card
     accuracy = 100 * result.cell("all", None)[3].accuracy
-    assert f"Under 2 corruptions of the CIFAR-10-C kind (severities 1, 5; 48 images of d, split test) its mean accuracy at K = 64 is {accuracy:.2f} %" in card  # fmt: skip
+    assert f"Under 2 corruptions (robustness.json) its mean accuracy at K = 64 is {accuracy:.2f} %" in card
     (folder / "robustness.json").write_text("{}")
     with pytest.raises(ValueError, match="damaged"):
         write_card(folder, trained, measured)
 
 
 def test_the_optimised_form_measures_the_same(trained, data):
-    few = {"corruptions": ["fog"], "severities": [5], "max_images": 32, "progress": False}
+    few = {"corruptions": ["contrast"], "severities": [5], "max_images": 32, "progress": False}
     plain, fast = (
         measure_robustness(trained, data, **few),
         measure_robustness(trained.optimize_for_inference(), data, **few),
     )
     assert plain.cells == fast.cells
     assert (plain.conditions.get("form"), fast.conditions.get("form")) == (None, "optimized")
-    assert robustness_command_line(fast) == f"{robustness_command_line(plain)} --fast"
 
 
 def test_command(tmp_path):
-    few = ["--corruption", "fog", "--severity", 5, "--max-images", 20, "--dqs-threshold", 0.8, "--fast"]
+    few = ["--corruption", "contrast", "--severity", 5, "--max-images", 20, "--dqs-threshold", 0.8, "--fast"]
     written = ["--json", tmp_path / "r.json", "--output-dir", tmp_path / "report"]
     done = run("visual-perceiver", "robustness", *few, *written, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     result = read_robustness(tmp_path / "r.json")
     assert result.conditions["images"] == 20
-    assert f"{100 * result.cell('fog', 5)[0].accuracy:.2f}" in done.stdout
+    assert f"{100 * result.cell('contrast', 5)[0].accuracy:.2f}" in done.stdout
     assert (tmp_path / "report" / "robustness.json").read_text() == (tmp_path / "r.json").read_text()
     text = (tmp_path / "report" / "robustness.md").read_text()
-    assert (
-        "visual-perceiver robustness --model checkpoints/visual_perceiver_nano_cifar10 --split test --corruption fog"
-        in text
-    )
+    assert "visual-perceiver robustness --corruption contrast --severity 5 --max-images 20" in text
     for arguments, error in (
         (["--corruption", "frost"], "got frost"),
         (["--json", str(tmp_path / "missing" / "r.json")], "a file name in an existing folder"),

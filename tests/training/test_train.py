@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from hf_visual_perceiver.training.checkpointing import RunFolder
 from hf_visual_perceiver.training.data import load_images, normalise
 from hf_visual_perceiver.training.recipe import recipe_from_dict
 from hf_visual_perceiver.training.train import train
-from hf_visual_perceiver.training.transport import write_transport
 
 
 SMALL = {
@@ -334,34 +332,6 @@ class TestPieces:
         assert train(changed, tmp_path / "run", resume=True, allow_recipe_change=True) is not None
         assert list(losses(tmp_path / "run")) == [1, 2, 3, 4]
         assert train(changed, tmp_path / "run", resume=True) is not None  # now it is the run's own
-
-    def test_the_form_for_transport_continues_nearly_alike(self, tmp_path):
-        recipe = small_recipe(save_every=3)
-        train(recipe, tmp_path / "run", max_minutes=1e-5)
-        train(recipe, tmp_path / "run", resume=True)
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_6")
-        files = write_transport(tmp_path / "run", tmp_path / "light", max_shard_size="40KB")
-        shards = [f for f in files if f.suffix == ".safetensors"]
-        assert len(shards) > 2
-        assert all(sum(value.nbytes for value in load_file(f).values()) <= 40_000 for f in shards)
-        whole = sum(f.stat().st_size for f in (tmp_path / "run" / "checkpoints" / "step_3").iterdir())
-        assert sum(f.stat().st_size for f in files) < 0.7 * whole  # tensors this small have names as long
-        assert train(recipe, tmp_path / "light", resume=True) is not None
-        one, other = losses(tmp_path / "run"), losses(tmp_path / "light")
-        assert list(one) == list(other) == [1, 2, 3, 4, 5, 6]
-        assert one[3] == other[3]
-        assert 0 < max(abs(one[step] - other[step]) for step in (4, 5, 6)) < 0.02
-
-    def test_transport_of_what_is_no_run(self, tmp_path):
-        with pytest.raises(ValueError, match="a run's folder, got"):
-            write_transport(tmp_path, tmp_path / "light")
-        train(small_recipe(steps=2), tmp_path / "run")
-        with pytest.raises(ValueError, match="to be new; it exists"):
-            write_transport(tmp_path / "run", tmp_path)
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_2")
-        with pytest.raises(ValueError, match=r"a complete checkpoint in .*, found none"):
-            write_transport(tmp_path / "run", tmp_path / "light")
-        assert not (tmp_path / "light").exists()
 
     def test_a_damaged_checkpoint_is_named(self, tmp_path):
         train(small_recipe(steps=2), tmp_path / "run")
