@@ -41,7 +41,7 @@ def macs() -> dict[str, list[int]]:
 @torch.inference_mode()
 def answers() -> dict[str, list[list[float]]]:
     """Logits and numbers of queries of the paper's bundled form on noise, at some budgets."""
-    folder = bundled_checkpoint().with_name("visual_perceiver_nano_cifar10")
+    folder = Path(bundled_checkpoint()).with_name("visual_perceiver_nano_cifar10")
     model = VisualPerceiverForImageClassification.from_pretrained(folder).eval()
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     result = {}
