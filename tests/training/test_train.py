@@ -493,7 +493,7 @@ class TestMistakes:
     def test_the_command_says_it_in_one_line(self, tmp_path, recipe_file):
         result = run(sys.executable, "-m", "hf_visual_perceiver.training.train", "--config", recipe_file, "steps=none")
         assert result.returncode == 1
-        assert "error: Expected int in" in result.stderr
+        assert "valid integer for `steps`, got 'none'" in result.stderr
         assert "Traceback" not in result.stderr
 
     @pytest.mark.parametrize(
