@@ -11,13 +11,13 @@ OUTPUTS := outputs
 demo: $(SETUP)
 	mkdir -p $(OUTPUTS)
 	$(BIN)/visual-perceiver evaluate --plot $(OUTPUTS)/tradeoff.png --json $(OUTPUTS)/evaluation.json
-	$(BIN)/python -m hf_visual_perceiver.sample_images $(OUTPUTS)/images --count 8
+	$(BIN)/python -m hf_visual_perceiver.data.sample_images $(OUTPUTS)/images --count 8
 	$(BIN)/visual-perceiver predict $(OUTPUTS)/images --num-active-queries 8
 	$(BIN)/visual-perceiver predict $(OUTPUTS)/images --dqs-threshold 0.8
 
-# The paper's tables and figures beside ours, from the checkpoints in hf_visual_perceiver/reproduce.yaml, on the embedded sample.
+# The paper's tables and figures beside ours, from the checkpoints in benchmarks/papers/reproduce.yaml, on the embedded sample.
 reproduce: $(SETUP)
-	$(BIN)/python -m hf_visual_perceiver.reproduce --output-dir $(OUTPUTS)/paper
+	$(BIN)/python benchmarks/papers/reproduce.py --output-dir $(OUTPUTS)/paper
 
 test: $(SETUP)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile

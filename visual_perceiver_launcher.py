@@ -19,7 +19,7 @@ def main() -> None:
         assert spec is not None, "they are installed together"
         sys.modules[PACKAGE] = module_from_spec(spec)
     try:
-        from hf_visual_perceiver.cli import main as run
+        from hf_visual_perceiver.cli.main import main as run
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}; the extra `cli` brings it: pip install 'hf-visual-perceiver[cli]'")
 

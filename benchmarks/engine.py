@@ -20,13 +20,13 @@ import numpy as np
 import torch
 import typer
 
-from hf_visual_perceiver.cascade import Cascade, cascade_macs
+from hf_visual_perceiver.benchmark.timing import interleaved
+from hf_visual_perceiver.data.images import load_images, normalise
+from hf_visual_perceiver.evaluation.cascade import Cascade, cascade_macs
+from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
 from hf_visual_perceiver.inference.onnx_graphs import Sessions, Stage, export_stage
-from hf_visual_perceiver.loading import default_dataset, default_model, load_model
 from hf_visual_perceiver.modeling import count_macs
-from hf_visual_perceiver.timing import interleaved
-from hf_visual_perceiver.training.conditions import measurement_conditions
-from hf_visual_perceiver.training.data import load_images, normalise
+from hf_visual_perceiver.utils.conditions import measurement_conditions
 
 
 BUDGETS = (1, 8, 16, 64)
@@ -160,7 +160,7 @@ def start(name: str) -> dict[str, Any]:
     """Seconds to load and optimise the checkpoint, in a new process, imports not counted."""
     code = (
         "import sys, time, torch, hf_visual_perceiver\n"
-        "from hf_visual_perceiver.loading import load_optimized, load_model\n"
+        "from hf_visual_perceiver.inference.loading import load_optimized, load_model\n"
         "began = time.perf_counter(); model = load_optimized(sys.argv[1])\n"
         "model(torch.zeros(1, 3, *model.config.image_height_width)); print(time.perf_counter() - began)"
     )

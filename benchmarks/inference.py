@@ -19,13 +19,13 @@ from timm.models.vision_transformer import VisionTransformer
 from transformers import PerceiverConfig, PerceiverModel
 
 from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification
-from hf_visual_perceiver.benchmark import FORMS, Rival, benchmark, benchmark_table, plot_benchmark
-from hf_visual_perceiver.loading import choose_device, default_dataset, load_model
+from hf_visual_perceiver.benchmark.benchmark import FORMS, Rival, benchmark, benchmark_table, plot_benchmark
+from hf_visual_perceiver.data.images import load_images, normalise, pixels_of_size
+from hf_visual_perceiver.inference.loading import choose_device, default_dataset, load_model
 from hf_visual_perceiver.modeling import select_queries
-from hf_visual_perceiver.training.conditions import cpu_computes_in_bf16, measurement_conditions
-from hf_visual_perceiver.training.console import run_command
-from hf_visual_perceiver.training.data import load_images, normalise, pixels_of_size
-from hf_visual_perceiver.training.files import write_json
+from hf_visual_perceiver.utils.conditions import cpu_computes_in_bf16, measurement_conditions
+from hf_visual_perceiver.utils.console import run_command
+from hf_visual_perceiver.utils.files import write_json
 
 
 console = Console(width=160)

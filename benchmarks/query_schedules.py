@@ -12,13 +12,13 @@ from typing import Annotated
 import typer
 import yaml
 
-from hf_visual_perceiver.comparison import compare_runs
+from hf_visual_perceiver.evaluation.comparison import compare_runs
 from hf_visual_perceiver.modeling import count_macs
-from hf_visual_perceiver.training.conditions import measurement_conditions
-from hf_visual_perceiver.training.console import run_command
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
 from hf_visual_perceiver.training.schedules import create_schedule, step_macs
 from hf_visual_perceiver.training.train import train
+from hf_visual_perceiver.utils.conditions import measurement_conditions
+from hf_visual_perceiver.utils.console import run_command
 
 
 SCHEDULES = {

@@ -15,12 +15,12 @@ from typing import Annotated
 
 import typer
 
-from hf_visual_perceiver.comparison import read_run
-from hf_visual_perceiver.training.conditions import measurement_conditions
+from hf_visual_perceiver.evaluation.comparison import read_run
 from hf_visual_perceiver.training.factory import block_ends, create_model, input_facts, mean_macs
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
 from hf_visual_perceiver.training.schedules import create_schedule
 from hf_visual_perceiver.training.train import train
+from hf_visual_perceiver.utils.conditions import measurement_conditions
 
 
 STRATIFIED = "queries={schedule: stratified, groups: 2}"

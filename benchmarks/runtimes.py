@@ -24,18 +24,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hf_visual_perceiver.evaluation import OperatingPoint
-from hf_visual_perceiver.export import export_onnx, quantise, trace
-from hf_visual_perceiver.export_comparison import runtime_versions
-from hf_visual_perceiver.exported import OnnxClassifier, numpy_inputs
-from hf_visual_perceiver.extras import require_extra
-from hf_visual_perceiver.loading import default_dataset, default_model, load_model
+from hf_visual_perceiver.data.images import load_images, normalise, pixels_of_size
+from hf_visual_perceiver.evaluation.evaluate import OperatingPoint
+from hf_visual_perceiver.evaluation.plots import check_picture, save_figure
+from hf_visual_perceiver.export.comparison import runtime_versions
+from hf_visual_perceiver.export.graph import export_onnx, quantise, trace
+from hf_visual_perceiver.export.runtime import OnnxClassifier, numpy_inputs
+from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
-from hf_visual_perceiver.plots import check_picture, save_figure
-from hf_visual_perceiver.training.conditions import conditions_line, measurement_conditions
-from hf_visual_perceiver.training.console import run_command
-from hf_visual_perceiver.training.data import load_images, normalise, pixels_of_size
-from hf_visual_perceiver.training.files import check_writable, write_json
+from hf_visual_perceiver.utils.conditions import conditions_line, measurement_conditions
+from hf_visual_perceiver.utils.console import run_command
+from hf_visual_perceiver.utils.extras import require_extra
+from hf_visual_perceiver.utils.files import check_writable, write_json
 
 
 console = Console(width=120)

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
-from hf_visual_perceiver.loading import choose_device
-from hf_visual_perceiver.plots import save_figure
-from hf_visual_perceiver.timing import interleaved
-from hf_visual_perceiver.training.conditions import measurement_conditions
-from hf_visual_perceiver.training.console import run_command
-from hf_visual_perceiver.training.files import write_json
+from hf_visual_perceiver.benchmark.timing import interleaved
+from hf_visual_perceiver.evaluation.plots import save_figure
+from hf_visual_perceiver.inference.loading import choose_device
+from hf_visual_perceiver.utils.conditions import measurement_conditions
+from hf_visual_perceiver.utils.console import run_command
+from hf_visual_perceiver.utils.files import write_json
 
 
 console = Console(width=120)

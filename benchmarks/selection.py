@@ -25,19 +25,19 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hf_visual_perceiver.cascade import cascade_macs, search_thresholds, stopping_stages, top_probability
-from hf_visual_perceiver.evaluation import labels_of_model
-from hf_visual_perceiver.loading import SAMPLE, choose_device, default_dataset, default_model, load_model
+from hf_visual_perceiver.data.images import ImageDataset, load_images, normalise, pixels_of_size
+from hf_visual_perceiver.evaluation.cascade import cascade_macs, search_thresholds, stopping_stages, top_probability
+from hf_visual_perceiver.evaluation.evaluate import labels_of_model
+from hf_visual_perceiver.evaluation.plots import check_picture, save_figure
+from hf_visual_perceiver.evaluation.predictor import choose_budgets, fit_predictor, predicted_macs
+from hf_visual_perceiver.inference.loading import SAMPLE, choose_device, default_dataset, default_model, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs, select_queries
 from hf_visual_perceiver.modeling.macs import count_trunk_macs
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities
 from hf_visual_perceiver.modeling.ragged import PackedLayout
-from hf_visual_perceiver.plots import check_picture, save_figure
-from hf_visual_perceiver.predictor import choose_budgets, fit_predictor, predicted_macs
-from hf_visual_perceiver.training.conditions import conditions_line, measurement_conditions
-from hf_visual_perceiver.training.console import run_command
-from hf_visual_perceiver.training.data import ImageDataset, load_images, normalise, pixels_of_size
-from hf_visual_perceiver.training.files import check_writable, write_json
+from hf_visual_perceiver.utils.conditions import conditions_line, measurement_conditions
+from hf_visual_perceiver.utils.console import run_command
+from hf_visual_perceiver.utils.files import check_writable, write_json
 
 
 BUDGETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)

@@ -29,16 +29,16 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
+from hf_visual_perceiver.data.images import BatchOrder, ImageDataset, load_images
 from hf_visual_perceiver.training.augmentation import BatchAugmentation
 from hf_visual_perceiver.training.batches import ResidentBatches
-from hf_visual_perceiver.training.conditions import measurement_conditions
-from hf_visual_perceiver.training.console import run_command
-from hf_visual_perceiver.training.data import BatchOrder, ImageDataset, load_images
 from hf_visual_perceiver.training.factory import compile_blocks, create_model, create_optimizer
 from hf_visual_perceiver.training.objective import Objective
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
 from hf_visual_perceiver.training.schedules import create_schedule, step_macs
 from hf_visual_perceiver.training.step import forward_backward
+from hf_visual_perceiver.utils.conditions import measurement_conditions
+from hf_visual_perceiver.utils.console import run_command
 
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)

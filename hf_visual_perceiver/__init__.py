@@ -6,10 +6,10 @@ Importing the package registers the models with transformers' auto classes and w
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .adaptive_pipeline import TASK, AdaptiveImageClassificationPipeline
-from .inference.onnx_perceiver import OnnxPerceiver
-from .loading import bundled_checkpoint
-from .modeling import (
+from hf_visual_perceiver.inference.loading import bundled_checkpoint
+from hf_visual_perceiver.inference.onnx_perceiver import OnnxPerceiver
+from hf_visual_perceiver.inference.pipeline import TASK, AdaptiveImageClassificationPipeline
+from hf_visual_perceiver.modeling import (
     ARCHITECTURES,
     VisualPerceiverConfig,
     VisualPerceiverForImageClassification,
@@ -19,7 +19,7 @@ from .modeling import (
     timm_conv_classifier,  # noqa: F401  (registers the timm names)
     timm_visual_perceiver,  # noqa: F401  (likewise)
 )
-from .modeling.engines import ENGINES
+from hf_visual_perceiver.modeling.engines import ENGINES
 
 
 __version__ = "0.1.0"

@@ -90,7 +90,7 @@ def on_cpu(model: Any, path: str) -> Any:
         path: The folder.
     """
     try:
-        from hf_visual_perceiver.loading import load_optimized
+        from hf_visual_perceiver.inference.loading import load_optimized
 
         fast = load_optimized(path)
         height, width = model.config.image_height_width

@@ -8,7 +8,7 @@ import torch
 import transformers
 from support import aligned, small_config
 
-from hf_visual_perceiver.loading import default_dataset, default_model, load_model
+from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
 
 

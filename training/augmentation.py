@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as kernels
 
-from .recipe import Augmentation
+from hf_visual_perceiver.training.recipe import Augmentation
 
 
 # timm's 15 operations and none, in groups that are computed together: a table of 256 values that the host knows, two that

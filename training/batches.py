@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from .data import BatchOrder, ImageDataset, ResizedImages, load_images, resize_transform
-from .recipe import Recipe
-from .stream import DecodedImages, StreamOrder
+from hf_visual_perceiver.data.images import BatchOrder, ImageDataset, ResizedImages, load_images, resize_transform
+from hf_visual_perceiver.training.recipe import Recipe
+from hf_visual_perceiver.training.stream import DecodedImages, StreamOrder
 
 
 class Batch(NamedTuple):

@@ -10,9 +10,9 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .files import folder_written_aside, write_json, write_text, written_aside
-from .recipe import Recipe, recipe_from_dict
-from .state import read_state, write_state
+from hf_visual_perceiver.training.recipe import Recipe, recipe_from_dict
+from hf_visual_perceiver.training.state import read_state, write_state
+from hf_visual_perceiver.utils.files import folder_written_aside, write_json, write_text, written_aside
 
 
 # Keys of a recipe that do not change what is learned: where the data lies, how it is computed, what is shown and kept.

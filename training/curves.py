@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .files import written_aside
+from hf_visual_perceiver.utils.files import written_aside
 
 
 # What a step minimises, and its two parts when it has several subsets of the queries.

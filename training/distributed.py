@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed.tensor import DTensor
 
-from .factory import Network
-from .state import gather_weights
+from hf_visual_perceiver.training.factory import Network
+from hf_visual_perceiver.training.state import gather_weights
 
 
 def keeps_state_apart(accelerator: Accelerator) -> bool:

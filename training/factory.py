@@ -5,12 +5,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
+from hf_visual_perceiver.data.images import seed_everything
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
-
-from .data import seed_everything
-from .recipe import Recipe
-from .schedules import Schedule, step_macs
-from .timm_network import TimmNetwork
+from hf_visual_perceiver.training.recipe import Recipe
+from hf_visual_perceiver.training.schedules import Schedule, step_macs
+from hf_visual_perceiver.training.timm_network import TimmNetwork
 
 
 Network: TypeAlias = VisualPerceiverForImageClassification | TimmNetwork

@@ -6,9 +6,8 @@ from transformers import ViTImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
-
-from .files import folder_written_aside
-from .timm_network import TimmNetwork
+from hf_visual_perceiver.training.timm_network import TimmNetwork
+from hf_visual_perceiver.utils.files import folder_written_aside
 
 
 # timm's names of resampling filters, as PIL's numbers, which preprocessor_config.json holds.

@@ -27,7 +27,7 @@ def load_initial_weights(model: VisualPerceiverForImageClassification, source: s
 
     Example:
         >>> from hf_visual_perceiver import VisualPerceiverConfig
-        >>> from hf_visual_perceiver.loading import default_model
+        >>> from hf_visual_perceiver.inference.loading import default_model
         >>> config = VisualPerceiverConfig.from_pretrained(default_model(), num_labels=5)
         >>> load_initial_weights(VisualPerceiverForImageClassification(config), default_model())
         ['head.weight', 'head.bias']

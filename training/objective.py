@@ -7,9 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_visual_perceiver.modeling import QuerySubset
-
-from .factory import Network
-from .recipe import StudentLoss, TeacherLoss
+from hf_visual_perceiver.training.factory import Network
+from hf_visual_perceiver.training.recipe import StudentLoss, TeacherLoss
 
 
 class Objective(nn.Module):

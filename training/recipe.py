@@ -12,8 +12,18 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import BeforeValidator, Field
 
 from hf_visual_perceiver.modeling import VisualPerceiverConfig
-
-from .validation import CHECKED, AtLeast0, Count, Flag, Positive, Share, Whole, checked_dataclass, require, validated
+from hf_visual_perceiver.training.validation import (
+    CHECKED,
+    AtLeast0,
+    Count,
+    Flag,
+    Positive,
+    Share,
+    Whole,
+    checked_dataclass,
+    require,
+    validated,
+)
 
 
 TIMM = "timm/"  # before the name of a network of timm

@@ -16,26 +16,39 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch.distributed.tensor import DTensor
 
+from hf_visual_perceiver.data.images import ImageDataset, normalise, pixels_of_size, seed_everything, share_of_batch
 from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageClassification
-
-from .augmentation import BatchAugmentation
-from .batches import fits_in_memory, open_data
-from .checkpointing import RunFolder
-from .conditions import measurement_conditions
-from .curves import plot_curves
-from .data import ImageDataset, normalise, pixels_of_size, seed_everything, share_of_batch
-from .distributed import all_finite, gathered, keeps_state_apart, main_process_alone
-from .factory import Network, block_ends, compile_blocks, create_model, create_optimizer, input_facts, mean_macs
-from .folder import save_folder
-from .initial import earlier_training, load_initial_stem, load_initial_weights
-from .objective import Objective
-from .recipe import Recipe, TeacherLoss
-from .schedules import create_schedule, describe
-from .state import apply_state, gather_state
-from .step import check_batch, forward_backward
-from .stopping import StopRequest, Stopwatch
-from .teacher import FrozenTeacher, load_teacher
-from .teacher_cache import TeacherCache, cache_facts, create_cache, open_cache, view_augmentation
+from hf_visual_perceiver.training.augmentation import BatchAugmentation
+from hf_visual_perceiver.training.batches import fits_in_memory, open_data
+from hf_visual_perceiver.training.checkpointing import RunFolder
+from hf_visual_perceiver.training.curves import plot_curves
+from hf_visual_perceiver.training.distributed import all_finite, gathered, keeps_state_apart, main_process_alone
+from hf_visual_perceiver.training.factory import (
+    Network,
+    block_ends,
+    compile_blocks,
+    create_model,
+    create_optimizer,
+    input_facts,
+    mean_macs,
+)
+from hf_visual_perceiver.training.folder import save_folder
+from hf_visual_perceiver.training.initial import earlier_training, load_initial_stem, load_initial_weights
+from hf_visual_perceiver.training.objective import Objective
+from hf_visual_perceiver.training.recipe import Recipe, TeacherLoss
+from hf_visual_perceiver.training.schedules import create_schedule, describe
+from hf_visual_perceiver.training.state import apply_state, gather_state
+from hf_visual_perceiver.training.step import check_batch, forward_backward
+from hf_visual_perceiver.training.stopping import StopRequest, Stopwatch
+from hf_visual_perceiver.training.teacher import FrozenTeacher, load_teacher
+from hf_visual_perceiver.training.teacher_cache import (
+    TeacherCache,
+    cache_facts,
+    create_cache,
+    open_cache,
+    view_augmentation,
+)
+from hf_visual_perceiver.utils.conditions import measurement_conditions
 
 
 console = Console(stderr=True)

@@ -9,8 +9,15 @@ from pydantic import Field
 
 from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverConfig, count_macs, count_trunk_macs
 from hf_visual_perceiver.modeling.macs import count_decoder_macs
-
-from .validation import CHECKED, Count, Flag, Positive, checked_dataclass, require, validated
+from hf_visual_perceiver.training.validation import (
+    CHECKED,
+    Count,
+    Flag,
+    Positive,
+    checked_dataclass,
+    require,
+    validated,
+)
 
 
 Part = Annotated[float, Field(gt=0, le=1)]

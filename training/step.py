@@ -8,10 +8,9 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 
 from hf_visual_perceiver.modeling import QuerySubset
-
-from .recipe import Recipe
-from .schedules import Schedule
-from .teacher import FrozenTeacher
+from hf_visual_perceiver.training.recipe import Recipe
+from hf_visual_perceiver.training.schedules import Schedule
+from hf_visual_perceiver.training.teacher import FrozenTeacher
 
 
 def forward_backward(

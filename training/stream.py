@@ -27,10 +27,9 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from hf_visual_perceiver.data.images import _find_columns, seed_everything, share_of_batch
+from hf_visual_perceiver.data.splits import open_split
 from hf_visual_perceiver.modeling.handler import open_image
-
-from .data import _find_columns, seed_everything, share_of_batch
-from .splits import open_split
 
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from .augmentation import BatchAugmentation, Draws
-from .console import tracked
-from .data import ImageDataset
-from .files import folder_written_aside, write_json
-from .recipe import Augmentation
-from .teacher import FrozenTeacher
+from hf_visual_perceiver.data.images import ImageDataset
+from hf_visual_perceiver.training.augmentation import BatchAugmentation, Draws
+from hf_visual_perceiver.training.recipe import Augmentation
+from hf_visual_perceiver.training.teacher import FrozenTeacher
+from hf_visual_perceiver.utils.console import tracked
+from hf_visual_perceiver.utils.files import folder_written_aside, write_json
 
 
 FACTS, LOGITS = "cache.json", "logits.npy"

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from hf_visual_perceiver.extras import require_extra
+from hf_visual_perceiver.utils.extras import require_extra
 
 
 require_extra("train")
@@ -21,12 +21,12 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import parse_flag_from_env
 
 from hf_visual_perceiver.training.checkpointing import RunFolder
-from hf_visual_perceiver.training.conditions import cpu_computes_in_bf16
-from hf_visual_perceiver.training.console import run_command
 from hf_visual_perceiver.training.distributed import main_process_alone
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
 from hf_visual_perceiver.training.run import TrainingRun, console
 from hf_visual_perceiver.training.stopping import StopRequest
+from hf_visual_perceiver.utils.conditions import cpu_computes_in_bf16
+from hf_visual_perceiver.utils.console import run_command
 
 
 def train(

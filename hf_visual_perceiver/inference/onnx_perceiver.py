@@ -15,11 +15,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..modeling import VisualPerceiverConfig, VisualPerceiverImageClassifierOutput, select_queries
-from ..modeling.attention_groups import boundaries
-from ..modeling.engines import fold_batch_norms
-from .onnx_graphs import Sessions, cache_folder, checked_threads, graphs_key, graphs_of, import_onnxruntime
-from .stages import stages_of
+from hf_visual_perceiver.inference.onnx_graphs import (
+    Sessions,
+    cache_folder,
+    checked_threads,
+    graphs_key,
+    graphs_of,
+    import_onnxruntime,
+)
+from hf_visual_perceiver.inference.stages import stages_of
+from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverImageClassifierOutput, select_queries
+from hf_visual_perceiver.modeling.attention_groups import boundaries
+from hf_visual_perceiver.modeling.engines import fold_batch_norms
 
 
 # So many tokens go through a stage together: enough for matrix products to be efficient, few enough to stay in the cache.

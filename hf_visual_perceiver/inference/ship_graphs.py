@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from hf_visual_perceiver.inference.loading import load_model
 from hf_visual_perceiver.inference.onnx_graphs import export_stage, graphs_key, write_graphs
 from hf_visual_perceiver.inference.onnx_perceiver import SHIPPED, architecture_of
 from hf_visual_perceiver.inference.stages import stages_of
-from hf_visual_perceiver.loading import load_model
 from hf_visual_perceiver.modeling.engines import fold_batch_norms
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..modeling import VisualPerceiverConfig
-from ..modeling.query_selection import cosine_similarities
-from .onnx_graphs import Stage
+from hf_visual_perceiver.inference.onnx_graphs import Stage
+from hf_visual_perceiver.modeling import VisualPerceiverConfig
+from hf_visual_perceiver.modeling.query_selection import cosine_similarities
 
 
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import typer
 
 import hf_visual_perceiver
 from hf_visual_perceiver import VisualPerceiverConfig, bundled_checkpoint, count_macs
-from hf_visual_perceiver.cli import app
+from hf_visual_perceiver.cli.main import app
 from hf_visual_perceiver.modeling import ARCHITECTURES, VisualPerceiverForImageClassification
 
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
-from hf_visual_perceiver.loading import default_model, load_model
+from hf_visual_perceiver.inference.loading import default_model, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.folder import create_image_processor, save_folder
 
@@ -195,7 +195,7 @@ def test_a_grid_that_the_config_does_not_name(folder, tmp_path):
 
 
 def test_pipeline(folder, cifar10):
-    from hf_visual_perceiver.training.data import load_images
+    from hf_visual_perceiver.data.images import load_images
 
     classifier = pipeline("image-classification", model=str(folder))
     answers = classifier(load_images(cifar10, "test").image(0), top_k=3)

@@ -1,4 +1,4 @@
-"""handler.py, in this process; tests/package/test_hub.py loads it as an Inference Endpoint does."""
+"""handler.py, in this process; tests/hub/test_hub.py loads it as an Inference Endpoint does."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from support import REPOSITORY, small_config
 
-from hf_visual_perceiver.loading import default_model, load_optimized
+from hf_visual_perceiver.inference.loading import default_model, load_optimized
 from hf_visual_perceiver.modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification
 from hf_visual_perceiver.modeling.handler import MAX_PIXELS, EndpointHandler, open_image, read_parameters
 from hf_visual_perceiver.training.folder import create_image_processor, save_folder
@@ -68,7 +68,7 @@ class TestForms:
     def test_it_serves_with_the_engine(self, endpoint):
         assert isinstance(endpoint.model, OptimizedVisualPerceiver)
 
-    @pytest.mark.parametrize("missing", ["hf_visual_perceiver.loading", "onnxruntime"])
+    @pytest.mark.parametrize("missing", ["hf_visual_perceiver.inference.loading", "onnxruntime"])
     def test_without_a_package_it_serves_with_pytorch(self, endpoint, pictures, monkeypatch, missing):
         monkeypatch.setitem(sys.modules, missing, None)
         plain = EndpointHandler(default_model())
@@ -83,7 +83,7 @@ class TestForms:
         """The folder's code says what its weights mean; the package may be of another version."""
         folder = save_folder(VisualPerceiverForImageClassification(small_config()), tmp_path / "model")
         other = load_optimized(default_model())
-        monkeypatch.setattr("hf_visual_perceiver.loading.load_optimized", lambda path: other)
+        monkeypatch.setattr("hf_visual_perceiver.inference.loading.load_optimized", lambda path: other)
         assert not isinstance(EndpointHandler(str(folder)).model, OptimizedVisualPerceiver)
 
         def same_shape(path):
@@ -91,7 +91,7 @@ class TestForms:
             model = VisualPerceiverForImageClassification(small_config()).eval()
             return model.optimize_for_inference(backend="torch")
 
-        monkeypatch.setattr("hf_visual_perceiver.loading.load_optimized", same_shape)
+        monkeypatch.setattr("hf_visual_perceiver.inference.loading.load_optimized", same_shape)
         assert not isinstance(EndpointHandler(str(folder)).model, OptimizedVisualPerceiver)
 
 

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
-from hf_visual_perceiver.export import trace
+from hf_visual_perceiver.export.graph import trace
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.modeling.elastic import Budget
 from hf_visual_perceiver.training.folder import save_folder

@@ -133,7 +133,7 @@ def test_the_data_config_is_the_processors(folder):
 def test_processor_and_transform_agree(folder, cifar10):
     from transformers import AutoImageProcessor
 
-    from hf_visual_perceiver.training.data import load_images
+    from hf_visual_perceiver.data.images import load_images
 
     data = load_images(cifar10, "test")
     model = timm.create_model(folder, pretrained=True)

@@ -15,7 +15,8 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as pil
 
-from hf_visual_perceiver.loading import default_dataset
+from hf_visual_perceiver.data.images import BatchOrder, load_images, normalise
+from hf_visual_perceiver.inference.loading import default_dataset
 from hf_visual_perceiver.training.augmentation import (
     OPERATIONS,
     WARPS,
@@ -24,7 +25,6 @@ from hf_visual_perceiver.training.augmentation import (
     RandAugment,
     parse_rand_augment,
 )
-from hf_visual_perceiver.training.data import BatchOrder, load_images, normalise
 from hf_visual_perceiver.training.recipe import Augmentation
 
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from hf_visual_perceiver.calibration import Target, calibrate
-from hf_visual_perceiver.evaluation import OperatingPoint, evaluate
-from hf_visual_perceiver.retrieval import measure_retrieval
-from hf_visual_perceiver.robustness import measure_robustness
+from hf_visual_perceiver.data.images import load_images
+from hf_visual_perceiver.evaluation.calibration import Target, calibrate
+from hf_visual_perceiver.evaluation.evaluate import OperatingPoint, evaluate
+from hf_visual_perceiver.evaluation.retrieval import measure_retrieval
+from hf_visual_perceiver.evaluation.robustness import measure_robustness
 from hf_visual_perceiver.training import console
-from hf_visual_perceiver.training.console import print_error, tracked
-from hf_visual_perceiver.training.data import load_images
+from hf_visual_perceiver.utils.console import print_error, tracked
 
 
 @pytest.fixture

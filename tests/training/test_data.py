@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_visual_perceiver.training.batches import LoadedBatches, ResidentBatches, fits_in_memory
-from hf_visual_perceiver.training.data import (
+from hf_visual_perceiver.data.images import (
     BatchOrder,
     ImageDataset,
     ResizedImages,
@@ -20,6 +19,7 @@ from hf_visual_perceiver.training.data import (
     pixels_of_size,
     resize_transform,
 )
+from hf_visual_perceiver.training.batches import LoadedBatches, ResidentBatches, fits_in_memory
 from hf_visual_perceiver.training.stream import load_stream
 
 
@@ -35,7 +35,7 @@ def imagefolder(tmp_path):
 
 class TestLoading:
     def test_the_sample(self):
-        from hf_visual_perceiver.loading import default_dataset
+        from hf_visual_perceiver.inference.loading import default_dataset
 
         for split, n in (("test", 1000), ("train", 2000)):
             data = load_images(default_dataset(), split)

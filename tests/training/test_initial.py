@@ -9,8 +9,8 @@ import torch
 from support import small_config
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_visual_perceiver.card import training_lines
-from hf_visual_perceiver.loading import default_dataset, default_model, load_model
+from hf_visual_perceiver.hub.card import training_lines
+from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.initial import load_initial_weights
 from hf_visual_perceiver.training.recipe import recipe_from_dict

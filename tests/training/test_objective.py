@@ -8,7 +8,7 @@ from support import small_config
 from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 
-from hf_visual_perceiver.loading import shipped
+from hf_visual_perceiver.inference.loading import shipped
 from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.folder import save_folder
 from hf_visual_perceiver.training.objective import Objective, distillation_loss, student_loss

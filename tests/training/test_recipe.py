@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_visual_perceiver.loading import shipped
+from hf_visual_perceiver.inference.loading import shipped
 from hf_visual_perceiver.training.recipe import load_recipe
 from hf_visual_perceiver.training.schedules import create_schedule
 from hf_visual_perceiver.training.step import check_batch

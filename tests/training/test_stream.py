@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from support import run
 
-from hf_visual_perceiver.loading import default_dataset
+from hf_visual_perceiver.data.images import load_images, load_table
+from hf_visual_perceiver.inference.loading import default_dataset
 from hf_visual_perceiver.training import stream as stream_module
-from hf_visual_perceiver.training.data import load_images, load_table
 from hf_visual_perceiver.training.stream import DecodedImages, EncodedImage, StreamOrder, load_stream
 
 

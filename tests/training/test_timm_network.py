@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torchvision.transforms.functional import to_pil_image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TimmWrapperForImageClassification
 
-from hf_visual_perceiver.loading import default_dataset
+from hf_visual_perceiver.data.images import load_images, normalise
+from hf_visual_perceiver.inference.loading import default_dataset
 from hf_visual_perceiver.modeling import QuerySubset
-from hf_visual_perceiver.training.data import load_images, normalise
 from hf_visual_perceiver.training.recipe import load_recipe, recipe_from_dict
 from hf_visual_perceiver.training.teacher import load_teacher
 from hf_visual_perceiver.training.timm_network import TimmNetwork

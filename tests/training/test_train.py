@@ -15,13 +15,13 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from support import PATIENCE, REPOSITORY, run
 
-from hf_visual_perceiver.card import training_lines
-from hf_visual_perceiver.loading import default_dataset, default_model, load_model
+from hf_visual_perceiver.data.images import load_images, normalise
+from hf_visual_perceiver.hub.card import training_lines
+from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
 from hf_visual_perceiver.training import checkpointing, objective, state
 from hf_visual_perceiver.training import run as run_module
 from hf_visual_perceiver.training import train as train_module
 from hf_visual_perceiver.training.checkpointing import RunFolder
-from hf_visual_perceiver.training.data import load_images, normalise
 from hf_visual_perceiver.training.recipe import recipe_from_dict
 from hf_visual_perceiver.training.train import train
 

@@ -1,0 +1,402 @@
+"""Time and memory of a checkpoint on this machine: every budget, in each form of the model, side by side."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_visual_perceiver.benchmark.timing import (
+    GRAPH_WARMUPS,
+    interleaved,
+    matmul_peak,
+    median_ratio,
+    page_faults,
+    peak_memory,
+)
+from hf_visual_perceiver.evaluation.evaluate import PAPER_QUERIES, OperatingPoint
+from hf_visual_perceiver.evaluation.plots import save_figure
+from hf_visual_perceiver.inference.onnx_perceiver import OnnxPerceiver
+from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.utils.choices import FORMS
+from hf_visual_perceiver.utils.memory import fitting
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another network to time beside the model's forms."""
+
+    run: Callable[[torch.Tensor], Any]  # what it does with a batch
+    macs: int | None = None  # for one image
+    dtype: torch.dtype | None = None  # of the batch; None is that of the first form
+
+
+@torch.no_grad()
+def timm_rival(name: str, config: VisualPerceiverConfig, device: torch.device, dtype: torch.dtype) -> Rival:
+    """A classifier of timm, of random weights, for the images and classes of a config.
+
+    Args:
+        name: timm's.
+        config: The model's.
+        device: Where to compute.
+        dtype: Dtype to compute in.
+
+    Raises:
+        ValueError: If timm has no such classifier, or it does not take images of this size.
+
+    Example:
+        >>> config = VisualPerceiverConfig(num_labels=10)
+        >>> rival = timm_rival("resnet10t", config, torch.device("cpu"), torch.float32)
+        >>> rival.run(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+    height, width = config.image_height_width
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+        arguments: dict[str, Any] = {"num_classes": len(config.label_names), "in_chans": config.num_channels}
+        if cfg and cfg.fixed_input_size:
+            arguments["img_size"] = (height, width)
+        network = timm.create_model(name, **arguments).eval()
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(1, config.num_channels, height, width))
+    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"Expected a classifier of timm that takes {height}x{width} images, got {name!r}: {reason}"
+        ) from error
+    return Rival(network.to(device, dtype), counter.get_total_flops() // 2, dtype)
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """One form of the model, at one setting and batch size. Ratios are medians over repetitions."""
+
+    batch_size: int
+    form: str  # of FORMS, with its dtype; or a rival
+    setting: str
+    queries: float | None  # mean over the batch
+    macs: float | None  # mean per image, by `count_macs`, also where folding spares some
+    ms: float  # of the batch, median
+    p50_ms: float | None  # of single calls, as `ms`; of larger batches None
+    p95_ms: float | None
+    images_per_second: float
+    relative_time: float | None  # to all queries in the same form
+    relative_to_fixed: float | None  # of selection, to the nearest fixed K in the same form
+    relative_to_first: float  # to the first form at the same setting; a rival to all queries of the first form
+    share_of_peak: float | None  # of the machine's measured matrix products in the dtype of the images
+    peak_mb: float | None  # of the tensors made in the forward; ONNX Runtime does not say
+    page_faults: int | None  # in one forward
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An operating point on a given batch."""
+
+    point: OperatingPoint
+    queries: float
+    macs: float
+    nearest: OperatingPoint | None = None  # of selection: the fixed K that is nearest to what it keeps
+
+    @classmethod
+    def fixed(cls, config: VisualPerceiverConfig, K: int) -> "Setting":
+        """The first K queries of every image."""
+        return cls(OperatingPoint(K), K, count_macs(config, K))
+
+    @classmethod
+    @torch.inference_mode()
+    def selected(cls, model: VisualPerceiverForImageClassification, pixels: torch.Tensor, t: float) -> "Setting":
+        """What the threshold keeps of these images."""
+        Q = model.config.num_queries
+        counts = model(pixels, num_active_queries=Q, dqs_threshold=t).active_queries.sum(1).tolist()
+        mean = statistics.fmean(counts)
+        macs = statistics.fmean(count_macs(model.config, k, Q) for k in counts)
+        return cls(OperatingPoint(None, t), mean, macs, OperatingPoint(max(1, round(mean))))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is timed, and which other runs its row is relative to."""
+
+    form: str
+    setting: str
+    call: Callable[[], Any]
+    dtype: torch.dtype
+    first: str
+    queries: float | None = None
+    macs: float | None = None
+    full: str | None = None
+    fixed: str | None = None
+    torch_allocates: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.form}, {self.setting}"
+
+
+def forms_of(
+    model: VisualPerceiverForImageClassification, forms: Sequence[str], dtypes: Sequence[torch.dtype]
+) -> dict[str, tuple[Any, torch.dtype]]:
+    """The model in several forms and dtypes, by name.
+
+    Raises:
+        ValueError: If a form is not known.
+    """
+    result: dict[str, tuple[Any, torch.dtype]] = {}
+    for dtype in dtypes:
+        for form in forms:
+            if form not in FORMS:
+                raise ValueError(f"Expected forms among {', '.join(FORMS)}, got {form!r}.")
+            if form != "int8":
+                result[f"{form} {str(dtype).removeprefix('torch.')}"] = (form_of(model, form, dtype), dtype)
+            elif form not in result:  # it has a dtype of its own, and takes images in float32
+                result[form] = (model.optimize_for_inference(int8=True), torch.float32)
+    if not result:
+        raise ValueError("Expected at least one form and one dtype, got none.")
+    return result
+
+
+def form_of(model: VisualPerceiverForImageClassification, form: str, dtype: torch.dtype) -> Any:
+    """The model in one form and dtype."""
+    if form == "optimized":
+        return model.optimize_for_inference(dtype)
+    copy = VisualPerceiverForImageClassification(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy = copy.to(model.device, dtype).eval()
+    if form == "grouped":
+        copy.set_ragged_backend("grouped")
+    return torch.compile(copy) if form == "compiled" else copy
+
+
+def benchmark(
+    model: VisualPerceiverForImageClassification,
+    images: torch.Tensor,
+    batch_sizes: Sequence[int],
+    thresholds: Sequence[float] = (),
+    forms: Sequence[str] = ("eager", "optimized"),
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    repetitions: int = 7,
+    rivals: dict[str, Rival] | None = None,
+    budgets: Sequence[int] | None = None,
+    progress: bool = True,
+    single_calls: int | None = None,
+) -> list[BenchmarkRow]:
+    """Time every setting of every form in turn, repetition after repetition.
+
+    Args:
+        model: In float32, on the device to measure.
+        images: (n, C, H, W), normalised; repeated for larger batches.
+        batch_sizes: Each is measured by itself.
+        thresholds: t to measure, each beside the fixed K that is nearest to what it keeps on the batch.
+        forms: Of `FORMS`.
+        dtypes: Each form is measured in each.
+        repetitions: Of all settings.
+        rivals: Other networks, by name.
+        budgets: K to measure, beside all queries; None is the paper's.
+        progress: Say on stderr how far it is.
+        single_calls: Repetitions of a batch of one image, of which the median and the 95th percentile are reported; None is
+            `repetitions`, without percentiles.
+
+    Raises:
+        ValueError: If an argument is out of its range, or a batch does not fit in memory (with a size that does).
+    """
+    for batch_size in batch_sizes:
+        if batch_size < 1:
+            raise ValueError(f"Expected a batch size of at least 1, got {batch_size}.")
+    contenders, device = forms_of(model, forms, dtypes), model.device
+    measured = []
+    for batch_size in batch_sizes:
+        pixels = images.repeat(-(-batch_size // len(images)), 1, 1, 1)[:batch_size].to(device)
+        planned = partial(
+            plan,
+            model,
+            contenders=contenders,
+            budgets=budgets or PAPER_QUERIES,
+            thresholds=thresholds,
+            rivals=rivals or {},
+        )
+        with fitting(lambda part: [run.call() for run in planned(part)], pixels):  # noqa: B023
+            runs = planned(pixels)
+            calls = {r.name: r.call for r in runs}
+            warmups = 1 if device.type == "cpu" else GRAPH_WARMUPS
+            count = single_calls if batch_size == 1 and single_calls is not None else repetitions
+            times = interleaved(calls, count, device, f"batch {batch_size}", progress, warmups)
+            faults = {r.name: page_faults(r.call) for r in runs}
+            memory = {r.name: peak_memory(r.call, device) / 1e6 if r.torch_allocates else None for r in runs}
+        measured.append((batch_size, runs, times, memory, faults))
+    # Last, because its large products would change how the allocator treats what comes after.
+    used = {run.dtype for _, runs, *_ in measured for run in runs}
+    peaks = {dtype: matmul_peak(model.config, device, dtype) for dtype in used}
+    return [
+        _row(
+            batch_size,
+            run,
+            times,
+            memory[run.name],
+            faults[run.name],
+            peaks[run.dtype],
+            percentiles=batch_size == 1 and single_calls is not None,
+        )
+        for batch_size, runs, times, memory, faults in measured
+        for run in runs
+    ]
+
+
+def _row(
+    batch_size: int,
+    run: Run,
+    times: dict[str, list[float]],
+    peak_mb: float | None,
+    faults: int | None,
+    peak: float,
+    percentiles: bool,
+) -> BenchmarkRow:
+    own, seconds = times[run.name], statistics.median(times[run.name])
+    return BenchmarkRow(
+        batch_size=batch_size,
+        form=run.form,
+        setting=run.setting,
+        queries=run.queries,
+        macs=run.macs,
+        ms=1000 * seconds,
+        p50_ms=1000 * seconds if percentiles else None,
+        p95_ms=1000 * float(np.percentile(own, 95)) if percentiles else None,
+        images_per_second=batch_size / seconds,
+        relative_time=None if run.full is None else median_ratio(own, times[run.full]),
+        relative_to_fixed=None if run.fixed is None else median_ratio(own, times[run.fixed]),
+        relative_to_first=median_ratio(own, times[run.first]),
+        share_of_peak=None if run.macs is None else run.macs * batch_size / seconds / peak,
+        peak_mb=peak_mb,
+        page_faults=faults,
+    )
+
+
+def plan(
+    model: VisualPerceiverForImageClassification,
+    pixels: torch.Tensor,
+    contenders: dict[str, tuple[Any, torch.dtype]],
+    budgets: Sequence[int],
+    thresholds: Sequence[float],
+    rivals: dict[str, Rival],
+) -> list[Run]:
+    """What is to be timed on a batch: all settings of each form, then the rivals."""
+    config = model.config
+    Q = config.num_queries
+    settings = {str(OperatingPoint(K)): Setting.fixed(config, K) for K in sorted({*(K for K in budgets if K < Q), Q})}
+    for t in thresholds:
+        selection = Setting.selected(model, pixels, t)
+        assert selection.nearest is not None
+        K = selection.nearest.num_active_queries or Q
+        settings.setdefault(str(selection.nearest), Setting.fixed(config, K))
+        settings[str(selection.point)] = selection
+    full, first = str(OperatingPoint(Q)), next(iter(contenders))
+    runs = []
+    for form, (network, dtype) in contenders.items():
+        converted = pixels.to(dtype)
+        torch_allocates = not isinstance(getattr(network, "engine", None), OnnxPerceiver)
+        for name, setting in settings.items():
+            call = partial(network, converted, **setting.point.knobs(config))
+            runs.append(
+                Run(
+                    form,
+                    name,
+                    call,
+                    dtype,
+                    f"{first}, {name}",
+                    setting.queries,
+                    setting.macs,
+                    full=f"{form}, {full}",
+                    fixed=None if setting.nearest is None else f"{form}, {setting.nearest}",
+                    torch_allocates=torch_allocates,
+                )
+            )
+    for form, rival in rivals.items():
+        dtype = rival.dtype or contenders[first][1]
+        call = partial(rival.run, pixels.to(dtype))
+        runs.append(Run(form, "all", call, dtype, f"{first}, {full}", macs=rival.macs))
+    return runs
+
+
+def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
+    """The rows of one batch size, for the terminal."""
+    table = Table(title=f"batch {rows[0].batch_size}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    percentiles = rows[0].p95_ms is not None
+    headers = (
+        "form",
+        "setting",
+        "queries",
+        "MACs (M)",
+        *(("p50 (ms)", "p95 (ms)") if percentiles else ("ms",)),
+        "images/s",
+        "relative",
+        "to fixed K",
+        "to the first form",
+    )
+    for header in (*headers, "of peak", "MB", "page faults"):
+        table.add_column(header, justify="left" if header in ("form", "setting") else "right", no_wrap=True)
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before is not None and before.form != row.form:
+            table.add_section()
+        table.add_row(
+            row.form,
+            row.setting,
+            _number(row.queries, ".1f"),
+            _number(None if row.macs is None else row.macs / 1e6, ".1f"),
+            f"{row.ms:.2f}",
+            *([_number(row.p95_ms, ".2f")] if percentiles else []),
+            f"{row.images_per_second:,.0f}",
+            _number(row.relative_time, ".3f"),
+            _number(row.relative_to_fixed, ".3f"),
+            f"{row.relative_to_first:.3f}",
+            _number(row.share_of_peak, ".0%"),
+            _number(row.peak_mb, ".1f"),
+            _number(row.page_faults, ",d"),
+        )
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def plot_benchmark(rows: Sequence[BenchmarkRow], path: str | Path) -> None:
+    """Plot time against multiply-accumulates, both relative to all queries, a panel for each batch size.
+
+    A rival's are relative to all queries of the first form.
+    """
+    sizes = list(dict.fromkeys(row.batch_size for row in rows))
+    figure = Figure(figsize=(max(4 * len(sizes), 6), 5), layout="constrained")
+    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+        axes.plot([0, 1], [0, 1], color="0.8", label="time falls with MACs")
+        of_size = [row for row in rows if row.batch_size == size and row.relative_time is not None]
+        for number, form in enumerate(dict.fromkeys(row.form for row in of_size)):
+            of_form = [row for row in of_size if row.form == form]
+            full = max(row.macs or 0 for row in of_form if row.relative_to_fixed is None)
+            for selected, style in ((False, "o-"), (True, "s")):
+                chosen = sorted(
+                    (row.macs / full, row.relative_time)
+                    for row in of_form
+                    if (row.relative_to_fixed is not None) == selected and row.macs and row.relative_time
+                )
+                if chosen:
+                    label = f"{form}, per image (t)" if selected else form
+                    axes.plot(*zip(*chosen, strict=True), style, color=f"C{number}", label=label, markersize=5)
+        full = max(row.macs or 0 for row in of_size if row.form == of_size[0].form and row.relative_to_fixed is None)
+        for row in rows:
+            if row.batch_size == size and row.relative_time is None and row.macs:
+                axes.plot(row.macs / full, row.relative_to_first, "k*", label=f"{row.form}, to {of_size[0].form}")
+        axes.set_title(f"batch {size}", fontsize=10)
+        axes.set_xlabel("MACs, relative to all queries")
+        axes.set_ylabel("time, relative to all queries")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    save_figure(figure, path)

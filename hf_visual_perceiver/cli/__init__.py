@@ -1,0 +1,1 @@
+"""The `visual-perceiver` command, a file for each of its commands."""

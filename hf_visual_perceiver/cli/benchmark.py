@@ -1,0 +1,94 @@
+"""`visual-perceiver benchmark`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_visual_perceiver.cli.options import (
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    ModelOption,
+    chosen_model,
+    model_label,
+    output_console,
+    picture_option,
+    write_result,
+)
+from hf_visual_perceiver.utils.choices import FORMS, check_dtype
+
+
+def benchmark_command(
+    checkpoint: ModelArgument = None,
+    model: ModelOption = None,
+    batch_size: Annotated[list[int], typer.Option(help="Repeat for several.")] = [1, 64],  # noqa: B006
+    num_active_queries: Annotated[
+        list[int] | None, typer.Option(help="K to measure beside all queries; repeat. By default the paper's.")
+    ] = None,
+    dqs_threshold: Annotated[list[float], typer.Option(help="t to measure; repeat for several.")] = [0.8],  # noqa: B006
+    form: Annotated[list[str], typer.Option(help=f"{', '.join(FORMS)}; repeat.")] = ["eager", "optimized"],  # noqa: B006
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="float32, bfloat16 or float16; repeat. By default float32, and bfloat16 where it is fast."),
+    ] = None,
+    timm: Annotated[
+        list[str] | None, typer.Option(help="Also time a classifier of timm, of random weights, by its name; repeat.")
+    ] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="Of all settings.")] = 7,
+    single_calls: Annotated[
+        int, typer.Option(min=1, help="Repetitions with one image, for its median and 95th percentile.")
+    ] = 200,
+    device: DeviceOption = "auto",
+    plot: Annotated[Path | None, picture_option("Write relative time against MACs to this picture.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Time and memory of a checkpoint on this machine, at every budget and in each form, side by side."""
+    import torch
+
+    from hf_visual_perceiver.benchmark.benchmark import benchmark, benchmark_table, plot_benchmark, timm_rival
+    from hf_visual_perceiver.data.images import load_images, normalise, pixels_of_size
+    from hf_visual_perceiver.inference.loading import choose_device, default_dataset, load_model
+    from hf_visual_perceiver.utils.conditions import cpu_computes_in_bf16, measurement_conditions
+
+    console = output_console(json_file, width=170)
+    place = choose_device(device)
+    fast_bf16 = place != "cpu" or cpu_computes_in_bf16()
+    dtypes = dtype or ["float32", *(["bfloat16"] if fast_bf16 else [])]
+    for name in dtypes:
+        check_dtype(name)
+    name = chosen_model(checkpoint, model)
+    network = load_model(name, place)
+    for K in num_active_queries or ():
+        network.config.operating_point(K)
+    rivals = {
+        f"timm's {rival}, eager {dtypes[0]}": timm_rival(
+            rival, network.config, network.device, getattr(torch, dtypes[0])
+        )
+        for rival in timm or ()
+    }
+    cfg, data = network.config.timm_pretrained_cfg, load_images(default_dataset(), "test")
+    indices = range(min(max(batch_size), len(data)))
+    pixels = normalise(pixels_of_size(data, indices, network.config.image_height_width), cfg["mean"], cfg["std"])
+    rows = benchmark(
+        network,
+        pixels,
+        batch_size,
+        dqs_threshold,
+        form,
+        [getattr(torch, name) for name in dtypes],
+        repetitions,
+        rivals,
+        num_active_queries,
+        single_calls=single_calls,
+    )
+    for size in batch_size:
+        console.print(benchmark_table([row for row in rows if row.batch_size == size]))
+    counts = {"repetitions": repetitions, **({"single_calls": single_calls} if 1 in batch_size else {})}
+    conditions = measurement_conditions(place, model=model_label(name), **counts)
+    console.print(", ".join(f"{key} {value}" for key, value in conditions.items()), style="dim", highlight=False)
+    write_result(json_file, {"conditions": conditions, "rows": [asdict(row) for row in rows]})
+    if plot:
+        plot_benchmark(rows, plot)
+        console.print(f"Plot: {plot}")

@@ -1,0 +1,143 @@
+"""`visual-perceiver calibrate`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from hf_visual_perceiver.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MaxImagesOption,
+    ModelArgument,
+    ModelOption,
+    SplitOption,
+    chosen_model,
+    dataset_label,
+    model_label,
+    output_console,
+    write_result,
+)
+from hf_visual_perceiver.utils.tables import terminal_table
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hf_visual_perceiver.evaluation.calibration import Calibration
+
+
+def calibrate_command(
+    checkpoint: ModelArgument = None,
+    target_macs: Annotated[
+        float | None, typer.Option(help="At most this fraction of the MACs that all queries take.")
+    ] = None,
+    target_ms: Annotated[
+        float | None, typer.Option(help="At most this many ms per image, here and at --batch-size.")
+    ] = None,
+    max_accuracy_drop: Annotated[
+        float | None, typer.Option(help="At most this many percentage points below all queries.")
+    ] = None,
+    search: Annotated[
+        str, typer.Option(help="What to choose: queries (K), threshold (t), or both (t among the first K).")
+    ] = "queries",
+    num_active_queries: Annotated[
+        list[int] | None, typer.Option(help="K to try instead of --search's own; repeat for several.")
+    ] = None,
+    dqs_threshold: Annotated[
+        list[float] | None, typer.Option(help="t to try, at every K given; repeat for several.")
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Make it the default in the model folder's config.json.")
+    ] = False,
+    model: ModelOption = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Labelled images that the model was not trained on: Hub id, folder of parquet files, or imagefolder; "
+            "by default the sample that ships."
+        ),
+    ] = None,
+    split: SplitOption = "test",
+    max_images: MaxImagesOption = None,
+    batch_size: BatchSizeOption = 256,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    json_file: JsonOption = None,
+) -> None:
+    """Choose K or t for a budget or an accuracy, and report what it does on images that it was not chosen on."""
+    from hf_visual_perceiver.data.images import load_images
+    from hf_visual_perceiver.data.parts import at_most
+    from hf_visual_perceiver.evaluation.calibration import (
+        FEW_IMAGES,
+        Target,
+        calibrate,
+        candidate_points,
+        write_operating_point,
+    )
+    from hf_visual_perceiver.evaluation.evaluate import OperatingPoint
+    from hf_visual_perceiver.inference.loading import choose_device, default_dataset, load_model
+    from hf_visual_perceiver.utils.conditions import measurement_conditions
+
+    console, messages = output_console(json_file), Console(stderr=True)
+    # What could fail at the end fails now.
+    target = Target.from_options(target_macs, target_ms, max_accuracy_drop)
+    name = chosen_model(checkpoint, model)
+    if write and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"Expected --write to go with a model folder, got {name!r}.")
+    network = load_model(name, choose_device(device), dtype)
+    points = candidate_points(network.config, search, target)
+    if num_active_queries or dqs_threshold:
+        budgets: list[int | None] = [*num_active_queries] if num_active_queries else [None]
+        thresholds: list[float | None] = [*dqs_threshold] if dqs_threshold else [None]
+        points = [OperatingPoint(K, t) for K in budgets for t in thresholds]
+    data = at_most(load_images(dataset or default_dataset(), split), max_images)
+    if len(data) < FEW_IMAGES:
+        few = f"warning: calibrating on {len(data)} images, fewer than {FEW_IMAGES}: the intervals are wide"
+        messages.print(few, style="yellow", highlight=False, soft_wrap=True)
+    result = calibrate(network, data, target, points, batch_size)
+    conditions = measurement_conditions(
+        next(network.parameters()).device,
+        dtype=dtype,
+        attention=network.config._attn_implementation,
+        batch_size=batch_size,
+        images=len(data),
+        model=model_label(name),
+        dataset=dataset_label(dataset),
+        split=split,
+    )
+    console.print(calibration_table(result))
+    if not result.met:
+        messages.print("warning: the target is missed on the held-out images", style="yellow", highlight=False)
+    write_result(json_file, {"conditions": conditions, **result.to_dict()})
+    if write:
+        write_operating_point(name, result.point)
+        console.print(f"Written to {Path(name) / 'config.json'}: {result.point}", highlight=False, markup=False)
+
+
+def calibration_table(result: "Calibration") -> "Table":
+    """What the chosen point did where it was chosen and elsewhere, beside all queries."""
+    low, high = (100 * x for x in result.accuracy_interval)
+    drop = f"{result.drop:.2f} ({result.drop_interval[0]:.2f} to {result.drop_interval[1]:.2f})"
+    settings = [
+        ([str(result.point), "it was chosen on"], result.chosen_on, "", ""),
+        ([str(result.point), "held out"], result.achieved, f" ({low:.2f} to {high:.2f})", drop),
+        (["all queries", "held out"], result.full, "", ""),
+    ]
+    rows = [
+        [
+            *names,
+            f"{row.queries_mean:.2f}",
+            f"{row.macs / 1e6:.2f}",
+            f"{row.macs / result.full.macs:.3f}",
+            f"{row.ms_per_image:.3f}",
+            f"{100 * row.accuracy:.2f}{interval}",
+            lost,
+        ]
+        for names, row, interval, lost in settings
+    ]
+    headers = ("setting", "images", "queries", "MACs (M)", "of all", "ms/image", "accuracy (%)", "points below all")
+    return terminal_table(f"{result.point}: {result.target}; 95 % intervals in brackets", headers, rows, left=2)

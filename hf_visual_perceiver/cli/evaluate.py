@@ -1,0 +1,129 @@
+"""`visual-perceiver evaluate`."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hf_visual_perceiver.cli.options import (
+    BatchSizeOption,
+    DatasetNameOption,
+    DatasetOption,
+    DeviceOption,
+    DtypeOption,
+    FastOption,
+    JsonOption,
+    MaxImagesOption,
+    ModelArgument,
+    ModelOption,
+    SplitOption,
+    chosen_model,
+    dataset_label,
+    model_label,
+    output_console,
+    picture_option,
+    write_result,
+)
+from hf_visual_perceiver.utils.tables import terminal_table
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hf_visual_perceiver.evaluation.evaluate import Evaluation
+
+
+def evaluate_command(
+    checkpoint: ModelArgument = None,
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    dataset_name: DatasetNameOption = None,
+    split: SplitOption = "test",
+    max_images: MaxImagesOption = None,
+    num_active_queries: Annotated[
+        list[int] | None, typer.Option(help="K to measure; repeat for several. By default the paper's K and t.")
+    ] = None,
+    dqs_threshold: Annotated[
+        list[float] | None, typer.Option(help="t to measure, at every K given; repeat for several.")
+    ] = None,
+    batch_size: BatchSizeOption = 256,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    fast: FastOption = False,
+    plot: Annotated[Path | None, picture_option("Write accuracy against MACs to this .png, .svg or .pdf.")] = None,
+    json_file: JsonOption = None,
+    card: Annotated[
+        bool, typer.Option("--write-card", help="Write the result and a model card into the model's folder.")
+    ] = False,
+) -> None:
+    """Accuracy, active queries, MACs and time at every budget K and threshold t."""
+    from hf_visual_perceiver.data.images import load_images
+    from hf_visual_perceiver.data.parts import at_most
+    from hf_visual_perceiver.evaluation.evaluate import OperatingPoint, default_points, evaluate
+    from hf_visual_perceiver.evaluation.plots import plot_tradeoff
+    from hf_visual_perceiver.hub.card import write_card
+    from hf_visual_perceiver.inference.loading import choose_device, default_dataset, load_model, load_optimized
+    from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
+    from hf_visual_perceiver.utils.conditions import command_line, conditions_line
+
+    console, name = output_console(json_file), chosen_model(checkpoint, model)
+    if card and not Path(name).is_dir():
+        raise ValueError(f"Expected --write-card to go with a model folder, got {name!r}.")
+    if card and fast:
+        raise ValueError("Expected --write-card without --fast: a card is of the model as it is loaded.")
+    network = (load_optimized if fast else load_model)(name, choose_device(device), dtype)
+    points = default_points(network.config.num_queries)
+    if num_active_queries or dqs_threshold:
+        budgets: list[int | None] = [*num_active_queries] if num_active_queries else [None]
+        thresholds: list[float | None] = [*dqs_threshold] if dqs_threshold else [None]
+        points = [OperatingPoint(K, t) for K in budgets for t in thresholds]
+    result = evaluate(
+        network,
+        at_most(load_images(dataset or default_dataset(), split), max_images),
+        points,
+        batch_size,
+        conditions={
+            "model": model_label(name),
+            "dataset": dataset_label(dataset, dataset_name),
+            "split": split,
+            "command": command_line(),
+        },
+    )
+    console.print(evaluation_table(result))
+    console.print(conditions_line(result.conditions), style="dim", highlight=False)
+    console.print(errors_line(result), markup=False, highlight=False)
+    write_result(json_file, result.to_dict())
+    if plot:
+        plot_tradeoff(result, plot)
+        console.print(f"Plot: {plot}")
+    if card:
+        assert isinstance(network, VisualPerceiverForImageClassification)
+        console.print(f"Card: {write_card(Path(name), network, result)}")
+
+
+def evaluation_table(evaluation: "Evaluation") -> "Table":
+    """The rows of a sweep, for the terminal."""
+    rows = [
+        [
+            str(row.point),
+            f"{row.queries_mean:.2f}",
+            f"{row.queries_std:.2f}",
+            f"{row.queries_min}-{row.queries_max}",
+            f"{row.macs / 1e6:.2f}",
+            f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}",
+            f"{row.ms_per_image:.3f}",
+            f"{row.relative_time:.2f}",
+        ]
+        for row in evaluation.rows
+    ]
+    headers = ("setting", "queries", "std", "min-max", "MACs (M)", "accuracy (%)", "ms/image", "time")
+    selects = [row.dqs_threshold is not None for row in evaluation.rows]
+    ends = [i for i, (one, other) in enumerate(pairwise(selects)) if one != other]
+    return terminal_table("one network, every budget", headers, rows, ends=ends)
+
+
+def errors_line(evaluation: "Evaluation") -> str:
+    """What all queries get wrong, in one line."""
+    confusion = evaluation.confusion
+    return "Errors by class were not measured." if confusion is None else f"All queries: {confusion.sentence()}"

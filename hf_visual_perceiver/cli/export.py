@@ -1,0 +1,164 @@
+"""`visual-perceiver export` and `visual-perceiver compare-exports`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from hf_visual_perceiver.cli.options import (
+    BatchSizeOption,
+    DatasetNameOption,
+    DatasetOption,
+    JsonOption,
+    MaxImagesOption,
+    ModelArgument,
+    ModelOption,
+    chosen_model,
+    dataset_label,
+    model_label,
+    one_of,
+    output_console,
+    write_result,
+)
+from hf_visual_perceiver.utils.choices import FORMATS
+from hf_visual_perceiver.utils.extras import require_extra
+from hf_visual_perceiver.utils.tables import markdown_table, terminal_table
+
+
+if TYPE_CHECKING:
+    from hf_visual_perceiver.export.comparison import ExportRow
+
+
+def export_command(
+    checkpoint: ModelArgument = None,
+    model: ModelOption = None,
+    format: Annotated[str, typer.Option(callback=one_of(FORMATS), help=f"{', '.join(FORMATS)}.")] = "onnx",
+    output: Annotated[
+        Path | None, typer.Option(help="File (timm: folder) to write; by default named after the checkpoint, here.")
+    ] = None,
+    num_active_queries: Annotated[
+        int | None, typer.Option(help="K, fixed in the graph, which is then as small as K; by default K is an input.")
+    ] = None,
+    dynamic_queries: Annotated[
+        bool, typer.Option("--dynamic-queries", help="K as an input of the graph, also where it would be by default.")
+    ] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise the linears to 8 bits (onnx).")] = False,
+) -> None:
+    """Write a checkpoint for other runtimes, compared with PyTorch at several K and thresholds before the file is kept.
+
+    A graph takes pixel_values (B, C, H, W), dqs_threshold (float32; 1 keeps all queries) and num_active_queries (int64) and
+    gives logits (B, labels) and active_queries (B, Q). The batch is dynamic.
+    """
+    from hf_visual_perceiver.export.graph import check_output, export_onnx, export_program, export_timm
+    from hf_visual_perceiver.inference.loading import load_config, load_model
+
+    console, folder = output_console(), chosen_model(checkpoint, model)
+    if num_active_queries is not None and dynamic_queries:
+        raise ValueError(
+            f"Expected --num-active-queries (K fixed in the graph) or --dynamic-queries (K as an input), got both "
+            f"(K = {num_active_queries})."
+        )
+    if format == "safetensors-timm" and (num_active_queries is not None or dynamic_queries):
+        raise ValueError(
+            "Expected --num-active-queries and --dynamic-queries with a graph, got --format safetensors-timm."
+        )
+    if int8 and format != "onnx":
+        raise ValueError(f"Expected --int8 with --format onnx, got {format!r}.")
+    if format == "onnx":
+        require_extra("export")
+    # What could fail at the end fails now.
+    load_config(folder).operating_point(num_active_queries)
+    variant = ("" if num_active_queries is None else f"-k{num_active_queries}") + ("-int8" if int8 else "")
+    output = output or Path(f"{Path(folder).resolve().name}{variant}{FORMATS[format]}")
+    if format != "safetensors-timm":
+        if output.suffix != FORMATS[format]:
+            raise ValueError(
+                f"Expected a file that ends in {FORMATS[format]} for --format {format}, got {output.name!r}."
+            )
+        check_output(output)
+    network = load_model(folder)
+    with Console(stderr=True).status(f"{format}: tracing, writing, comparing with PyTorch"):
+        if format == "onnx":
+            difference = export_onnx(network, output, num_active_queries, int8)
+        elif format == "torch-export":
+            difference = export_program(network, output, num_active_queries)
+        else:
+            difference = export_timm(network, output)
+    size = sum(path.stat().st_size for path in (output.rglob("*") if output.is_dir() else [output]))
+    console.print(f"{format}: {output} ({size / 1e6:.2f} MB)", soft_wrap=True, markup=False, highlight=False)
+    if int8:
+        sentence = f"Mean difference of a logit from PyTorch's: {difference:.3f} of their standard deviation, on random images."
+    else:
+        sentence = f"Largest difference of a logit from PyTorch's: {difference:.1e}."
+    console.print(sentence, highlight=False)
+
+
+def compare_exports_command(
+    files: Annotated[list[Path], typer.Argument(help="Exported files, .onnx or .pt2.")],
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    dataset_name: DatasetNameOption = None,
+    split: Annotated[str, typer.Option(help='Split of the dataset, or a part of it such as "train[-5000:]".')] = "test",
+    num_active_queries: Annotated[
+        list[int] | None,
+        typer.Option(help="K to measure; repeat. By default 8, 16, 32 and all, or what a file has fixed."),
+    ] = None,
+    dqs_threshold: Annotated[list[float] | None, typer.Option(help="t to measure with all queries; repeat.")] = None,
+    max_images: MaxImagesOption = None,
+    batch_size: BatchSizeOption = 64,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in markdown.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Accuracy and time of exported files beside PyTorch's, on the same batches in turn.
+
+    OMP_NUM_THREADS sets the threads of all of them.
+    """
+    from hf_visual_perceiver.data.images import load_images
+    from hf_visual_perceiver.data.parts import at_most
+    from hf_visual_perceiver.export.comparison import compare_exports
+    from hf_visual_perceiver.inference.loading import default_dataset, load_model
+    from hf_visual_perceiver.utils.conditions import conditions_line
+
+    console = output_console(json_file)
+    name = chosen_model(None, model)
+    result = compare_exports(
+        load_model(name),
+        files,
+        at_most(load_images(dataset or default_dataset(), split), max_images),
+        num_active_queries,
+        dqs_threshold,
+        batch_size,
+        conditions={
+            "model": model_label(name),
+            "dataset": dataset_label(dataset, dataset_name),
+            "split": split,
+        },
+    )
+    rows = [comparison_cells(row) for row in result.rows]
+    if markdown:
+        console.print(markdown_table(COLUMNS, rows, left=2), markup=False, highlight=False, soft_wrap=True)
+    else:
+        ends = range(len(files), len(rows), 1 + len(files))  # of each operating point
+        console.print(terminal_table("exported, side by side", COLUMNS, rows, left=2, ends=ends))
+    console.print(conditions_line(result.conditions), style="dim", highlight=False)
+    write_result(json_file, result.to_dict())
+
+
+COLUMNS = ("setting", "form", "MB", "accuracy (%)", "same answer (%)", "queries", "ms/image", "time")
+
+
+def comparison_cells(row: "ExportRow") -> list[str]:
+    """What `COLUMNS` name, of one row."""
+    from hf_visual_perceiver.evaluation.evaluate import OperatingPoint
+
+    return [
+        str(OperatingPoint(row.num_active_queries, row.dqs_threshold)),
+        row.form,
+        f"{row.megabytes:.2f}",
+        f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}",
+        f"{100 * row.same_answer:.2f}",
+        f"{row.queries_mean:.2f}",
+        f"{row.ms_per_image:.3f}",
+        f"{row.relative_time:.2f}",
+    ]

@@ -1,0 +1,71 @@
+"""`visual-perceiver predict`."""
+
+from typing import Annotated
+
+import typer
+
+from hf_visual_perceiver.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    DtypeOption,
+    FastOption,
+    JsonOption,
+    ModelOption,
+    chosen_model,
+    output_console,
+    write_result,
+)
+from hf_visual_perceiver.utils.console import print_error
+from hf_visual_perceiver.utils.tables import terminal_table
+
+
+def predict_command(
+    images: Annotated[list[str], typer.Argument(help="Image files, folders of them, or - for an image on stdin.")],
+    model: ModelOption = None,
+    num_active_queries: Annotated[int | None, typer.Option(help="K: use the first K queries.")] = None,
+    dqs_threshold: Annotated[float | None, typer.Option(help="t: drop queries more similar than this.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Labels to show of each image.")] = 3,
+    batch_size: BatchSizeOption = 64,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    fast: FastOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Labels with probabilities, and the number of queries that each image used.
+
+    Unreadable files are named, the others classified; the exit status is then 1.
+    """
+    from hf_visual_perceiver.data.image_files import list_images, read_image
+    from hf_visual_perceiver.inference.classification import classify
+    from hf_visual_perceiver.inference.loading import choose_device, load_model, load_optimized
+
+    files = list_images(images)
+    network = (load_optimized if fast else load_model)(chosen_model(None, model), choose_device(device), dtype)
+    network.config.operating_point(num_active_queries, dqs_threshold)
+    results, unreadable = [], []
+    for first in range(0, len(files), batch_size):
+        readable = []
+        for file in files[first : first + batch_size]:
+            try:
+                readable.append((file, read_image(file)))
+            except ValueError as error:
+                unreadable.append(str(error))
+        if readable:
+            named, pictures = zip(*readable, strict=True)
+            outputs = classify(network, pictures, num_active_queries, dqs_threshold, top_k)
+            results += [{"file": file, **output} for file, output in zip(named, outputs, strict=True)]
+
+    if results:
+        rows = []
+        for result in results:
+            (label, p), *others = result["labels"].items()
+            also = ", ".join(f"{name} {q:.1%}" for name, q in others)
+            cost = [f"{result['queries_used']}", f"{result['macs'] / 1e6:.1f}"]
+            rows.append([result["file"], label, also, f"{p:.1%}", *cost])
+        headers = ("image", "label", "also", "p", "queries", "MACs (M)")
+        output_console(json_file).print(terminal_table(None, headers, rows, left=3))
+    write_result(json_file, {"images": results, "unreadable": unreadable})
+    for message in unreadable:
+        print_error(message)
+    if unreadable:
+        raise typer.Exit(1)

@@ -1,0 +1,122 @@
+"""`visual-perceiver robustness`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hf_visual_perceiver.cli.options import (
+    BatchSizeOption,
+    DatasetNameOption,
+    DatasetOption,
+    DeviceOption,
+    DtypeOption,
+    FastOption,
+    JsonOption,
+    MaxImagesOption,
+    ModelArgument,
+    ModelOption,
+    SplitOption,
+    chosen_model,
+    dataset_label,
+    model_label,
+    output_console,
+    write_result,
+)
+from hf_visual_perceiver.utils.files import write_json, write_text
+from hf_visual_perceiver.utils.tables import terminal_table
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hf_visual_perceiver.evaluation.robustness import Robustness
+
+
+def robustness_command(
+    checkpoint: ModelArgument = None,
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    dataset_name: DatasetNameOption = None,
+    split: SplitOption = "test",
+    cifar10_c: Annotated[
+        Path | None,
+        typer.Option(
+            "--cifar10-c",
+            help="Folder of the published CIFAR-10-C (NAME.npy, labels.npy), instead of our own corruptions; --dataset is "
+            "then CIFAR-10.",
+        ),
+    ] = None,
+    corruption: Annotated[list[str] | None, typer.Option(help="Repeat for several; by default all.")] = None,
+    severity: Annotated[list[int] | None, typer.Option(help="1 to 5; repeat for several; by default all.")] = None,
+    num_active_queries: Annotated[
+        list[int] | None, typer.Option(help="K to measure beside all queries; repeat. By default 8, 16, 32, 64.")
+    ] = None,
+    dqs_threshold: Annotated[
+        list[float] | None, typer.Option(help="t to measure; repeat for several. By default 0.7, 0.8, 0.9.")
+    ] = None,
+    max_images: MaxImagesOption = None,
+    seed: Annotated[int, typer.Option(help="Of the corruptions.")] = 0,
+    batch_size: BatchSizeOption = 256,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    fast: FastOption = False,
+    json_file: JsonOption = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Write robustness.md, its pictures and robustness.json into this folder.")
+    ] = None,
+) -> None:
+    """Accuracy and queries kept under common corruptions; whether selection spends more on harder images."""
+    from hf_visual_perceiver.data.images import load_images
+    from hf_visual_perceiver.evaluation.corruptions import SEVERITIES
+    from hf_visual_perceiver.evaluation.robustness import BUDGETS, THRESHOLDS, measure_robustness, robustness_points
+    from hf_visual_perceiver.evaluation.robustness_report import difficulty_rows, robustness_section
+    from hf_visual_perceiver.inference.loading import choose_device, default_dataset, load_model, load_optimized
+    from hf_visual_perceiver.utils.conditions import command_line
+
+    console, name = output_console(json_file), chosen_model(checkpoint, model)
+    if output_dir:  # what could fail at the end fails now
+        output_dir.mkdir(parents=True, exist_ok=True)
+    network = (load_optimized if fast else load_model)(name, choose_device(device), dtype)
+    result = measure_robustness(
+        network,
+        load_images(dataset or default_dataset(), split),
+        robustness_points(network.config.num_queries, num_active_queries or BUDGETS, dqs_threshold or THRESHOLDS),
+        corruption or None,
+        severity or SEVERITIES,
+        max_images,
+        seed,
+        batch_size,
+        conditions={
+            "model": model_label(name),
+            "dataset": dataset_label(dataset, dataset_name),
+            "split": split,
+            "command": command_line(),
+        },
+        cifar10_c=cifar10_c,
+    )
+    console.print(robustness_table(result))
+    if result.difficulty:
+        headers, *rows = difficulty_rows(result)
+        console.print(terminal_table("rank correlation of queries kept, clean images", headers, rows))
+    write_result(json_file, result.to_dict())
+    if output_dir:
+        write_json(output_dir / "robustness.json", result.to_dict())
+        write_text(output_dir / "robustness.md", robustness_section(result, output_dir))
+        console.print(f"Report: {output_dir / 'robustness.md'}")
+
+
+def robustness_table(result: "Robustness") -> "Table":
+    """Accuracy by corruption, mean over severities, for the terminal; with selection, the mean queries in brackets."""
+    from hf_visual_perceiver.evaluation.robustness import ALL, CLEAN
+    from hf_visual_perceiver.evaluation.robustness_report import severities_in_words
+
+    rows = []
+    for name, severity in ((CLEAN, 0), *((c, None) for c in result.corruptions), (ALL, None)):
+        cells = (
+            f"{100 * o.accuracy:.2f}" + ("" if o.dqs_threshold is None else f" ({o.queries_mean:.1f})")
+            for o in result.cell(name, severity)
+        )
+        rows.append([name.replace("_", " "), *cells])
+    title = f"accuracy (%), mean over {severities_in_words(result)}; queries kept in brackets"
+    return terminal_table(title, ["corruption", *map(str, result.points)], rows, ends=(0, len(rows) - 2))

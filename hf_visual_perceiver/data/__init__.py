@@ -1,0 +1,1 @@
+"""Datasets, their parts, images in files, the embedded sample."""

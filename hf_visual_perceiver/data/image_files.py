@@ -1,0 +1,50 @@
+"""Images that a command is given: files, folders of them, or one on stdin."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from hf_visual_perceiver.modeling.handler import open_image
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+STDIN = "-"
+
+
+def list_images(names: Sequence[str]) -> list[str]:
+    """The files among `names`, and the image files in the folders among them.
+
+    Raises:
+        ValueError: If a folder has no images, a name is an address, or stdin is named twice.
+    """
+    files: list[str] = []
+    for name in names:
+        if re.match(r"[a-z][a-z0-9+.-]*://", name, flags=re.IGNORECASE):
+            raise ValueError(
+                f"Expected image files, folders or - for stdin, got the address {name!r}: images are not fetched from "
+                "the network. Download it first."
+            )
+        if Path(name).is_dir():
+            found = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise ValueError(f"Expected images in {name}, found none.")
+            files += map(str, found)
+        else:
+            files.append(name)
+    if files.count(STDIN) > 1:
+        raise ValueError(f"Expected one image on stdin, got {files.count(STDIN)} times -.")
+    return files
+
+
+def read_image(name: str) -> Image.Image:
+    """An RGB image, or a `ValueError` that names the file."""
+    try:
+        if name == STDIN:
+            return open_image(sys.stdin.buffer.read())
+        with open(name, "rb") as file:
+            return open_image(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Cannot read {'stdin' if name == STDIN else name} as an image: {error}") from error

@@ -1,0 +1,1 @@
+"""Accuracy at every budget, and what follows from it."""

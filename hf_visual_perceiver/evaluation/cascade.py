@@ -1,0 +1,223 @@
+"""A cascade: a few queries first, more only for the images that the few leave uncertain.
+
+Shapes: B images, S stages, n images of a validation set.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling.macs import count_extension_macs, count_trunk_macs
+from hf_visual_perceiver.modeling.modeling_visual_perceiver import VisualPerceiverImageClassifierOutput
+from hf_visual_perceiver.modeling.query_selection import as_number
+from hf_visual_perceiver.utils.files import write_json
+
+
+class Cascade:
+    """Runs the first K_1 queries; an image whose top probability reaches the stage's threshold is done, the others go on.
+
+    Images that are done leave the batch, so they cost nothing further. The others go on where they are: only the new queries
+    read, and with a block-causal trunk they alone go through it; otherwise the trunk runs anew on K_2 of them, for its
+    attention mixes the queries. (MSDNet and DVT stop likewise, by the top probability: Huang et al. 2018, Wang et
+    al. 2021.)
+
+    Args:
+        model: In eval mode. Its own operating point plays no part.
+        stages: K_1 < K_2 < ..., in [1, Q].
+        thresholds: One for each stage but the last: the top probability at which an image stops there. 0 stops all,
+            more than 1 none. The last stage stops all.
+
+    Raises:
+        ValueError: If the stages or the thresholds are not as described.
+
+    Example:
+        >>> from hf_visual_perceiver import VisualPerceiverConfig
+        >>> model = VisualPerceiverForImageClassification(VisualPerceiverConfig(num_labels=10)).eval()
+        >>> cascade = Cascade(model, stages=[8, 64], thresholds=[0.0])
+        >>> cascade(torch.zeros(2, 3, 32, 32)).active_queries.sum(1).tolist()
+        [8, 8]
+    """
+
+    def __init__(
+        self, model: VisualPerceiverForImageClassification, stages: Sequence[int], thresholds: Sequence[float]
+    ):
+        self.model = model
+        self.stages = check_stages(model.config, stages)
+        if len(thresholds) != len(stages) - 1:
+            raise ValueError(
+                f"Expected a threshold for each of {len(stages)} stages but the last, got {len(thresholds)}."
+            )
+        self.thresholds = [as_number(threshold) for threshold in thresholds]
+        for threshold in self.thresholds:
+            if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
+                raise ValueError(f"Expected thresholds of at least 0, got {threshold!r}.")
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: torch.Tensor) -> VisualPerceiverImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+
+        Returns:
+            `logits` (B, labels), each image's from its last stage, and `active_queries` (B, Q).
+        """
+        state = self.model.start(pixel_values)
+        B, device = pixel_values.shape[0], pixel_values.device
+        going = torch.arange(B, device=device)  # images still in the batch
+        logits: torch.Tensor | None = None
+        used = torch.zeros(B, dtype=torch.long, device=device)
+        for stage, K in enumerate(self.stages):
+            answer = state.extend(K).logits
+            if logits is None:
+                logits = answer.new_zeros(B, answer.shape[1])
+            # Written at each stage, and overwritten for those that go on.
+            logits = logits.index_copy(0, going, answer)
+            used[going] = K
+            if stage == len(self.thresholds):
+                break
+            on = top_probability(answer) < self.thresholds[stage]
+            going = going[on]
+            if len(going) == 0:
+                break
+            state = state[on]
+        active = torch.arange(self.model.config.num_queries, device=device) < used[:, None]
+        return VisualPerceiverImageClassifierOutput(logits=logits, active_queries=active)
+
+    def save(self, path: str | Path) -> None:
+        """Write the stages and thresholds as JSON, such as `cascade.json` in the checkpoint's folder."""
+        write_json(path, {"stages": self.stages, "thresholds": self.thresholds})
+
+    @classmethod
+    def load(cls, model: VisualPerceiverForImageClassification, path: str | Path) -> "Cascade":
+        """The inverse of `save`.
+
+        Raises:
+            ValueError: If the file is not as `save` writes it, or does not fit the model.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+            stages, thresholds = list(values["stages"]), list(values["thresholds"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"Expected {path} to hold the stages and thresholds of a cascade, got {error!r}."
+            ) from error
+        return cls(model, stages, thresholds)
+
+
+def check_stages(config: VisualPerceiverConfig, stages: Sequence[int]) -> list[int]:
+    """The stages as a list, or a `ValueError` unless they ascend within [1, Q]."""
+    checked = [config.operating_point(K)[0] for K in stages]
+    if not checked or any(a >= b for a, b in itertools.pairwise(checked)):
+        raise ValueError(f"Expected ascending stages, at least one, got {list(stages)}.")
+    return checked
+
+
+def top_probability(logits: torch.Tensor) -> torch.Tensor:
+    """How sure an answer is: (B, labels) -> (B,), in float32."""
+    return F.softmax(logits.float(), dim=-1).amax(dim=-1)
+
+
+def cascade_macs(config: VisualPerceiverConfig, stages: Sequence[int]) -> list[int]:
+    """Multiply-accumulates of an image that stops at each stage, by the formula of `count_macs`.
+
+    Reading is paid once, for the queries of the last stage reached, and so is the trunk if it is block-causal and the stages
+    are ends of blocks. Otherwise the trunk is paid once per stage, as the decoder and head always are.
+
+    Example:
+        >>> config = VisualPerceiverConfig(num_labels=10)
+        >>> cascade_macs(config, [8])[0] == count_macs(config, 8)
+        True
+        >>> cascade_macs(config, [8, 64])[1] > count_macs(config, 64)
+        True
+    """
+    stages = check_stages(config, stages)
+    if config.trunk_attention == "block_causal":
+        ends = [0, *config.block_ends]
+        starts = [max(end for end in ends if end <= K) for K in [0, *stages[:-1]]]
+        added = [count_extension_macs(config, start, K) for start, K in zip(starts, stages, strict=True)]
+    else:
+        added = [count_trunk_macs(config, K) for K in stages]
+    trunks = itertools.accumulate(added)
+    return [count_macs(config, K) - count_trunk_macs(config, K) + paid for K, paid in zip(stages, trunks, strict=True)]
+
+
+@dataclass(frozen=True)
+class CascadeChoice:
+    """Thresholds found by a search, and what they do on the images that they were found on."""
+
+    thresholds: list[float]
+    accuracy: float
+    macs: float  # mean per image
+
+
+def stopping_stages(confidence: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+    """The stage at which each image stops, (n,), given its confidence at every stage, (n, S).
+
+    Example:
+        >>> stopping_stages(np.array([[0.9, 0.9], [0.2, 0.9]]), [0.5]).tolist()
+        [0, 1]
+    """
+    stops = confidence[:, :-1] >= np.asarray(thresholds, dtype=confidence.dtype)
+    return np.concatenate([stops, np.ones_like(stops, shape=(len(stops), 1))], axis=1).argmax(axis=1)
+
+
+def search_thresholds(
+    confidence: np.ndarray, correct: np.ndarray, macs: Sequence[float], budget: float, combinations: int = 2000
+) -> CascadeChoice:
+    """The thresholds of the highest accuracy among those whose mean cost on these images is within the budget.
+
+    DVT and MSDNet pose the same problem, one set of thresholds per budget. Here all combinations of quantiles of
+    each stage's confidence are tried, `combinations` at most, so the result does not depend on a random search.
+
+    Args:
+        confidence: (n, S) top probability of each image at each stage, on validation images.
+        correct: (n, S) bool, whether the stage's answer is right.
+        macs: (S,) cost of stopping at each stage, ascending; see `cascade_macs`.
+        budget: Highest mean cost per image, in the same unit.
+        combinations: How many combinations of thresholds to try.
+
+    Raises:
+        ValueError: If the arrays do not fit together, or stopping everything at the first stage is over the budget.
+
+    Example:
+        >>> confidence, correct = np.array([[0.9, 0.9], [0.4, 0.9]]), np.array([[True, True], [False, True]])
+        >>> choice = search_thresholds(confidence, correct, [1, 4], budget=2.5)
+        >>> choice.accuracy, choice.macs
+        (1.0, 2.5)
+    """
+    costs = np.asarray(macs, dtype=float)
+    if confidence.ndim != 2 or confidence.shape != correct.shape or len(costs) != confidence.shape[1]:
+        raise ValueError(
+            f"Expected confidence and correct of shape (n, S) and S costs, got {confidence.shape}, {correct.shape} "
+            f"and {len(costs)} costs."
+        )
+    if not len(confidence) or budget < costs[0]:
+        raise ValueError(
+            f"Expected images, and a budget of at least the first stage's {costs[0]:g}, got {len(confidence)} images and {budget:g}."
+        )
+    n, S = confidence.shape
+    levels = max(2, int(combinations ** (1 / max(1, S - 1))))
+    # 0 stops every image at a stage, 2 none.
+    grids = [
+        np.unique([0.0, *np.quantile(confidence[:, stage], np.linspace(0, 1, levels)), 2.0]) for stage in range(S - 1)
+    ]
+    best: CascadeChoice | None = None
+    for thresholds in itertools.product(*grids):
+        stage = stopping_stages(confidence, thresholds)
+        cost = float(costs[stage].mean())
+        if cost > budget:
+            continue
+        accuracy = float(correct[np.arange(n), stage].mean())
+        if best is None or (accuracy, -cost) > (best.accuracy, -best.macs):
+            best = CascadeChoice([float(t) for t in thresholds], accuracy, cost)
+    assert best is not None, "thresholds of 0 stop at the first stage, which the budget allows"
+    return best

@@ -1,0 +1,120 @@
+"""A small network that guesses, from what the first queries read, which budgets K would classify an image rightly.
+
+Trained after the fact, the Visual Perceiver frozen. Shapes: B images, m probing queries, P budgets, D width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hf_visual_perceiver.evaluation.cascade import check_stages
+from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling.macs import count_trunk_macs
+from hf_visual_perceiver.modeling.modeling_visual_perceiver import VisualPerceiverImageClassifierOutput
+
+
+class BudgetPredictor(nn.Module):
+    """Cross-attention outputs of the first m queries to the log-odds of a right answer at each budget.
+
+    (B, m, D) -> (B, P). A layer norm and an MLP with one hidden layer.
+    """
+
+    def __init__(self, width: int, num_probes: int, num_budgets: int, hidden: int = 64):
+        super().__init__()
+        self.num_probes = num_probes
+        self.norm = nn.LayerNorm(num_probes * width)
+        self.fc1 = nn.Linear(num_probes * width, hidden)
+        self.fc2 = nn.Linear(hidden, num_budgets)
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(self.norm(y[:, : self.num_probes].flatten(1)))))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image."""
+        return self.fc1.weight.numel() + self.fc2.weight.numel()
+
+
+def fit_predictor(
+    y: torch.Tensor, correct: torch.Tensor, epochs: int = 30, hidden: int = 64, seed: int = 0
+) -> BudgetPredictor:
+    """Train a predictor on what was read, (n, m, D), and whether each budget was right, (n, P) bool; binary cross-entropy.
+
+    Example:
+        >>> y, correct = torch.randn(32, 4, 8), torch.ones(32, 3, dtype=torch.bool)
+        >>> fit_predictor(y, correct, epochs=2)(y).shape
+        torch.Size([32, 3])
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        predictor = BudgetPredictor(y.shape[2], y.shape[1], correct.shape[1], hidden)
+        optimizer = torch.optim.AdamW(predictor.parameters(), lr=1e-3, weight_decay=0.05)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(y)).split(256):
+                loss = F.binary_cross_entropy_with_logits(predictor(y[rows]), correct[rows].float())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return predictor.eval()
+
+
+def choose_budgets(log_odds: torch.Tensor, budget_macs: Sequence[float], price: float) -> torch.Tensor:
+    """The budget of each image, (B,): the highest probability of a right answer, less its share of all MACs times `price`.
+
+    Example:
+        >>> choose_budgets(torch.tensor([[0.0, 3.0], [2.0, 2.1]]), [1.0, 10.0], price=0.1).tolist()
+        [1, 0]
+    """
+    shares = torch.as_tensor(budget_macs, dtype=torch.float32) / max(budget_macs)
+    return (log_odds.float().sigmoid() - price * shares.to(log_odds.device)).argmax(dim=-1)
+
+
+def predicted_macs(config: VisualPerceiverConfig, budgets: Sequence[int], predictor: BudgetPredictor) -> list[int]:
+    """Multiply-accumulates of an image at each budget: its K queries, the reading of all candidates, the predictor.
+
+    As the selection by similarity, all candidates read before it is known which stay; they are the largest budget's.
+    """
+    D, N, most = config.hidden_size, config.num_patches, max(budgets)
+    return [count_macs(config, K) + (most - K) * (D**2 + 2 * N * D) + predictor.macs for K in budgets]
+
+
+class PredictedQueries:
+    """Runs each image with the first K queries, K by a predictor, all images packed in one batch.
+
+    Args:
+        model: In eval mode. Its own operating point plays no part.
+        predictor: See `fit_predictor`.
+        budgets: The K that it predicts for, ascending.
+        price: What all MACs of the largest budget are worth in probability of a right answer; 0 is the most accurate.
+    """
+
+    def __init__(
+        self,
+        model: VisualPerceiverForImageClassification,
+        predictor: BudgetPredictor,
+        budgets: Sequence[int],
+        price: float,
+    ):
+        self.model, self.predictor, self.price = model, predictor, price
+        self.budgets = check_stages(model.config, budgets)
+        if predictor.fc2.out_features != len(self.budgets) or predictor.num_probes > self.budgets[-1]:
+            raise ValueError(
+                f"Expected a predictor of {len(self.budgets)} budgets and at most {self.budgets[-1]} probes, "
+                f"got {predictor.fc2.out_features} and {predictor.num_probes}."
+            )
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: torch.Tensor) -> VisualPerceiverImageClassifierOutput:
+        """Classify images (B, C, H, W): `logits` (B, labels) and `active_queries` (B, Q)."""
+        parts = self.model.visual_perceiver
+        y = parts.read(pixel_values, self.budgets[-1])
+        macs = [count_trunk_macs(parts.config, K) for K in self.budgets]
+        choice = choose_budgets(self.predictor(y), macs, self.price)
+        K = torch.tensor(self.budgets, device=y.device)[choice]
+        keep = torch.arange(y.shape[1], device=y.device) < K[:, None]  # (B, K)
+        active = parts.process(parts.keep_queries(y, keep))
+        return VisualPerceiverImageClassifierOutput(
+            logits=self.model.head(parts.decode(active)), active_queries=parts.active_queries(active)
+        )

@@ -1,0 +1,247 @@
+"""Robustness as tables, pictures, and a section of a report."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from hf_visual_perceiver.data.images import load_images
+from hf_visual_perceiver.evaluation.corruptions import CORRUPTIONS, corrupt
+from hf_visual_perceiver.evaluation.difficulty import Difficulty
+from hf_visual_perceiver.evaluation.plots import save_figure
+from hf_visual_perceiver.evaluation.robustness import ALL, CLEAN, Outcome, Robustness
+from hf_visual_perceiver.inference.loading import default_dataset
+from hf_visual_perceiver.utils.conditions import conditions_line
+from hf_visual_perceiver.utils.tables import markdown_table
+
+
+SHEET_IMAGE, SHEET_SEVERITIES = 25, (1, 3, 5)  # of the sample's test split
+
+
+def robustness_section(result: Robustness, folder: Path) -> str:
+    """A report's section in Markdown, headings from the second level on; its pictures are written into `folder`.
+
+    Args:
+        result: What `measure_robustness` returned.
+        folder: Where the report lies; it is made if it is missing.
+
+    Returns:
+        The text; it names the pictures by file name, without the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_severities(result, folder / "robustness_severity.png")
+    plot_corruptions(result, folder / "robustness_corruptions.png")
+    parts = [
+        "## Robustness to common corruptions",
+        "Accuracy (%), mean over severities; ± is one standard error over images, the corruptions taken as given.",
+        accuracy_table(result),
+        "![Accuracy and queries kept against severity](robustness_severity.png)",
+        "![Accuracy and queries kept by corruption](robustness_corruptions.png)",
+    ]
+    if set(result.corruptions) <= set(CORRUPTIONS):
+        plot_contact_sheet(folder / "robustness_corrupted.png")
+        parts.insert(1, "![One image under every corruption](robustness_corrupted.png)")
+    if _thresholds(result):
+        parts += ["Mean queries that selection keeps, by corruption (mean over severities).", queries_table(result)]
+    if result.difficulty:
+        plot_difficulty(result, folder / "robustness_difficulty.png")
+        parts += [
+            "### Does selection spend more queries on harder images?",
+            "On the clean images; harder means that the full network is less sure of its answer, or that the answer is wrong. "
+            "Rank correlations of queries kept are Spearman's, their errors and intervals from a bootstrap over images.",
+            difficulty_table(result),
+            "![Full network's accuracy and confidence against queries kept](robustness_difficulty.png)",
+            *(bins_table(difficulty) for difficulty in result.difficulty),
+        ]
+    if "command" in result.conditions:
+        parts += ["Measured by", f"    {result.conditions['command']}"]
+    return "\n\n".join([*parts, f"Conditions: {conditions_line(result.conditions)}."]) + "\n"
+
+
+def accuracy_table(result: Robustness) -> str:
+    """Accuracy per corruption and operating point, mean over severities, as Markdown."""
+    rows = [
+        [name, *(f"{100 * o.accuracy:.2f} ± {100 * o.standard_error:.2f}" for o in outcomes)]
+        for name, outcomes in _table_rows(result)
+    ]
+    return markdown_table(["corruption", *map(str, result.points)], rows)
+
+
+def queries_table(result: Robustness) -> str:
+    """Mean queries kept per corruption and threshold, mean over severities, as Markdown."""
+    places = _thresholds(result)
+    rows = [[name, *(f"{outcomes[i].queries_mean:.2f}" for i in places)] for name, outcomes in _table_rows(result)]
+    return markdown_table(["corruption", *(str(result.points[i]) for i in places)], rows)
+
+
+def difficulty_rows(result: Robustness) -> list[list[str]]:
+    """Headers and cells: what `Difficulty` has of each threshold."""
+    rows = [["t", "with confidence", "with error", "queries where right", "where wrong"]]
+    for d in result.difficulty:
+        means = ("-" if mean is None else f"{mean:.2f}" for mean in (d.queries_right, d.queries_wrong))
+        rows.append([f"{d.dqs_threshold:g}", str(d.with_confidence), str(d.with_error), *means])
+    return rows
+
+
+def difficulty_table(result: Robustness) -> str:
+    """`difficulty_rows` as Markdown."""
+    headers, *rows = difficulty_rows(result)
+    return markdown_table(headers, rows)
+
+
+def bins_table(difficulty: Difficulty) -> str:
+    """The full network on images by the queries that selection keeps of them, as Markdown."""
+    rows = [
+        [
+            f"{b.queries_min} to {b.queries_max}",
+            f"{b.images:,}",
+            f"{100 * b.accuracy:.2f} ± {100 * b.standard_error:.2f}",
+            f"{100 * b.confidence:.2f}",
+        ]
+        for b in difficulty.bins
+    ]
+    first = f"queries kept at t = {difficulty.dqs_threshold:g}"
+    return markdown_table([first, "images", "full network's accuracy (%)", "its mean confidence (%)"], rows)
+
+
+def plot_severities(result: Robustness, path: Path) -> None:
+    """Plot accuracy against severity at each operating point, and the queries kept at each t; mean over corruptions."""
+    thresholds = _thresholds(result)
+    figure = Figure(figsize=(11 if thresholds else 6, 4.5), layout="constrained")
+    axes, *others = figure.subplots(1, 2 if thresholds else 1, squeeze=False)[0]
+    severities = [0, *result.severities]
+    columns = [result.cell(ALL, s) if s else result.cell(CLEAN, 0) for s in severities]
+    for i, point in enumerate(result.points):
+        axes.errorbar(
+            severities,
+            [100 * outcomes[i].accuracy for outcomes in columns],
+            yerr=[100 * outcomes[i].standard_error for outcomes in columns],
+            color=_colours(result)[i],
+            linestyle="-" if point.dqs_threshold is None else "--",
+            marker="o" if point.dqs_threshold is None else "s",
+            markersize=4,
+            capsize=2,
+            label=str(point),
+        )
+    axes.set_ylabel("accuracy (%)")
+    axes.set_title("accuracy, ±1 standard error", fontsize=10)
+    for kept in others:
+        for i in thresholds:
+            kept.plot(
+                severities,
+                [outcomes[i].queries_mean for outcomes in columns],
+                "s--",
+                color=_colours(result)[i],
+                markersize=4,
+                label=str(result.points[i]),
+            )
+        kept.set_ylabel("mean queries kept")
+        kept.set_title("queries that selection keeps", fontsize=10)
+        kept.set_ylim(bottom=0)
+    for one in (axes, *others):
+        one.set_xlabel("severity (0: clean)")
+        one.xaxis.set_major_locator(MaxNLocator(integer=True))
+        one.grid(alpha=0.3)
+        one.legend(fontsize=8)
+    figure.suptitle(f"{_name(result)}, mean over {len(result.corruptions)} corruptions", fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_corruptions(result: Robustness, path: Path) -> None:
+    """Plot accuracy by corruption and operating point, and how many queries more or fewer than on clean images are kept."""
+    thresholds = _thresholds(result)
+    names = result.corruptions
+    accuracy = np.array([[100 * o.accuracy for o in result.cell(name, None)] for name in names])
+    kept = np.array([[o.queries_mean for o in result.cell(name, None)] for name in names])
+    change = (kept - [o.queries_mean for o in result.cell(CLEAN, 0)])[:, thresholds]
+    size = (3.2 + 0.8 * (len(result.points) + len(thresholds)), 1.8 + 0.3 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    ratios = [len(result.points), *([len(thresholds)] if thresholds else [])]
+    axes = figure.subplots(1, len(ratios), sharey=True, squeeze=False, gridspec_kw={"width_ratios": ratios})[0]
+    # The scales go on beyond the values, so that black digits can be read on the colours.
+    low, high = float(accuracy.min()), float(accuracy.max())
+    reach = (low, high + 0.6 * (high - low) + 1)
+    _heat_map(axes[0], accuracy, ".1f", "YlGn", reach, [str(p) for p in result.points])
+    axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes[0].set_title("accuracy (%)", fontsize=10)
+    if thresholds:
+        most = 1.6 * max(float(np.abs(change).max()), 1e-9)
+        _heat_map(axes[1], change, "+.1f", "RdBu_r", (-most, most), [str(result.points[i]) for i in thresholds])
+        axes[1].set_title("queries kept, less those on clean images", fontsize=10)
+    figure.suptitle(f"{_name(result)}, mean over {severities_in_words(result)}", fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_difficulty(result: Robustness, path: Path) -> None:
+    """Plot the full network's accuracy and confidence against the queries that selection keeps, one panel for each t."""
+    figure = Figure(figsize=(1 + 3.4 * len(result.difficulty), 4), layout="constrained")
+    panels = figure.subplots(1, len(result.difficulty), sharey=True, squeeze=False)[0]
+    for axes, difficulty in zip(panels, result.difficulty, strict=True):
+        x = [b.queries_mean for b in difficulty.bins]
+        spread = [[a - b.queries_min for a, b in zip(x, difficulty.bins, strict=True)]]
+        spread.append([b.queries_max - a for a, b in zip(x, difficulty.bins, strict=True)])
+        accuracy = [100 * b.accuracy for b in difficulty.bins]
+        errors = [100 * b.standard_error for b in difficulty.bins]
+        axes.errorbar(x, accuracy, errors, spread, "o-", capsize=2, elinewidth=0.8, label="accuracy")
+        axes.plot(x, [100 * b.confidence for b in difficulty.bins], "s--", label="mean confidence")
+        axes.set_title(
+            f"t = {difficulty.dqs_threshold:g}; rank correlation of queries\n"
+            f"with confidence {_short(difficulty.with_confidence.value)}, with error {_short(difficulty.with_error.value)}",
+            fontsize=9,
+        )
+        axes.set_xlabel("queries kept (mean and range of the bin)")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("full network (%)")
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"{_name(result)}, clean images", fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_contact_sheet(path: Path) -> None:
+    """Show an image of the embedded sample under every corruption of our own, one row for each of three severities."""
+    image = np.asarray(load_images(default_dataset(), "test").image(SHEET_IMAGE))
+    figure = Figure(figsize=(1.25 * len(CORRUPTIONS), 1.3 * len(SHEET_SEVERITIES)), layout="constrained")
+    grid = figure.subplots(len(SHEET_SEVERITIES), len(CORRUPTIONS))
+    for row, severity in zip(grid, SHEET_SEVERITIES, strict=True):
+        for axes, name in zip(row, CORRUPTIONS, strict=True):
+            axes.set_axis_off()
+            axes.imshow(corrupt(image[None], name, severity)[0])
+            axes.set_title(f"{name.replace('_', ' ')}, {severity}", fontsize=7, pad=2)
+    save_figure(figure, path)
+
+
+def severities_in_words(result: Robustness) -> str:
+    """The severities measured, such as "severities 1, 3, 5"."""
+    return ("severity " if len(result.severities) == 1 else "severities ") + ", ".join(map(str, result.severities))
+
+
+def _table_rows(result: Robustness) -> list[tuple[str, list[Outcome]]]:
+    rows = [("clean", result.cell(CLEAN, 0))]
+    rows += [(name.replace("_", " "), result.cell(name, None)) for name in result.corruptions]
+    rows += [(f"**all, severity {severity}**", result.cell(ALL, severity)) for severity in result.severities]
+    return [*rows, ("**all, mean**", result.cell(ALL, None))]
+
+
+def _thresholds(result: Robustness) -> list[int]:
+    """The places of the points that select."""
+    return [i for i, point in enumerate(result.points) if point.dqs_threshold is not None]
+
+
+def _colours(result: Robustness) -> list[str]:
+    return [f"C{i % 10}" for i in range(len(result.points))]
+
+
+def _heat_map(axes, values: np.ndarray, form: str, colours: str, reach: tuple[float, float], labels: list[str]) -> None:
+    axes.imshow(values, cmap=colours, vmin=reach[0], vmax=reach[1], aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        axes.text(column, row, format(value, form), ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(labels)), labels, fontsize=8)
+
+
+def _short(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:+.2f}"
+
+
+def _name(result: Robustness) -> str:
+    return f"{result.conditions.get('model', 'One network')}, {result.conditions['images']:,} images"

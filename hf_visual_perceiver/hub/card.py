@@ -1,0 +1,246 @@
+"""Model cards, made from what was measured and from how the checkpoint was trained."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from huggingface_hub import EvalResult, ModelCardData
+
+from hf_visual_perceiver.evaluation.confusion import Confusion
+from hf_visual_perceiver.evaluation.evaluate import Evaluation, read_evaluation
+from hf_visual_perceiver.evaluation.plots import plot_tradeoff
+from hf_visual_perceiver.evaluation.robustness import ALL, CLEAN, Robustness, read_robustness
+from hf_visual_perceiver.inference.loading import SAMPLE, load_config, shipped
+from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
+from hf_visual_perceiver.utils.conditions import conditions_line
+from hf_visual_perceiver.utils.files import read_json, write_json, write_text
+from hf_visual_perceiver.utils.tables import markdown_table
+
+
+PICTURE = "tradeoff.png"
+CLASSES = 10  # of a card's table, the worst
+
+
+def write_card(folder: Path, model: VisualPerceiverForImageClassification, evaluation: Evaluation) -> Path:
+    """Write README.md, tradeoff.png and evaluation.json into a checkpoint's folder.
+
+    Args:
+        folder: Of the checkpoint; training.json in it says how it was trained, robustness.json what corruption does to it.
+        model: The checkpoint.
+        evaluation: What was measured.
+
+    Returns:
+        The card.
+    """
+    text = render_card(folder, model.config, evaluation)
+    plot_tradeoff(evaluation, folder / PICTURE)
+    write_json(folder / "evaluation.json", evaluation.to_dict())
+    write_text(folder / "README.md", text)
+    return folder / "README.md"
+
+
+def rewrite_card(folder: Path, output: Path | None = None) -> Path:
+    """Write a checkpoint's card from its JSON files alone: config, evaluation, and, if there, training and robustness.
+
+    Args:
+        folder: Of the checkpoint.
+        output: The card; None is README.md in the folder, and its plot is then drawn anew too.
+
+    Returns:
+        The card.
+
+    Raises:
+        ValueError: If the folder holds no checkpoint, or its evaluation is missing or damaged.
+    """
+    measured = folder / "evaluation.json"
+    if not measured.is_file():
+        raise ValueError(
+            f"Expected {measured}, which `visual-perceiver evaluate --model {folder} --write-card` writes; it is not there."
+        )
+    evaluation, config = read_evaluation(measured), load_config(str(folder))
+    if output is None:
+        plot_tradeoff(evaluation, folder / PICTURE)
+    picture = Path(os.path.relpath(folder / PICTURE, output.parent)).as_posix() if output else PICTURE
+    output = output or folder / "README.md"
+    write_text(output, render_card(folder, config, evaluation, picture))
+    return output
+
+
+def render_card(folder: Path, config: VisualPerceiverConfig, evaluation: Evaluation, picture: str = PICTURE) -> str:
+    """The text of a checkpoint's card.
+
+    Args:
+        folder: Of the checkpoint; training.json and robustness.json are read if they are there.
+        config: Of the checkpoint.
+        evaluation: What was measured.
+        picture: Where the plot lies, from the card.
+
+    Raises:
+        ValueError: If a file is damaged.
+    """
+    training, robustness = folder / "training.json", folder / "robustness.json"
+    corrupted = read_robustness(robustness) if robustness.is_file() else None
+    facts, described = (
+        read_json(training, lambda values: (values, training_lines(values))) if training.is_file() else ({}, [])
+    )
+    name = folder.resolve().name
+    return _template().render(
+        metadata=_metadata(name, evaluation, facts),
+        name=name,
+        summary=_summary(config, facts),
+        num_queries=config.num_queries,
+        picture=picture,
+        table=evaluation_markdown(evaluation),
+        command=evaluation.conditions.get("command", "visual-perceiver evaluate"),
+        conditions=conditions_line(evaluation.conditions),
+        errors=_errors(evaluation.confusion, config.num_queries),
+        training="\n".join(f"- {line}" for line in described) or "Not recorded.",
+        limits=_limits(config, corrupted),
+    )
+
+
+def evaluation_markdown(evaluation: Evaluation) -> str:
+    """The rows of a sweep as Markdown."""
+    rows = []
+    for row in evaluation.rows:
+        queries = f"{row.queries_mean:.2f}"
+        if row.dqs_threshold is not None:
+            queries += f" ± {row.queries_std:.2f} ({row.queries_min} to {row.queries_max})"
+        accuracy = f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}"
+        rows.append([str(row.point), queries, f"{row.macs / 1e6:.2f}", accuracy, f"{row.relative_time:.2f}"])
+    headers = ("setting", "queries: mean ± std (min to max)", "MACs (M)", "accuracy (%)", "time")
+    return markdown_table(headers, rows)
+
+
+def _errors(confusion: Confusion | None, num_queries: int) -> str:
+    """Accuracy by class and the most frequent mistakes of all queries, as Markdown."""
+    if confusion is None:
+        return "Accuracy by class, and what is taken for what, were not measured."
+    worst = confusion.worst_first()
+    chosen = "class by class" if len(worst) <= CLASSES else f"the {CLASSES} worst of {len(worst)} classes"
+    rows = []
+    for label in worst[:CLASSES]:
+        accuracy, images = confusion.accuracy(label), confusion.images(label)
+        error = (accuracy * (1 - accuracy) / images) ** 0.5
+        others = ", ".join(f"{given} ({number})" for _, given, number in confusion.mistakes(label)[:2])
+        rows.append([label, others, f"{images}", f"{100 * accuracy:.1f} ± {100 * error:.1f}"])
+    table = markdown_table(["class", "most often taken for", "images", "accuracy (%)"], rows, left=2)
+    return f"All {num_queries} queries, {chosen}:\n\n{table}\n\n{confusion.sentence()}"
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    return environment.from_string(shipped("model_cards/template.md").read_text())
+
+
+def _metadata(name: str, evaluation: Evaluation, facts: dict[str, Any]) -> str:
+    """The YAML that the Hub reads."""
+    c = evaluation.conditions
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type="uoft-cs/cifar10" if c["dataset"] == SAMPLE else c["dataset"],
+            dataset_name=f"{c['dataset']} ({c['split']}, {c['images']} images)",
+            dataset_split=c["split"],
+            metric_type="accuracy",
+            metric_name=f"accuracy at {row.point}",
+            metric_value=round(row.accuracy, 4),
+        )
+        for row in evaluation.rows
+    ]
+    data = ModelCardData(
+        model_name=name,
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["timm", "vision", "perceiver", "adaptive-computation", "dynamic-query-selection"],
+        datasets=[facts["recipe"]["dataset"]] if facts else None,
+        metrics=["accuracy"],
+        eval_results=results,
+    )
+    return data.to_yaml()
+
+
+def _summary(config: VisualPerceiverConfig, facts: dict[str, Any]) -> str:
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in VisualPerceiverForImageClassification(config).parameters()) / 1e6
+    height, width = config.image_height_width
+    return (
+        f"A Visual Perceiver ({config.architecture}, {parameters:.2f} M parameters: {config.num_hidden_layers} blocks of width "
+        f"{config.hidden_size}) that classifies {height}x{width} images into {config.num_labels} classes"
+        + (f", trained on {facts['recipe']['dataset']}." if facts else ".")
+    )
+
+
+def training_lines(facts: dict[str, Any]) -> list[str]:
+    """What training.json says, in sentences."""
+    recipe, c = facts["recipe"], facts["conditions"]
+    # A stream does not say how many images it has.
+    images, epochs = facts["training_images"], facts["epochs"]
+    held_out = recipe.get("validation_split")
+    teacher = recipe.get("teacher")
+    lines = [
+        f"Data: {'' if images is None else f'{images:,} '}training images of {recipe['dataset']}; "
+        + (
+            f"split {held_out} was kept for choosing."
+            if held_out
+            else f"{recipe['validation']:,} images of the training split were kept for choosing."
+        ),
+        f"Recipe: {facts['recipe_name']} (recipe.yaml in the checkpoint's folder), {recipe['steps']:,} steps of "
+        f"{recipe['batch_size']} images{'' if epochs is None else f' ({epochs:.1f} epochs)'}, "
+        f"K by the schedule {recipe['queries']['schedule']}"
+        + (f", {teacher['distillation']} distillation from {_run_name(teacher['model'])}." if teacher else "."),
+        f"Seed: {recipe['seed']}, one run; what another seed would give was not measured.",
+        f"Hardware: {c['hardware']}, {facts['processes']} process(es)"
+        + (f" of {c['threads']} thread(s)" if "threads" in c else "")
+        + f", {recipe['mixed_precision']} mixed precision; "
+        f"{facts['training_hours']:.2f} hours of training steps. Energy was not measured.",
+        f"Versions: torch {c['torch']}, transformers {c['transformers']}, timm {c['timm']}"
+        + (f"; this folder was written at commit {c['commit']}." if "commit" in c else "."),
+    ]
+    if recipe.get("initial_model"):
+        lines.insert(1, f"Began with: the weights of {_run_name(recipe['initial_model'])}{_earlier_stage(facts)}.")
+    if facts["validation_accuracy"]:
+        accuracies = ", ".join(f"{100 * a:.2f} % (K = {k})" for k, a in facts["validation_accuracy"].items())
+        lines.append(f"Validation accuracy at the end: {accuracies}.")
+    return lines
+
+
+def _run_name(model: str) -> str:
+    """A Hub id's or folder's own name; the folder `model` of a run is called as the run."""
+    path = Path(model)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def _earlier_stage(facts: dict[str, Any]) -> str:
+    """How the network that a run began with was trained, as far as its folder said it."""
+    earlier = facts.get("earlier_training")
+    if earlier is None:
+        return ""
+    recipe, seed = earlier["recipe"], earlier["recipe"]["seed"]
+    return (
+        f", trained by {earlier['recipe_name']}: {recipe['steps']:,} steps of {recipe['batch_size']} images, K by the schedule "
+        f"{recipe['queries']['schedule']}, seed {seed}, {earlier['training_hours']:.2f} hours on {earlier['conditions']['hardware']}"
+        + (f" (itself begun with {_run_name(recipe['initial_model'])})" if recipe.get("initial_model") else "")
+    )
+
+
+def _limits(config: VisualPerceiverConfig, corrupted: Robustness | None) -> str:
+    height, width = config.image_height_width
+    robustness = "Robustness to corrupted or shifted images was not measured."
+    if corrupted:
+        clean, mean = (
+            next(o for o in corrupted.cell(*place) if o.point == corrupted.full) for place in ((CLEAN, 0), (ALL, None))
+        )
+        robustness = (
+            f"Under {len(corrupted.corruptions)} corruptions (robustness.json) its mean accuracy at {corrupted.full} is "
+            f"{100 * mean.accuracy:.2f} %, on the same {corrupted.conditions['images']:,} images uncorrupted "
+            f"{100 * clean.accuracy:.2f} %; other shifts were not measured."
+        )
+    return (
+        f"The network has seen {height}x{width} images of the training set's classes only, and gives every image one of those "
+        f"labels. Its probabilities are not calibrated. {robustness} At few queries it is much less accurate; read the table "
+        "before you choose."
+    )

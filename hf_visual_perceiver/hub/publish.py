@@ -1,0 +1,277 @@
+"""Publish a checkpoint's folder on the Hub: checked first, sent in one commit, tagged; whole or not at all."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import requires
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from huggingface_hub import HfApi, RepoFile
+from huggingface_hub.utils import validate_repo_id
+
+from hf_visual_perceiver.hub.errors import hub_step
+from hf_visual_perceiver.hub.folder_check import check_folder
+from hf_visual_perceiver.hub.page import hub_card, read_card
+from hf_visual_perceiver.inference.loading import load_config
+from hf_visual_perceiver.modeling import VisualPerceiverConfig, handler
+
+
+# Formats that can run code when they are loaded, or that hold weights beside model.safetensors.
+UNSAFE = {".bin", ".ckpt", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
+VERSION = re.compile(r"v(\d+)")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a repository will hold: `stage` has exactly these files, in path order, with their sizes in bytes."""
+
+    stage: Path
+    sizes: dict[str, int]
+    config: VisualPerceiverConfig
+    differences: dict[str, float]  # of logits, by way of loading
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a checkpoint is to be found."""
+
+    repo_id: str
+    url: str
+    commit: str
+    tag: str
+    changed: bool  # False if the repository held all of this already
+    private: bool
+
+
+def parse_operating_point(text: str) -> dict[str, Any]:
+    """`num_active_queries` and `dqs_threshold` of "k=16", "dqs=0.8" or "k=32,dqs=0.8".
+
+    Example:
+        >>> parse_operating_point("dqs=0.8")
+        {'num_active_queries': None, 'dqs_threshold': 0.8}
+    """
+    point: dict[str, Any] = {"num_active_queries": None, "dqs_threshold": None}
+    kinds = {"k": ("num_active_queries", int), "dqs": ("dqs_threshold", float)}
+    for part in text.lower().split(","):
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        try:
+            name, kind = kinds[key]
+            if point[name] is not None:
+                raise ValueError
+            point[name] = kind(value)
+        except (KeyError, ValueError):
+            raise ValueError(
+                f'Expected an operating point such as "k=16", "dqs=0.8" or "k=32,dqs=0.8", got {text!r}.'
+            ) from None
+    return point
+
+
+def prepare(
+    folder: Path,
+    repo_id: str,
+    stage: Path,
+    *,
+    operating_point: str | None = None,
+    space: str | None = None,
+    endpoint: str = "https://huggingface.co",
+    check: Callable[[Path], dict[str, float]] = check_folder,
+) -> Plan:
+    """Lay out what will be uploaded and check it; `folder` is not changed, and nothing leaves this machine.
+
+    The stage links to the folder's files and holds its own config.json (with the operating point), README.md (see
+    `hub_card`), and, unless the folder has them, handler.py and requirements.txt for Inference Endpoints.
+
+    Args:
+        folder: A checkpoint.
+        repo_id: "namespace/name".
+        stage: An empty folder.
+        operating_point: What the published config.json shall carry, see `parse_operating_point`; None leaves it.
+        space: Id of the Space for the card to point to.
+        endpoint: Address of the Hub.
+        check: Called with the stage; raises a `ValueError` if it does not load everywhere alike.
+
+    Raises:
+        ValueError: If the folder is not fit to be published, or an argument is not as described.
+    """
+    for name in filter(None, (repo_id, space)):
+        if name.count("/") != 1:
+            raise ValueError(f"Expected an id of the form namespace/name, got {name!r}.")
+        validate_repo_id(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"Expected the folder of a checkpoint, with a config.json, got {str(folder)!r}.")
+    files = list_files(folder)
+    card = read_card(folder / "README.md")
+    values = json.loads((folder / "config.json").read_text())
+    if operating_point is not None:
+        point = parse_operating_point(operating_point)
+        load_config(str(folder)).operating_point(**point)
+        for section in (values, values.get("model_args", {})):  # transformers' and timm's
+            section.update(point)
+    for name in files:
+        if name not in ("config.json", "README.md"):
+            _link(folder / name, stage / name)
+    (stage / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    config = load_config(str(stage))
+    (stage / "README.md").write_text(hub_card(card, folder, config, repo_id, f"{endpoint}/{repo_id}", space))
+    if "handler.py" not in files:
+        shutil.copyfile(handler.__file__, stage / "handler.py")
+    if "requirements.txt" not in files:
+        (stage / "requirements.txt").write_text(endpoint_requirements())
+    sizes = {name: (stage / name).stat().st_size for name in list_files(stage)}
+    return Plan(stage, sizes, config, check(stage))
+
+
+def list_files(folder: Path) -> list[str]:
+    """The files of a checkpoint that are to be published, by their paths in it; hidden ones and caches are not.
+
+    Raises:
+        ValueError: If there are weights in an unsafe format, or an access token is written in a file.
+    """
+    names = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        names += [(Path(place) / name).relative_to(folder).as_posix() for name in files if not name.startswith(".")]
+    for name in names:
+        path = folder / name
+        if path.suffix.lower() in UNSAFE:
+            raise ValueError(
+                f"Expected weights in safetensors alone; {name} in {folder} can hold code, so remove it first."
+            )
+        if path.stat().st_size < 2**20 and TOKEN.search(path.read_bytes()):
+            raise ValueError(f"Expected no access token in {folder}; {name} has what looks like one.")
+    return sorted(names)
+
+
+def endpoint_requirements() -> str:
+    """What an Inference Endpoint must have: this package's own demand on transformers."""
+    return "".join(f"{r}\n" for r in requires("hf-visual-perceiver") or [] if re.match(r"transformers\b", r))
+
+
+def upload(
+    plan: Plan,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str = "main",
+    tag: str | None = None,
+    api: HfApi | None = None,
+) -> Published:
+    """Create the repository unless it is there, and make it hold the plan's files: one commit, then a tag.
+
+    Whatever fails, the branch holds either all or nothing of the new files, and the same call goes on from there.
+    Weights and code of an earlier publication that the plan does not have are removed in the same commit; other
+    files of the repository stay.
+
+    Args:
+        plan: From `prepare`.
+        repo_id: "namespace/name".
+        private: Create it for its owner's eyes.
+        revision: The branch; created from main if it is not there.
+        tag: Its name for the commit; by default the next free one of v1, v2, ...
+        api: With the endpoint and token to use; by default those of huggingface_hub.
+
+    Raises:
+        ValueError: If the repository holds another model, is public although `private` is asked for, or the tag is taken.
+        HubError: If a step fails.
+    """
+    api = api or HfApi()
+    state = "Nothing was uploaded. The same command tries again."
+    with hub_step(f"preparing {repo_id}", state, api):
+        api.whoami()
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        info, refs = api.model_info(repo_id), api.list_repo_refs(repo_id)
+    tags = {ref.name: ref.target_commit for ref in refs.tags}
+    branches = {ref.name: ref.target_commit for ref in refs.branches}
+    if private and not info.private:
+        raise ValueError(
+            f"Expected {repo_id} to be private, but it is there and public. Its settings page changes that."
+        )
+    if revision in tags:
+        raise ValueError(f"Expected a branch of {repo_id} to commit to, got its tag {revision}.")
+    with hub_step(f"looking at {repo_id}", state, api):
+        if revision not in branches:
+            api.create_branch(repo_id, branch=revision)
+        head = branches.get(revision, branches.get("main", info.sha or ""))
+        entries = api.list_repo_tree(repo_id, recursive=True, revision=head)
+        there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+        model = _model_there(api, repo_id, head, there, plan.stage.parent)
+    if model is not None:
+        raise ValueError(f"Expected {repo_id} to be new or to hold a Visual Perceiver; the name is taken by {model}.")
+    gone = [name for name in there if name not in plan.sizes and _is_weights_or_code(name)]
+    changed = bool(gone) or any(name not in there or not _same(plan.stage / name, there[name]) for name in plan.sizes)
+    tag = tag or _next_tag(tags, None if changed else head)
+    if tag in tags and (changed or tags[tag] != head):
+        raise ValueError(f"Expected a free tag, but {tag} of {repo_id} is there, at {tags[tag][:7]}.")
+
+    commit = head
+    if changed:
+        state = "The branch holds all of the new files or none. The same command finds out and does the rest."
+        with hub_step(f"uploading to {repo_id}", state, api):
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=plan.stage,
+                delete_patterns=gone,
+                commit_message=f"Publish {tag}",
+                revision=revision,
+                parent_commit=head,  # somebody else's commit in between is not overwritten
+            ).oid
+    if tag not in tags:
+        state = f"Commit {commit[:7]} is there, without its tag. The same command adds it."
+        with hub_step(f"tagging {repo_id}", state, api):
+            api.create_tag(repo_id, tag=tag, revision=commit)
+    return Published(repo_id, f"{api.endpoint}/{repo_id}", commit, tag, changed, bool(info.private))
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.symlink_to(source.resolve())
+    except OSError:  # not everywhere allowed on Windows
+        shutil.copyfile(source, target)
+
+
+def _model_there(api: HfApi, repo_id: str, commit: str, there: dict[str, RepoFile], scratch: Path) -> str | None:
+    """What another model a repository holds, or None."""
+    if not set(there) - {".gitattributes", "README.md"}:
+        return None
+    if "config.json" not in there:
+        return "files without a config.json"
+    path = api.hf_hub_download(repo_id, "config.json", revision=commit, local_dir=scratch / "there")
+    config = json.loads(Path(path).read_text())
+    kind = str(config.get("model_type") or config.get("architecture"))
+    return None if kind.startswith(VisualPerceiverConfig.model_type) else f"a model of type {kind}"
+
+
+def _same(path: Path, entry: RepoFile) -> bool:
+    with path.open("rb") as file:
+        return is_on_hub(file, path.stat().st_size, entry)
+
+
+def is_on_hub(file: BinaryIO, size: int, entry: RepoFile) -> bool:
+    """Whether a file has the content of one on the Hub, which names contents by git's hash, or sha256 in LFS."""
+    if size != entry.size:
+        return False
+    digest = hashlib.sha1(b"blob %d\0" % entry.size) if entry.lfs is None else hashlib.sha256()
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest() == (entry.blob_id if entry.lfs is None else entry.lfs.sha256)
+
+
+def _is_weights_or_code(name: str) -> bool:
+    suffix = Path(name).suffix.lower()
+    return suffix in UNSAFE | {".safetensors", ".py"} or name.endswith(".safetensors.index.json")
+
+
+def _next_tag(tags: dict[str, str], commit: str | None) -> str:
+    """The newest tag of the commit if it has one, else the next free one of v1, v2, ..."""
+    versions = {name: int(match[1]) for name in tags if (match := VERSION.fullmatch(name))}
+    at_commit = [name for name, target in tags.items() if target == commit]
+    if at_commit:
+        return max(at_commit, key=lambda name: versions.get(name, 0))
+    return f"v{max(versions.values(), default=0) + 1}"

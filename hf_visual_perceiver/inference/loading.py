@@ -1,0 +1,131 @@
+"""Checkpoints and devices by name, with errors that say what is wrong."""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig
+
+from hf_visual_perceiver.modeling import (
+    OptimizedVisualPerceiver,
+    VisualPerceiverConfig,
+    VisualPerceiverForImageClassification,
+)
+from hf_visual_perceiver.utils.choices import check_dtype
+
+
+DEFAULT_CHECKPOINT = "visual_perceiver_nano_cifar10"
+SAMPLE = "the embedded sample of CIFAR-10"
+
+
+def shipped(name: str) -> Path:
+    """A file or folder that comes with the package, installed or in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for root in (package, package.parent):
+        if (root / name).exists():
+            return root / name
+    raise FileNotFoundError(f"Expected {name} to come with the package, found it neither in {package} nor beside it.")
+
+
+def bundled_checkpoint() -> str:
+    """The folder of the checkpoint that comes with the package, to load from anywhere once the package is installed.
+
+    It is a Visual Perceiver of 0.91 M parameters, trained on CIFAR-10; its README.md says what it was measured to do.
+
+    Example:
+        >>> from transformers import AutoModelForImageClassification
+        >>> model = AutoModelForImageClassification.from_pretrained(bundled_checkpoint())
+        >>> model.config.num_queries
+        64
+    """
+    return str(shipped(f"checkpoints/{DEFAULT_CHECKPOINT}"))
+
+
+def default_model() -> str:
+    """What a command takes that is given no checkpoint."""
+    return bundled_checkpoint()
+
+
+def default_dataset() -> str:
+    """The embedded sample of CIFAR-10."""
+    return str(shipped("data"))
+
+
+def load_optimized(name: str, device: str = "cpu", dtype: str = "float32") -> OptimizedVisualPerceiver:
+    """Load a classifier in the form that is optimised for CPUs; see `load_model`."""
+    check_dtype(dtype)
+    # From the weights as they are, so that what is folded together is rounded once.
+    return load_model(name, device).optimize_for_inference(getattr(torch, dtype))
+
+
+def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> VisualPerceiverForImageClassification:
+    """Load a classifier, ready for inference.
+
+    Args:
+        name: A folder or Hub id.
+        device: torch's name.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+
+    Raises:
+        ValueError: If there is no such checkpoint, it holds another kind of model, or its weights are incomplete.
+    """
+    check_dtype(dtype)
+    load_config(name)
+    try:
+        model, report = VisualPerceiverForImageClassification.from_pretrained(
+            # Mismatches are reported below with both shapes.
+            name,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,  # transformers would go on to a pickle
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"Cannot read the weights of {name}: {_first_line(error)}") from error
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, given, expected = mismatched[0]
+        raise ValueError(
+            f"Expected {key} of shape {tuple(expected)} in {name}, as its config.json says, got {tuple(given)} "
+            f"({len(mismatched)} weights do not fit)."
+        )
+    for kind, verb in (("missing_keys", "missing"), ("unexpected_keys", "not part of the model")):
+        if keys := sorted(report[kind]):
+            raise ValueError(
+                f"Expected the weights of its config.json in {name}; {len(keys)} are {verb}, such as {keys[0]}."
+            )
+    return model.to(device).eval()
+
+
+def load_config(name: str) -> VisualPerceiverConfig:
+    """The config of a folder or Hub id.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or it holds another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask, on a terminal
+    except (OSError, ValueError, HFValidationError, HfHubHTTPError, StrictDataclassError) as error:
+        raise ValueError(f"Expected a folder or Hub id of a checkpoint, got {name!r}: {_first_line(error)}") from error
+    if not isinstance(config, VisualPerceiverConfig):
+        raise ValueError(f"Expected a model of type visual_perceiver in {name}, got {config.model_type!r}.")
+    return config
+
+
+def choose_device(device: str = "auto") -> str:
+    """`device`, or for `"auto"` the accelerator if there is one.
+
+    Raises:
+        ValueError: If this machine has no such device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"Expected a device that this machine has, got {device!r}: {_first_line(error)}") from error
+    return device
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

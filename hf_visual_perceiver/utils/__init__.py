@@ -1,0 +1,1 @@
+"""Files, conditions of a measurement, console, tables."""

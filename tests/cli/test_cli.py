@@ -1,0 +1,172 @@
+"""The command line, end to end on the sample, in processes of their own."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from support import run, unwrapped
+
+from hf_visual_perceiver.cli.evaluate import evaluation_table
+from hf_visual_perceiver.cli.main import main
+from hf_visual_perceiver.data.images import load_images
+from hf_visual_perceiver.data.sample_images import write_sample_images
+from hf_visual_perceiver.evaluation.evaluate import Evaluation
+from hf_visual_perceiver.inference.loading import default_dataset, default_model
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    write_sample_images(folder, 5)
+    return folder
+
+
+def cli(*arguments):
+    result = run("visual-perceiver", *arguments, env={"OMP_NUM_THREADS": "1"})
+    assert "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+def test_evaluate(tmp_path):
+    result = cli("evaluate", "--plot", tmp_path / "plot.png", "--json", tmp_path / "result.json")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert len(rows) == 14
+    for row in rows:
+        assert f"{100 * row['accuracy']:.2f} ±" in result.stdout
+    assert "K = 64" in result.stdout
+    assert "t = 0.99" in result.stdout
+    assert "dtype float32" in unwrapped(result.stdout)
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_evaluate_at_chosen_points(tmp_path):
+    chosen = ["--num-active-queries", 3, "--num-active-queries", 5, "--num-active-queries", 3, "--dqs-threshold", 0.5]
+    result = cli("evaluate", *chosen, "--json", tmp_path / "r.json", "--dtype", "bfloat16")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [(r["num_active_queries"], r["dqs_threshold"]) for r in rows] == [(3, 0.5), (5, 0.5)]
+    assert all(1 <= r["queries_min"] <= r["queries_max"] <= r["num_active_queries"] for r in rows)
+
+
+def test_fast_gives_the_same_answers(pictures, tmp_path):
+    points = ["--num-active-queries", 5, "--num-active-queries", 64, "--dqs-threshold", 0.8]
+    rows = []
+    for flags in ([], ["--fast"]):
+        result = cli("evaluate", *points, *flags, "--json", tmp_path / "r.json")
+        assert result.returncode == 0, result.stderr
+        assert ("form optimized" in unwrapped(result.stdout)) == bool(flags)
+        rows.append(json.loads((tmp_path / "r.json").read_text())["rows"])
+    for one, other in zip(*rows, strict=True):
+        assert one["queries_mean"] == pytest.approx(other["queries_mean"], abs=0.01)  # a tie may fall either way
+        assert one["accuracy"] == pytest.approx(other["accuracy"], abs=0.01)
+    cli("predict", pictures, "--fast", "--dtype", "bfloat16", "--dqs-threshold", 0.8, "--json", tmp_path / "p.json")
+    assert len(json.loads((tmp_path / "p.json").read_text())["images"]) == 5
+    refused = cli("evaluate", "--fast", "--write-card")
+    assert refused.returncode == 1
+    assert "Expected --write-card without --fast" in refused.stderr
+
+
+def test_predict(pictures, tmp_path):
+    result = cli("predict", pictures, "--num-active-queries", 16, "--json", tmp_path / "r.json")
+    assert result.returncode == 0, result.stderr
+    answers = json.loads((tmp_path / "r.json").read_text())["images"]
+    assert len(answers) == 5
+    assert {a["queries_used"] for a in answers} == {16}
+    adaptive = cli("predict", *sorted(pictures.iterdir()), "--dqs-threshold", 0.8, "--json", tmp_path / "s.json")
+    assert adaptive.returncode == 0
+    used = [a["queries_used"] for a in json.loads((tmp_path / "s.json").read_text())["images"]]
+    assert len(set(used)) > 1
+    for answer in answers:
+        assert next(iter(answer["labels"])) in result.stdout
+
+
+def test_predict_agrees_with_the_model(pictures, tmp_path, trained):
+    from hf_visual_perceiver.data.images import normalise
+
+    cli("predict", pictures, "--json", tmp_path / "r.json", "--top-k", 1)
+    answers = json.loads((tmp_path / "r.json").read_text())["images"]
+    cfg = trained.config.timm_pretrained_cfg
+    pixels = normalise(load_images(default_dataset(), "test").images[:5], cfg["mean"], cfg["std"])
+    labels = trained(pixels).logits.softmax(-1).max(-1)
+    for answer, p, index in zip(answers, labels.values, labels.indices, strict=True):
+        assert answer["labels"] == {trained.config.id2label[index.item()]: pytest.approx(p.item(), abs=1e-5)}
+
+
+def test_a_truncated_picture_is_named_and_the_rest_classified(pictures, tmp_path):
+    for path in pictures.iterdir():
+        (tmp_path / f"[bold]{path.name}").write_bytes(path.read_bytes())
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(next(pictures.iterdir()).read_bytes()[:900])
+    result = cli("predict", tmp_path, "--json", tmp_path / "r.json")
+    assert result.returncode == 1
+    assert f"Cannot read {broken}" in result.stderr
+    assert "[bold]000_cat.png" in result.stdout.replace("\n", "").replace(" ", "")
+    answers = json.loads((tmp_path / "r.json").read_text())
+    assert len(answers["images"]) == 5
+    assert len(answers["unreadable"]) == 1
+
+
+def test_info(tmp_path):
+    result = cli("info", "--json", tmp_path / "r.json")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads((tmp_path / "r.json").read_text())
+    assert facts["architecture"] == "visual_perceiver_nano_patch4_32"
+    assert "airplane, automobile" in unwrapped(result.stdout)
+    assert facts["evaluation"]["conditions"]["images"] == 10_000
+    assert "hours of training steps" in unwrapped(result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "{text}"], "Cannot read {text} as an image"),
+        (["predict", "{folder}"], "Expected images in {folder}, found none"),
+        (["predict", "{folder}/absent.png"], "Cannot read {folder}/absent.png"),
+        (["predict", "{picture}", "--num-active-queries", "0"], "integer in [1, 64], got 0"),
+        (["predict", "{picture}", "--dqs-threshold", "nan"], "finite number of at least -1, got nan"),
+        (["evaluate", "--num-active-queries", "65"], "integer in [1, 64], got 65"),
+        (["evaluate", "--dataset", "{folder}/absent"], "Expected a dataset at {folder}/absent"),
+        (["evaluate", "--dtype", "int8"], "float32, bfloat16 or float16, got 'int8'"),
+        (["evaluate", "--device", "cuda:7"], "a device that this machine has, got 'cuda:7'"),
+        (["evaluate", "--plot", "{folder}/plot.txt"], "Expected a plot's file to end in .png, .svg or .pdf"),
+        (["evaluate", "--json", "{folder}/absent/r.json"], "Expected a file name in an existing folder"),
+        (["evaluate", "--model", "org/absent", "--write-card"], "Expected --write-card to go with a model folder"),
+        (["info", "--model", "{folder}"], "Expected a folder or Hub id of a checkpoint"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(arguments, message, pictures, tmp_path, monkeypatch, capsys):
+    (tmp_path / "notes.txt").write_text("not an image")
+    places = {"folder": tmp_path, "text": tmp_path / "notes.txt", "picture": next(pictures.iterdir())}
+    # In this process, as importing everything takes seconds each time.
+    monkeypatch.setattr("sys.argv", ["visual-perceiver", *(a.format(**places) for a in arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message.format(**places) in error
+    assert len(error.strip().splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt"]
+
+
+@pytest.mark.parametrize("value", ["2.5", "True"])
+def test_a_budget_that_is_no_integer(pictures, value):
+    result = cli("predict", pictures, "--num-active-queries", value)
+    assert result.returncode == 2
+    assert "valid int" in result.stderr
+
+
+def test_the_table_fits_a_terminal():
+    values = json.loads((Path(default_model()) / "evaluation.json").read_text())
+    narrow = Console(width=80, record=True, file=io.StringIO())
+    narrow.print(evaluation_table(Evaluation.from_dict(values)))
+    text = narrow.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_default_model_ships():
+    assert default_model().endswith("checkpoints/visual_perceiver_nano_cifar10")

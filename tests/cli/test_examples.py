@@ -1,0 +1,54 @@
+"""Examples run: those of the docstrings, and those of the README."""
+
+import doctest
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+from support import REPOSITORY
+
+from hf_visual_perceiver import ARCHITECTURES, count_macs
+from hf_visual_perceiver.evaluation.evaluate import Evaluation
+from hf_visual_perceiver.hub.card import evaluation_markdown
+from hf_visual_perceiver.inference.loading import default_model
+
+
+MODULES = sorted(
+    f"hf_visual_perceiver.{'.'.join(path.relative_to(root).with_suffix('').parts)}"
+    for root in (REPOSITORY / "hf_visual_perceiver", REPOSITORY)
+    for path in root.rglob("*.py")
+    if path.relative_to(REPOSITORY).parts[0] in ("hf_visual_perceiver", "modeling", "training")
+    and (root == REPOSITORY) == (path.relative_to(REPOSITORY).parts[0] != "hf_visual_perceiver")
+    and ">>> " in path.read_text()
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_the_readmes_numbers_are_the_measured_ones():
+    readme = (REPOSITORY / "README.md").read_text()
+    measured = Path(default_model()) / "evaluation.json"
+    evaluation = Evaluation.from_dict(json.loads(measured.read_text()))
+    assert evaluation.conditions["images"] == 10_000
+    assert evaluation_markdown(evaluation) in readme
+    for name in ARCHITECTURES:
+        model = timm.create_model(name, device="meta")
+        parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model.config)
+        assert re.search(rf"`{name}` .* \| {parameters / 1e6:.2f} \| {macs / 1e6:,.1f} \|", readme), name
+
+
+def test_readme(monkeypatch, tmp_path):
+    """Its code needs the installed package, and no checkout."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})

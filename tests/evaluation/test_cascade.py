@@ -1,0 +1,199 @@
+"""The cascade: its answers are the model's own at the stage where an image stops, and its cost is what is counted."""
+
+import numpy as np
+import pytest
+import torch
+from support import small_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_visual_perceiver.evaluation.cascade import (
+    Cascade,
+    cascade_macs,
+    search_thresholds,
+    stopping_stages,
+    top_probability,
+)
+from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs
+
+
+STAGES = [2, 5, 12]
+
+
+@pytest.fixture
+def thresholds(model, images):
+    """Such that of the eight images some stop at each stage; between two images' values, so that rounding moves none."""
+    with torch.no_grad():
+        sure = [top_probability(model(images, num_active_queries=K).logits) for K in STAGES]
+    first = sure[0].quantile(0.5)  # of an even number: between two
+    return [first.item(), sure[1][sure[0] < first].quantile(0.5).item()]
+
+
+@torch.no_grad()
+def test_each_image_gets_the_answer_of_the_stage_where_it_stops(model, images, thresholds):
+    output = Cascade(model, STAGES, thresholds)(images)
+    used = output.active_queries.sum(1)
+    assert set(used.tolist()) == set(STAGES)
+    assert output.active_queries.shape == (8, 12)
+    for image, K, logits, active in zip(images, used, output.logits, output.active_queries, strict=True):
+        alone = model(image[None], num_active_queries=K.item())
+        torch.testing.assert_close(logits, alone.logits[0], atol=1e-5, rtol=1e-5)
+        assert torch.equal(active, alone.active_queries[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("threshold", "K"), [(1.5, 12), (0.0, 2)])
+def test_thresholds_at_the_ends_are_the_last_and_the_first_stage(model, images, threshold, K):
+    output = Cascade(model, STAGES, [threshold] * 2)(images)
+    assert (output.active_queries.sum(1) == K).all()
+    # New queries read in a call of their own, which may round otherwise in the last bit.
+    torch.testing.assert_close(output.logits, model(images, num_active_queries=K).logits, atol=1e-6, rtol=1e-6)
+
+
+def test_numbers_of_other_libraries(model, tmp_path):
+    Cascade(model, np.array([2, 4]), torch.tensor([0.5])).save(tmp_path / "cascade.json")
+    cascade = Cascade.load(model, tmp_path / "cascade.json")
+    assert (cascade.stages, cascade.thresholds) == ([2, 4], [0.5])
+
+
+def test_one_stage_is_the_model_bit_for_bit(model, images):
+    output = Cascade(model, [7], [])(images)
+    with torch.no_grad():
+        assert torch.equal(output.logits, model(images, num_active_queries=7).logits)
+
+
+def test_the_models_own_operating_point_plays_no_part(images):
+    model = VisualPerceiverForImageClassification(small_config()).eval()
+    expected = Cascade(model, STAGES, [0.3, 0.4])(images)
+    model.config.num_active_queries, model.config.dqs_threshold = 3, 0.1
+    output = Cascade(model, STAGES, [0.3, 0.4])(images)
+    assert torch.equal(output.logits, expected.logits)
+    assert torch.equal(output.active_queries, expected.active_queries)
+
+
+def test_batch_equals_one_by_one(model, images, thresholds):
+    cascade = Cascade(model, STAGES, thresholds)
+    together = cascade(images)
+    for i, image in enumerate(images):
+        alone = cascade(image[None])
+        torch.testing.assert_close(alone.logits[0], together.logits[i], atol=1e-5, rtol=1e-5)
+        assert torch.equal(alone.active_queries[0], together.active_queries[i])
+
+
+def test_permuting_the_batch_permutes_the_answers(model, images, thresholds):
+    cascade, order = Cascade(model, STAGES, thresholds), torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])
+    straight, permuted = cascade(images), cascade(images[order])
+    torch.testing.assert_close(permuted.logits, straight.logits[order], atol=1e-5, rtol=1e-5)
+    assert torch.equal(permuted.active_queries, straight.active_queries[order])
+
+
+def counted(function) -> int:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_counted_macs_are_those_of_the_real_forward(stop):
+    config = small_config(num_cross_attention_heads=2)
+    model = VisualPerceiverForImageClassification(config).eval()
+    cascade = Cascade(model, STAGES, [2.0 if stage < stop else 0.0 for stage in range(2)])
+    image = torch.randn(1, 3, 16, 16)
+    assert counted(lambda: cascade(image)) == 2 * cascade_macs(config, STAGES)[stop]
+
+
+def test_images_that_stop_leave_the_batch(model, images, thresholds):
+    rows = []
+    model.visual_perceiver.layers[0].register_forward_hook(lambda m, args, out: rows.append(tuple(out.shape[:2])))
+    used = Cascade(model, STAGES, thresholds)(images).active_queries.sum(1)
+    assert rows == [((used >= K).sum().item(), K) for K in STAGES]
+    rows.clear()
+    Cascade(model, STAGES, [0.0, 0.0])(images)
+    assert rows == [(8, 2)]
+
+
+def test_macs_of_a_cascade_pay_the_trunk_again(config):
+    macs = cascade_macs(config, STAGES)
+    assert macs[0] == count_macs(config, 2)
+    # More than the last stage alone, less than all stages separately.
+    assert count_macs(config, 12) < macs[2] < sum(count_macs(config, K) for K in STAGES)
+
+
+@pytest.fixture
+def answers():
+    """Four hundred images at three stages: later stages are right more often and surer."""
+    generator = np.random.default_rng(0)
+    confidence = generator.beta(2, 2, (400, 3)) + np.array([0.0, 0.1, 0.2])
+    correct = generator.random((400, 3)) < confidence.clip(0, 1)
+    return confidence.astype(np.float32), correct
+
+
+@pytest.mark.parametrize("budget", [1.0, 1.3, 2.0, 4.5, 12.0])
+def test_the_search_stays_within_its_budget(answers, budget):
+    confidence, correct = answers
+    macs = np.array([1.0, 3.0, 9.0])
+    choice = search_thresholds(confidence, correct, macs, budget)
+    stage = stopping_stages(confidence, choice.thresholds)
+    assert macs[stage].mean() == choice.macs <= budget
+    assert correct[np.arange(400), stage].mean() == choice.accuracy
+    # Never worse than stopping all at one stage that the budget allows.
+    assert choice.accuracy >= max(correct[:, s].mean() for s in range(3) if macs[s] <= budget)
+
+
+def test_more_budget_is_never_worse(answers):
+    accuracies = [search_thresholds(*answers, [1, 3, 9], budget).accuracy for budget in (1, 1.5, 2, 3, 5, 9)]
+    assert accuracies == sorted(accuracies)
+    assert accuracies[-1] > accuracies[0]
+
+
+def test_the_search_and_the_cascade_stop_alike(model, images):
+    with torch.no_grad():
+        logits = [model(images, num_active_queries=K).logits for K in STAGES]
+    confidence = torch.stack([top_probability(x) for x in logits], dim=1).numpy()
+    correct = np.ones_like(confidence, dtype=bool)
+    correct[:4, 0] = False
+    macs = cascade_macs(model.config, STAGES)
+    choice = search_thresholds(confidence, correct, macs, np.mean(macs[:2]))
+    used = Cascade(model, STAGES, choice.thresholds)(images).active_queries.sum(1).numpy()
+    assert np.array_equal(used, np.array(STAGES)[stopping_stages(confidence, choice.thresholds)])
+
+
+def test_saved_beside_the_checkpoint(model, images, thresholds, tmp_path):
+    cascade = Cascade(model, STAGES, thresholds)
+    cascade.save(tmp_path / "cascade.json")
+    again = Cascade.load(model, tmp_path / "cascade.json")
+    assert (again.stages, again.thresholds) == (cascade.stages, cascade.thresholds)
+    assert torch.equal(again(images).logits, cascade(images).logits)
+    (tmp_path / "cascade.json").write_text('{"stages": [1]}')
+    with pytest.raises(ValueError, match="stages and thresholds"):
+        Cascade.load(model, tmp_path / "cascade.json")
+
+
+@pytest.mark.parametrize(
+    ("stages", "thresholds", "message"),
+    [
+        ([], [], "ascending"),
+        ([8, 8], [0.5], "ascending"),
+        ([8, 4], [0.5], "ascending"),
+        ([4, 13], [0.5], "integer in"),
+        ([4, 8], [], "threshold for each"),
+        ([4, 8], [-0.1], "at least 0"),
+        ([4, 8], [float("nan")], "at least 0"),
+    ],
+)
+def test_bad_cascades(model, stages, thresholds, message):
+    with pytest.raises(ValueError, match=message):
+        Cascade(model, stages, thresholds)
+
+
+def test_bad_searches(answers):
+    confidence, correct = answers
+    with pytest.raises(ValueError, match="first stage's 1"):
+        search_thresholds(confidence, correct, [1, 3, 9], 0.5)
+    with pytest.raises(ValueError, match="S costs"):
+        search_thresholds(confidence, correct, [1, 3], 5)
+
+
+def test_bad_images(model):
+    with pytest.raises(ValueError, match="shape"):
+        Cascade(model, STAGES, [0.5, 0.5])(torch.zeros(3, 16, 16))

@@ -1,0 +1,77 @@
+"""A batch that does not fit in memory: the message names a size that does."""
+
+import sys
+
+import pytest
+import torch
+
+from hf_visual_perceiver import cli
+from hf_visual_perceiver.evaluation.evaluate import OperatingPoint, forward_at
+from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
+from hf_visual_perceiver.utils.memory import fitting
+
+
+class Machine:
+    """Has memory for so many images."""
+
+    def __init__(self, room):
+        self.room = room
+
+    def __call__(self, pixels):
+        if len(pixels) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+@pytest.mark.parametrize(
+    ("room", "advice"), [(5, "4 would"), (4, "4 would"), (1, "1 would"), (0, "not even one image would")]
+)
+def test_the_size_has_been_tried(room, advice):
+    machine, pixels = Machine(room), torch.zeros(8, 1)
+    expected = f"a batch of 8 images to fit in the memory of cpu, which it does not; {advice}"
+    with pytest.raises(ValueError, match=expected), fitting(machine, pixels):
+        machine(pixels)
+
+
+def test_other_errors_stay_what_they_are():
+    def broken(pixels):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"), fitting(broken, torch.zeros(2, 1)):
+        broken(torch.zeros(2, 1))
+
+
+def full_beyond(monkeypatch, room):
+    forward = VisualPerceiverForImageClassification.forward
+
+    def limited(self, pixel_values, **arguments):
+        if len(pixel_values) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, pixel_values, **arguments)
+
+    monkeypatch.setattr(VisualPerceiverForImageClassification, "forward", limited)
+
+
+def test_at_an_operating_point(model, images, monkeypatch):
+    full_beyond(monkeypatch, 3)
+    with pytest.raises(ValueError, match="which it does not; 3 would"):
+        forward_at(model, images, OperatingPoint(4))
+    assert model.config.dqs_threshold is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "--batch-size", "8"],
+        ["benchmark", "--batch-size", "8", "--form", "eager", "--dtype", "float32", "--repetitions", "1"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_commands(arguments, monkeypatch, capsys):
+    full_beyond(monkeypatch, 2)
+    monkeypatch.setattr(sys, "argv", ["visual-perceiver", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err
+    assert "images to fit in the memory of cpu, which it does not" in message
+    assert " would." in message

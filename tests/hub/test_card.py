@@ -1,0 +1,198 @@
+"""Cards: what is measured is what they say, with or without a measurement of everything."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from support import REPOSITORY
+
+from hf_visual_perceiver.cli.evaluate import errors_line
+from hf_visual_perceiver.cli.main import main
+from hf_visual_perceiver.data.images import load_images, normalise
+from hf_visual_perceiver.evaluation.confusion import Confusion
+from hf_visual_perceiver.evaluation.evaluate import Evaluation, OperatingPoint, evaluate, read_evaluation
+from hf_visual_perceiver.evaluation.robustness import Cell, Outcome, Robustness
+from hf_visual_perceiver.hub.card import render_card, rewrite_card, training_lines, write_card
+from hf_visual_perceiver.inference.loading import default_model, load_config
+
+
+CHECKPOINTS = sorted(path.parent for path in (REPOSITORY / "checkpoints").glob("*/config.json"))
+CARDS = REPOSITORY / "model_cards"
+JSON_FILES = ("config.json", "evaluation.json", "training.json")
+
+
+@pytest.fixture(scope="module")
+def data(cifar10):
+    return load_images(cifar10, "test").subset(slice(0, 200))
+
+
+@pytest.fixture(scope="module")
+def result(trained, data):
+    # Other points than all queries, whose confusion is measured all the same.
+    points = [OperatingPoint(4), OperatingPoint(None, 0.8)]
+    conditions = {"model": "m", "dataset": "sample", "split": "test"}
+    return evaluate(trained, data, points, batch_size=60, progress=False, conditions=conditions)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The JSON files of the bundled checkpoint."""
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    for name in JSON_FILES:
+        shutil.copy(Path(default_model()) / name, folder)
+    return folder
+
+
+class TestConfusion:
+    def test_is_that_of_a_plain_loop(self, trained, data, result):
+        cfg = trained.config.timm_pretrained_cfg
+        with torch.no_grad():
+            given = trained(normalise(data.images, cfg["mean"], cfg["std"])).logits.argmax(-1).tolist()
+        names, counts = trained.config.label_names, result.confusion.counts
+        for i, name in enumerate(names):
+            for j, other in enumerate(names):
+                expected = sum(a == i and b == j for a, b in zip(data.labels, given, strict=True))
+                assert counts.get(name, {}).get(other, 0) == expected
+        assert all(number > 0 for row in counts.values() for number in row.values())
+        right = sum(result.confusion.accuracy(name) * result.confusion.images(name) for name in counts)
+        assert right == pytest.approx(sum(a == b for a, b in zip(data.labels, given, strict=True)))
+
+    def test_order(self):
+        labels = np.array([0] * 10 + [1] * 4 + [2] * 2)
+        given = np.array([0] * 9 + [2] + [1, 1, 0, 0] + [2, 2])
+        confusion = Confusion.of(["a", "b", "c", "unseen"], labels, given)
+        assert confusion.worst_first() == ["b", "a", "c"]
+        assert confusion.mistakes() == [("b", "a", 2), ("a", "c", 1)]
+        assert confusion.mistakes("a") == [("a", "c", 1)]
+        assert confusion.sentence(classes=2) == (
+            "Lowest accuracy by class: b 50.0 %, a 90.0 %. Most frequent mistakes, with numbers of images: b taken for a (2), "
+            "a taken for c (1)."
+        )
+        assert Confusion.of(["a"], labels * 0, labels * 0).sentence() == "Lowest accuracy by class: a 100.0 %."
+
+    def test_classes_of_one_name(self):
+        confusion = Confusion.of(["crane", "dog", "crane"], np.array([0, 2, 2]), np.array([2, 2, 1]))
+        assert confusion.counts == {"crane (0)": {"crane (2)": 1}, "crane (2)": {"dog": 1, "crane (2)": 1}}
+
+    def test_json_with_and_without(self, result):
+        assert Evaluation.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+        values = result.to_dict()
+        del values["confusion"]
+        older = Evaluation.from_dict(values)
+        assert older.confusion is None
+        assert older.to_dict() == values
+        assert errors_line(older) == "Errors by class were not measured."
+        assert errors_line(result).startswith("All queries: Lowest accuracy by class: ")
+
+
+class TestCard:
+    def test_says_what_is_confused(self, folder, result):
+        config = load_config(str(folder))
+        text = render_card(folder, config, result)
+        worst = result.confusion.worst_first()
+        assert text.index(f"| {worst[0]} |") < text.index(f"| {worst[-1]} |")
+        label, given, number = result.confusion.mistakes()[0]
+        assert f"{label} taken for {given} ({number})" in text
+        assert "All 64 queries, class by class" in text
+        without = render_card(folder, config, dataclasses.replace(result, confusion=None))
+        assert "Accuracy by class, and what is taken for what, were not measured." in without
+        many = Confusion.of([f"a|{i}" for i in range(30)], np.arange(30), np.arange(30) // 2)
+        text = render_card(folder, config, dataclasses.replace(result, confusion=many))
+        assert "the 10 worst of 30 classes" in text
+        assert text.count("\n| a\\|") == 10
+
+    def test_of_json_alone_is_that_of_the_measurement(self, trained, folder, result):
+        card = write_card(folder, trained, result).read_text()
+        (folder / "README.md").unlink()
+        (folder / "tradeoff.png").unlink()
+        assert rewrite_card(folder).read_text() == card
+        assert (folder / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+        elsewhere = rewrite_card(folder, folder.parent / "card.md").read_text()
+        assert elsewhere == card.replace("(tradeoff.png)", "(copied/tradeoff.png)")
+
+    def test_robustness(self, folder, result):
+        outcomes = [Outcome(64, None, 0.7, 0.01, 64.0)], [Outcome(64, None, 0.5, 0.01, 64.0)]
+        cells = [
+            Cell("clean", 0, outcomes[0]),
+            *(Cell(name, s, outcomes[1]) for name in ("fog", "all") for s in (1, None)),
+        ]
+        robustness = Robustness(cells, [], {"images": 200, "dataset": "sample", "split": "test", "model": "m"})
+        assert "Robustness to corrupted or shifted images was not measured." in rewrite_card(folder).read_text()
+        (folder / "robustness.json").write_text(json.dumps(robustness.to_dict()))
+        text = rewrite_card(folder).read_text()
+        assert "is 50.00 %, on the same 200 images uncorrupted 70.00 %" in text
+        assert "was not measured. At few queries" not in text
+
+    def test_what_is_missing_or_damaged_is_named(self, folder):
+        before = sorted(folder.iterdir())
+        (folder / "training.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"Expected .*training.json to be as it was written"):
+            rewrite_card(folder, folder / "card.md")
+        (folder / "evaluation.json").write_text('{"rows": 3}')
+        with pytest.raises(ValueError, match=r"Expected .*evaluation.json to be as it was written"):
+            rewrite_card(folder)
+        (folder / "evaluation.json").unlink()
+        with pytest.raises(
+            ValueError, match=r"Expected .*evaluation.json, which `visual-perceiver evaluate .*not there"
+        ):
+            rewrite_card(folder)
+        (folder / "evaluation.json").write_text(Path(default_model(), "evaluation.json").read_text())
+        assert sorted(folder.iterdir()) == before
+        (folder / "training.json").unlink()
+        assert "## Training\n\nNot recorded." in rewrite_card(folder).read_text()
+
+    def test_the_command(self, folder, monkeypatch, capsys):
+        for output in (folder / "README.md", folder.parent / "card.md"):
+            options = [] if output.name == "README.md" else ["--output", str(output)]
+            monkeypatch.setattr("sys.argv", ["visual-perceiver", "card", str(folder), *options])
+            with pytest.raises(SystemExit) as stop:
+                main()
+            assert stop.value.code == 0
+            assert str(output) in capsys.readouterr().out
+            assert output.read_text().startswith("---\n")
+        monkeypatch.setattr("sys.argv", ["visual-perceiver", "card", str(folder), "--output", "no/such/card.md"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 1
+        assert "Expected a file name in an existing folder" in capsys.readouterr().err
+
+    def test_a_run_that_teaches_is_called_by_its_name(self):
+        facts = json.loads((Path(default_model()) / "training.json").read_text())
+        for model, name in (("runs/wide/model", "wide"), ("facebook/deit", "deit"), ("model", "model")):
+            facts["recipe"]["teacher"] = {"model": model, "distillation": "hard"}
+            assert any(f"hard distillation from {name}." in line for line in training_lines(facts))
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda path: path.name)
+class TestPublishedCards:
+    def test_are_what_their_json_says(self, checkpoint):
+        config, evaluation = load_config(str(checkpoint)), read_evaluation(checkpoint / "evaluation.json")
+        again = f"`visual-perceiver card {checkpoint.name}` writes it anew"
+        assert (checkpoint / "README.md").read_text() == render_card(checkpoint, config, evaluation), again
+        picture = f"../checkpoints/{checkpoint.name}/tradeoff.png"
+        assert (CARDS / picture).is_file()
+        card = (CARDS / f"{checkpoint.name}.md").read_text()
+        assert card == render_card(checkpoint, config, evaluation, picture), again
+
+    def test_metadata(self, checkpoint):
+        card, evaluation = ModelCard.load(checkpoint / "README.md"), read_evaluation(checkpoint / "evaluation.json")
+        assert (card.data.license, card.data.library_name) == ("apache-2.0", "transformers")
+        assert (card.data.pipeline_tag, card.data.metrics) == ("image-classification", ["accuracy"])
+        assert card.data.model_name == checkpoint.name
+        values = {r.metric_name: (r.metric_value, r.dataset_split) for r in card.data.eval_results}
+        split = evaluation.conditions["split"]
+        assert values == {f"accuracy at {row.point}": (round(row.accuracy, 4), split) for row in evaluation.rows}
+        headings = [line for line in card.text.splitlines() if line.startswith("## ")]
+        names = ["Measured", "Where it errs", "Use", "Training", "Limits", "Licence", "Citation"]
+        assert headings == [f"## {name}" for name in names]
+
+
+def test_every_card_has_a_checkpoint():
+    cards = {path.stem for path in CARDS.glob("*.md")} - {"template"}
+    assert cards == {path.name for path in CHECKPOINTS}
