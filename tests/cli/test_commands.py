@@ -13,13 +13,13 @@ from support import REPOSITORY
 from typer.testing import CliRunner
 
 import hf_visual_perceiver
-from hf_visual_perceiver import classification
 from hf_visual_perceiver.cli.main import COMMANDS, app, main
 from hf_visual_perceiver.data.image_files import list_images
 from hf_visual_perceiver.data.images import load_images
 from hf_visual_perceiver.data.parts import at_most, evenly_spaced
 from hf_visual_perceiver.data.sample_images import write_sample_images
 from hf_visual_perceiver.export.graph import export_onnx
+from hf_visual_perceiver.inference import classification
 
 
 FEW = ["--max-images", "20"]

@@ -204,7 +204,7 @@ def test_plot(make_run, seeds, tmp_path, suffix):
 
 
 def test_plot_has_a_line_with_error_bars_for_each_row(make_run, seeds, tmp_path, monkeypatch):
-    from hf_visual_perceiver import comparison as module
+    from hf_visual_perceiver.evaluation import comparison as module
 
     figures = []
     monkeypatch.setattr(module, "save_figure", lambda figure, path: figures.append(figure))

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from hf_visual_perceiver import cli
+from hf_visual_perceiver.cli import main as cli
 from hf_visual_perceiver.evaluation.evaluate import OperatingPoint, forward_at
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.utils.memory import fitting

@@ -24,7 +24,9 @@ import sys, timm, torch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 torch.set_num_threads(1)
-from hf_visual_perceiver import cli, loading, publishing
+from hf_visual_perceiver.cli import main as cli
+from hf_visual_perceiver.inference import loading
+from hf_visual_perceiver.hub import publish as publishing
 from hf_visual_perceiver.training.folder import create_image_processor
 folder, repo, pushed, in_timm = sys.argv[1:5]
 sys.argv = ["visual-perceiver", "publish", folder, repo, "--operating-point", "k=16"]

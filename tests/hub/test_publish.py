@@ -21,7 +21,9 @@ from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from support import PATIENCE, REPOSITORY, small_config
 
-from hf_visual_perceiver import cli, folder_check, publishing
+from hf_visual_perceiver.cli import main as cli
+from hf_visual_perceiver.hub import folder_check
+from hf_visual_perceiver.hub import publish as publishing
 from hf_visual_perceiver.hub.errors import HubError, hub_step
 from hf_visual_perceiver.hub.folder_check import check_folder
 from hf_visual_perceiver.hub.publish import parse_operating_point, prepare
@@ -509,7 +511,7 @@ def test_interrupted(hub, small, publish, monkeypatch, method, state):
 def test_a_real_ctrl_c(hub, small, tmp_path):
     """SIGINT to the command while the weights are on their way; then the command again."""
     code = (
-        "import sys; from functools import partial; from hf_visual_perceiver import cli, publishing as c;"
+        "import sys; from functools import partial; from hf_visual_perceiver.cli import main as cli; from hf_visual_perceiver.hub import publish as c;"
         # Where the tests run in a shell's background, SIGINT is ignored, also by the processes they start.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "c.prepare = partial(c.prepare, check=lambda stage: {}); sys.argv = ['visual-perceiver', *sys.argv[1:]]; cli.main()"

@@ -23,10 +23,10 @@ from support import PATIENCE, REPOSITORY, run, small_config
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 from typer.testing import CliRunner
 
-from hf_visual_perceiver import export as export_module
-from hf_visual_perceiver import loading
 from hf_visual_perceiver.cli.main import app
 from hf_visual_perceiver.data.images import load_images
+from hf_visual_perceiver.export import graph as export_module
+from hf_visual_perceiver.inference import loading
 from hf_visual_perceiver.inference.loading import default_model, load_config, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.modeling.handler import EndpointHandler

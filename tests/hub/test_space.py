@@ -28,7 +28,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 from support import PATIENCE, REPOSITORY, small_config
 
-from hf_visual_perceiver import cli
+from hf_visual_perceiver.cli import main as cli
 from hf_visual_perceiver.evaluation.evaluate import Evaluation, Row
 from hf_visual_perceiver.hub.publish import prepare, upload
 from hf_visual_perceiver.hub.space import demo as demo_module

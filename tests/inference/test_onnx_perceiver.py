@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import PATIENCE, REPOSITORY, small_config
 
-from hf_visual_perceiver import cli
+from hf_visual_perceiver.cli import main as cli
 from hf_visual_perceiver.evaluation.cascade import Cascade
 from hf_visual_perceiver.inference import onnx_graphs, onnx_perceiver
 from hf_visual_perceiver.inference.onnx_graphs import Graph, Sessions, read_graphs, write_graphs

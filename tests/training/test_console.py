@@ -7,7 +7,7 @@ from hf_visual_perceiver.evaluation.calibration import Target, calibrate
 from hf_visual_perceiver.evaluation.evaluate import OperatingPoint, evaluate
 from hf_visual_perceiver.evaluation.retrieval import measure_retrieval
 from hf_visual_perceiver.evaluation.robustness import measure_robustness
-from hf_visual_perceiver.training import console
+from hf_visual_perceiver.utils import console
 from hf_visual_perceiver.utils.console import print_error, tracked
 
 

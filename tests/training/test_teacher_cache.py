@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 
 from hf_visual_perceiver.data.images import load_images
 from hf_visual_perceiver.inference.loading import default_dataset
-from hf_visual_perceiver.training import console
 from hf_visual_perceiver.training import run as run_module
 from hf_visual_perceiver.training.augmentation import BatchAugmentation
 from hf_visual_perceiver.training.recipe import Augmentation, recipe_from_dict
 from hf_visual_perceiver.training.teacher import load_teacher
 from hf_visual_perceiver.training.teacher_cache import cache_facts, create_cache, open_cache, view_augmentation
 from hf_visual_perceiver.training.train import train
+from hf_visual_perceiver.utils import console
 
 
 AUGMENTATION = {"random_crop_padding": 2, "alternating_flip": True}

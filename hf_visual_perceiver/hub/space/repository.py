@@ -14,7 +14,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from hf_visual_perceiver.hub.errors import hub_step
 from hf_visual_perceiver.hub.publish import is_on_hub
 from hf_visual_perceiver.modeling import handler
-from hf_visual_perceiver.training import files as training_files
+from hf_visual_perceiver.utils import files as training_files
 
 
 # The versions that the app is tested with.
@@ -22,7 +22,7 @@ GRADIO, PYTHON = "6.31.0", "3.12"
 PACKAGE = "hf_visual_perceiver"
 SOURCES = {".py", ".css", ".yaml"}
 GRAPHS = "graphs"  # of ONNX Runtime, which computes the answers
-RUNTIME = r"(onnx|onnxscript|onnxruntime)\b"
+RUNTIME = r"(matplotlib|onnx|onnxscript|onnxruntime)\b"
 ELSEWHERE = {"checkpoints", "model_cards"}  # not needed by the app
 # A new Space has these two.
 FRESH = {".gitattributes", "README.md"}
