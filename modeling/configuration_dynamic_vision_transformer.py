@@ -1,0 +1,181 @@
+"""Configuration of the Dynamic Vision Transformer, and its named architectures."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+
+from .elastic import Budget
+from .family_config import FamilyConfig
+from .layers import check_heads, check_positive
+
+
+# timm name -> what differs from the config's defaults.
+DVT_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "dvt_nano_32": {},
+    "dvt_nano_2exits_32": {
+        "hidden_size": 80,
+        "intermediate_size": 320,
+        "reuse_hidden_size": 40,
+        "reuse_size": 15,
+        "patches": [[8, 8, 0], [4, 4, 0]],
+    },
+    "dvt_tiny_32": {
+        "hidden_size": 160,
+        "intermediate_size": 640,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 5,
+        "reuse_hidden_size": 80,
+        "reuse_size": 30,
+    },
+    "dvt_deit_small_224": {
+        "image_size": 224,
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "patches": [[32, 32, 0], [23, 23, 3], [16, 16, 0]],
+        "reuse_hidden_size": 128,
+        "reuse_size": 48,
+    },
+}
+
+
+@strict
+class DynamicVisionTransformerConfig(FamilyConfig):
+    """Configuration of a Dynamic Vision Transformer (Wang et al. 2021): several transformers, each with more tokens.
+
+    Raises:
+        ValueError: If a value is out of its range or two values do not fit together.
+
+    Example:
+        >>> config = DynamicVisionTransformerConfig(num_labels=10)
+        >>> config.grids, [round(config.count_macs(b) / 1e6, 1) for b in config.budgets()]
+        ([(4, 4), (6, 6), (8, 8)], [7.2, 25.2, 59.7])
+    """
+
+    model_type = "dynamic_vision_transformer"
+    unit: ClassVar[str] = "exits"
+    knobs: ClassVar[Mapping[str, str]] = {"exit": "max_exit", "p": "exit_thresholds"}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exits", "exit_logits"]
+
+    named: ClassVar[Mapping[str, Mapping[str, Any]]] = DVT_ARCHITECTURES
+    modeling_module: ClassVar[str] = "modeling_dynamic_vision_transformer"
+    class_prefix: ClassVar[str] = "DynamicVisionTransformer"
+    classifiers: ClassVar[str | tuple[str, ...]] = "heads"
+
+    hidden_size: int = 64  # D
+    num_hidden_layers: int = 8  # of each exit's transformer
+    num_attention_heads: int = 2
+    intermediate_size: int = 256  # of the MLPs
+    # For each exit the kernel, stride and padding of the convolution that makes its tokens.
+    patches: list[list[int]] | None = None
+    feature_reuse: bool = True  # later exits read the tokens of the one before
+    relation_reuse: bool = True  # and the scores of its attention
+    reuse_hidden_size: int = 32  # u, of the MLP that prepares the tokens for reuse
+    reuse_size: int = 12  # e, channels of a reused token
+    hidden_act: str = "gelu"
+    qkv_bias: bool = True
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    # Default budget: an image stops at an exit where its top probability is at least the threshold, and at `max_exit`.
+    exit_thresholds: Any = None
+    max_exit: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.patches is None:
+            self.patches = [[8, 8, 0], [7, 5, 0], [4, 4, 0]]
+        sizes = ("image_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        check_positive(self, *sizes, "intermediate_size", "reuse_hidden_size", "reuse_size")
+        check_heads(self.hidden_size, self.num_attention_heads)
+        for patch in self.patches:
+            if (
+                len(patch) != 3
+                or patch[0] < 1
+                or patch[1] < 1
+                or patch[2] < 0
+                or patch[0] > self.image_size + 2 * patch[2]
+            ):
+                raise ValueError(
+                    f"Expected `patches` to be [kernel, stride, padding] that fit images of {self.image_size}, got {patch}."
+                )
+        sides = [side for side, _ in self.grids]
+        if not sides or any(a > b for a, b in itertools.pairwise(sides)):
+            raise ValueError(f"Expected `patches` of at least one exit, with grids that grow, got grids of {sides}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"Expected `hidden_act` to be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
+        self.resolve(max_exit=self.max_exit, exit_thresholds=self.exit_thresholds)
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """Rows and columns of each exit's tokens."""
+        sides = [(self.image_size + 2 * p - k) // s + 1 for k, s, p in self.patches or []]
+        return [(side, side) for side in sides]
+
+    @property
+    def num_exits(self) -> int:
+        """E."""
+        return len(self.patches or [])
+
+    def budgets(self) -> list[Budget]:
+        """All images at each exit."""
+        return [*(Budget(max_exit=i) for i in range(1, self.num_exits)), Budget()]
+
+    def resolve(self, **knobs: Any) -> dict[str, Any]:
+        """Both knobs as `forward` takes them; thresholds left out are infinity, at which no image stops early.
+
+        Raises:
+            ValueError: If a value is out of its range, or there is no such knob.
+        """
+        self.check_knobs(knobs)
+        E = self.num_exits
+        last, thresholds = knobs.get("max_exit"), knobs.get("exit_thresholds")
+        last = E if last is None else last
+        if isinstance(last, bool) or not isinstance(last, int) or not 1 <= last <= E:
+            raise ValueError(f"Expected `max_exit` to be an integer in [1, {E}], got {last!r}.")
+        if isinstance(thresholds, (int, float)) and not isinstance(thresholds, bool):
+            thresholds = [thresholds] * (E - 1)
+        values = [math.inf] * (E - 1) if thresholds is None else list(thresholds)
+        if len(values) != E - 1 or any(
+            isinstance(t, bool) or not isinstance(t, (int, float)) or t != t for t in values
+        ):
+            raise ValueError(f"Expected `exit_thresholds` to be a number or {E - 1} of them, got {thresholds!r}.")
+        return {"max_exit": last, "exit_thresholds": [float(t) for t in values]}
+
+    def count_macs(self, budget: Budget | None = None, output: Any = None) -> Any:
+        """Multiply-accumulates of an image; see `ElasticConfig.count_macs`.
+
+        With thresholds and no `output`, of an image that goes on to the last exit.
+        """
+        last = self.resolve(**(self.default_budget if budget is None else budget).kwargs)["max_exit"]
+        after = [0]
+        for i in range(self.num_exits):
+            after.append(after[-1] + self.exit_macs(i))
+        return after[last] if output is None else torch.tensor(after)[output.exits.cpu()]
+
+    def exit_macs(self, exit: int) -> int:
+        """Multiply-accumulates of one exit's transformer and classifier, and of what it reuses."""
+        D, L, H, M = self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.intermediate_size
+        kernel = (self.patches or [])[exit][0]
+        N = self.grids[exit][0] * self.grids[exit][1]
+        T = N + 1
+        macs = N * self.num_channels * kernel**2 * D + L * (T * (4 * D**2 + 2 * D * M) + 2 * T**2 * D)
+        if exit and self.feature_reuse:
+            before = self.grids[exit - 1][0] * self.grids[exit - 1][1] + 1
+            u, e = self.reuse_hidden_size, self.reuse_size
+            macs += L * (before * (D * u + u * e) + T * e * M)
+        if exit and self.relation_reuse:
+            before = self.grids[exit - 1][0] * self.grids[exit - 1][1] + 1
+            macs += 6 * (H * L) ** 2 * before**2
+        return macs + D * self.num_labels
+
+
+__all__ = ["DynamicVisionTransformerConfig"]

@@ -1,0 +1,385 @@
+"""The Dynamic Vision Transformer (Wang et al. 2021, "Not All Images are Worth 16x16 Words"): early exits that grow finer.
+
+An image goes through a transformer of few tokens; if that is not sure, through another one of more tokens, which reuses the
+tokens and the attention scores of the one before; and so on. Images that are done leave the batch.
+
+Shapes: B images, E exits, T tokens of an exit (its grid and a class token), D width, H heads, L layers.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_dynamic_vision_transformer import DynamicVisionTransformerConfig
+from .elastic import ElasticModel, Pass
+from .layers import MLP, DropPath, attend, check_images, drop_path_rates, split_heads
+
+
+@dataclass
+class DynamicVisionTransformerModelOutput(ModelOutput):
+    """What `DynamicVisionTransformerModel` returns.
+
+    Attributes:
+        last_hidden_state: (B, T, D) tokens of the last exit, normalised.
+        pooler_output: (B, D) its class tokens.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+
+
+@dataclass
+class DynamicVisionTransformerImageClassifierOutput(ModelOutput):
+    """What `DynamicVisionTransformerForImageClassification` returns.
+
+    Attributes:
+        loss: If `labels` were given: without thresholds the sum of the losses of all exits, otherwise that of `logits`.
+        logits: (B, labels) of the exit at which each image stopped.
+        exits: (B,) that exit, from 1.
+        exit_logits: The (B, labels) of every exit, without thresholds.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    exits: torch.Tensor | None = None
+    exit_logits: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def used(self) -> torch.Tensor:
+        """(B,) the number of exits that each image went through."""
+        assert self.exits is not None
+        return self.exits
+
+
+def enlarge(x: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """Values on a grid, (..., h w), resampled to a finer grid, (..., h' w').
+
+    The paper says "upsample"; this is the rule of its code: nearest neighbours at twice the size, then average pooling.
+    """
+    if old == new:
+        return x
+    grid = x.reshape(1, -1, *old)
+    grid = F.adaptive_avg_pool2d(F.interpolate(grid, scale_factor=2.0, mode="nearest"), new)
+    return grid.reshape(*x.shape[:-1], new[0] * new[1])
+
+
+@dataclass(frozen=True)
+class Reused:
+    """What an exit leaves to the next.
+
+    Attributes:
+        tokens: (B, T, D) after the last layer, before the final norm.
+        scores: (B, L H, T, T) of the attention, before softmax.
+    """
+
+    tokens: torch.Tensor
+    scores: torch.Tensor
+
+    def __getitem__(self, images: torch.Tensor) -> "Reused":
+        return Reused(self.tokens[images], self.scores[images])
+
+
+class RelationReuse(nn.Module):
+    """Attention scores of an exit, made ready to be added to those of the next: (B, L H, T', T') -> (B, L H, T, T)."""
+
+    def __init__(self, maps: int, old: tuple[int, int], new: tuple[int, int]):
+        super().__init__()
+        self.old, self.new = old, new
+        self.fc1 = nn.Conv2d(maps, 3 * maps, 1)
+        self.fc2 = nn.Conv2d(3 * maps, maps, 1)
+
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        x = self.fc2(F.gelu(self.fc1(scores)))
+        x = torch.cat([x[..., :1], enlarge(x[..., 1:], self.old, self.new)], dim=-1)  # what is read
+        x = x.transpose(2, 3)
+        x = torch.cat([x[..., :1], enlarge(x[..., 1:], self.old, self.new)], dim=-1)  # who reads
+        return x.transpose(2, 3)
+
+
+class FeatureReuse(nn.Module):
+    """Tokens of an exit, made ready for a layer of the next: (B, T', D) -> (B, T, e), zero for the class token."""
+
+    def __init__(self, config: DynamicVisionTransformerConfig, old: tuple[int, int], new: tuple[int, int]):
+        super().__init__()
+        self.old, self.new = old, new
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.reuse_hidden_size, config.reuse_size, config.hidden_act)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.mlp(self.norm(tokens))[:, 1:].transpose(1, 2)  # (B, e, N')
+        return F.pad(enlarge(x, self.old, self.new).transpose(1, 2), (0, 0, 1, 0))
+
+
+class DynamicVisionTransformerLayer(GradientCheckpointingLayer):
+    """A layer of one exit's transformer, pre-norm; its MLP reads reused features beside the tokens."""
+
+    def __init__(self, config: DynamicVisionTransformerConfig, exit: int, drop_path: float):
+        super().__init__()
+        D = config.hidden_size
+        self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        reuses = exit > 0 and config.feature_reuse
+        self.reuse = FeatureReuse(config, *config.grids[exit - 1 : exit + 1]) if reuses else None
+        width = D + config.reuse_size if reuses else D
+        self.norm1 = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.qkv = nn.Linear(D, 3 * D, bias=config.qkv_bias)
+        self.proj = nn.Linear(D, D)
+        self.proj_drop = nn.Dropout(config.hidden_dropout_prob)
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(width, config.intermediate_size, D, config.hidden_act, config.hidden_dropout_prob)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, x: torch.Tensor, relation: torch.Tensor | None, tokens: torch.Tensor | None, need_scores: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One layer.
+
+        Args:
+            x: (B, T, D).
+            relation: (B, H, T, T) scores to add to this layer's, or None.
+            tokens: (B, T', D) of the exit before, or None.
+            need_scores: Return the scores of the attention, for the next exit.
+        """
+        parts = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        query, key, value = (split_heads(part, self.heads) for part in parts)
+        dropout = self.dropout if self.training else 0.0
+        y, scores = attend(query, key, value, relation, dropout, need_scores)
+        x = x + self.drop_path(self.proj_drop(self.proj(y)))
+        z = x if self.reuse is None or tokens is None else torch.cat([x, self.reuse(tokens)], dim=-1)
+        return x + self.drop_path(self.mlp(self.norm2(z))), scores
+
+
+class DynamicVisionTransformerExit(nn.Module):
+    """One exit's transformer: images (B, C, S, S), and what the exit before leaves, to tokens (B, T, D)."""
+
+    def __init__(self, config: DynamicVisionTransformerConfig, exit: int):
+        super().__init__()
+        D, (rows, columns) = config.hidden_size, config.grids[exit]
+        kernel, stride, padding = (config.patches or [])[exit]
+        self.leaves = exit + 1 < config.num_exits  # something to the next one
+        self.projection = nn.Conv2d(config.num_channels, D, kernel, stride, padding)
+        self.class_token = nn.Parameter(torch.empty(1, 1, D))
+        self.position_embeddings = nn.Parameter(torch.empty(1, rows * columns + 1, D))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        maps = config.num_hidden_layers * config.num_attention_heads
+        reuses = exit > 0 and config.relation_reuse
+        self.relation = RelationReuse(maps, *config.grids[exit - 1 : exit + 1]) if reuses else None
+        rates = drop_path_rates(config.drop_path_rate, config.num_hidden_layers)
+        self.layers = nn.ModuleList(DynamicVisionTransformerLayer(config, exit, rate) for rate in rates)
+        self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: torch.Tensor, reused: Reused | None) -> tuple[torch.Tensor, Reused | None]:
+        x = self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+        x = self.dropout(x + self.position_embeddings)
+        relations: Sequence[torch.Tensor | None] = [None] * len(self.layers)
+        if self.relation is not None and reused is not None:
+            relations = self.relation(reused.scores).chunk(len(self.layers), dim=1)
+        tokens, scores = None if reused is None else reused.tokens, []
+        for layer, relation in zip(self.layers, relations, strict=True):
+            x, s = layer(x, relation, tokens, self.leaves)
+            scores.append(s)
+        left = Reused(x, torch.cat(scores, dim=1)) if self.leaves else None
+        return self.norm(x), left
+
+
+class DynamicVisionTransformerParts:
+    """The network, mixed into transformers' and timm's model classes."""
+
+    config: DynamicVisionTransformerConfig
+    exits: nn.ModuleList
+
+    def build_parts(self, config: DynamicVisionTransformerConfig) -> None:
+        """Create the submodules; their names are those of the state dict in both libraries."""
+        self.exits = nn.ModuleList(DynamicVisionTransformerExit(config, i) for i in range(config.num_exits))
+
+    def run(
+        self, pixel_values: torch.Tensor, heads: Sequence[nn.Module], max_exit: int, thresholds: Sequence[float]
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Classify images, each at the first exit that is sure enough.
+
+        Args:
+            pixel_values: (B, C, S, S).
+            heads: Classifier of each exit.
+            max_exit: All images stop here.
+            thresholds: Of each exit but the last; an image stops where its top probability is at least this.
+
+        Returns:
+            Logits (B, labels), exits (B,), and the logits of each exit if no image could stop early, else none.
+        """
+        check_images(pixel_values, self.config)
+        x, reused, every = pixel_values, None, []
+        early = any(t != math.inf for t in thresholds[: max_exit - 1])
+        images = torch.arange(len(x), device=x.device)
+        logits = exits = None
+        for i in range(max_exit):
+            tokens, reused = self.exits[i](x, reused)
+            answers = heads[i](tokens[:, 0])
+            every.append(answers)
+            if not early:
+                continue
+            if logits is None or exits is None:
+                logits, exits = answers.new_zeros(len(pixel_values), answers.shape[-1]), torch.zeros_like(images)
+            sure = torch.ones(len(answers), dtype=torch.bool, device=x.device)
+            if i + 1 < max_exit:
+                sure = answers.float().softmax(-1).amax(-1) >= thresholds[i]
+            logits = logits.index_put((images[sure],), answers[sure])
+            exits[images[sure]] = i + 1
+            if sure.all():
+                break
+            images, x = images[~sure], x[~sure]
+            reused = None if reused is None else reused[~sure]
+        if logits is None or exits is None:
+            return every[-1], torch.full_like(images, max_exit), tuple(every)
+        return logits, exits, ()
+
+
+class DynamicVisionTransformerPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and saving."""
+
+    config: DynamicVisionTransformerConfig
+    config_class = DynamicVisionTransformerConfig
+    base_model_prefix = "dynamic_vision_transformer"
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DynamicVisionTransformerLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_weights(module, self.config.initializer_range)
+
+
+def init_weights(module: nn.Module, std: float) -> None:
+    """DeiT's initialisation; uses transformers' setters, which skip loaded weights."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        init.trunc_normal_(module.weight, std=std)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        init.ones_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, DynamicVisionTransformerExit):
+        init.trunc_normal_(module.class_token, std=std)
+        init.trunc_normal_(module.position_embeddings, std=std)
+
+
+class DynamicVisionTransformerModel(DynamicVisionTransformerPreTrainedModel, DynamicVisionTransformerParts):
+    """The Dynamic Vision Transformer without classifiers, all exits one after the other.
+
+    Example:
+        >>> model = DynamicVisionTransformerModel(DynamicVisionTransformerConfig()).eval()
+        >>> model(torch.zeros(2, 3, 32, 32)).last_hidden_state.shape
+        torch.Size([2, 65, 64])
+    """
+
+    def __init__(self, config: DynamicVisionTransformerConfig):
+        super().__init__(config)
+        self.build_parts(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, max_exit: int | None = None, **kwargs: Any
+    ) -> DynamicVisionTransformerModelOutput:
+        """The tokens of the last exit, or of the exit `max_exit`.
+
+        Args:
+            pixel_values: (B, C, S, S), normalised.
+            max_exit: In [1, E]; None is the config's, or E.
+            **kwargs: transformers' `return_dict`.
+        """
+        check_images(pixel_values, self.config)
+        last = self.config.resolve(max_exit=self.config.max_exit if max_exit is None else max_exit)["max_exit"]
+        reused = None
+        for stage in self.exits[:last]:
+            x, reused = stage(pixel_values, reused)
+        return DynamicVisionTransformerModelOutput(last_hidden_state=x, pooler_output=x[:, 0])
+
+
+class DynamicVisionTransformerForImageClassification(DynamicVisionTransformerPreTrainedModel, ElasticModel):
+    """The Dynamic Vision Transformer with a linear classifier at each exit.
+
+    Example:
+        >>> model = DynamicVisionTransformerForImageClassification(DynamicVisionTransformerConfig(num_labels=10)).eval()
+        >>> output = model(torch.zeros(2, 3, 32, 32), exit_thresholds=[0.0, 0.0])
+        >>> output.logits.shape, output.exits
+        (torch.Size([2, 10]), tensor([1, 1]))
+    """
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch
+
+    def __init__(self, config: DynamicVisionTransformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.dynamic_vision_transformer = DynamicVisionTransformerModel(config)
+        self.heads = nn.ModuleList(nn.Linear(config.hidden_size, config.num_labels) for _ in range(config.num_exits))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        exit_thresholds: Sequence[float] | float | None = None,
+        max_exit: int | None = None,
+        **kwargs: Any,
+    ) -> DynamicVisionTransformerImageClassifierOutput:
+        """Classify images, each at the first exit that is sure enough of it.
+
+        Args:
+            pixel_values: (B, C, S, S), normalised.
+            labels: (B,) class indices.
+            exit_thresholds: An image stops at an exit where its top probability is at least the threshold, one for each exit
+                but the last, or one for all. None is the config's, or no early stops; infinity is no stop.
+            max_exit: In [1, E]: all images stop here at the latest. None is the config's, or E.
+            **kwargs: transformers' `return_dict`.
+
+        Raises:
+            ValueError: If the images or a knob are not as described.
+        """
+        config = self.config
+        knobs = config.resolve(
+            exit_thresholds=config.exit_thresholds if exit_thresholds is None else exit_thresholds,
+            max_exit=config.max_exit if max_exit is None else max_exit,
+        )
+        logits, exits, every = self.dynamic_vision_transformer.run(
+            pixel_values, list(self.heads), knobs["max_exit"], knobs["exit_thresholds"]
+        )
+        loss = None
+        if labels is not None:
+            losses = [self.loss_function(labels, answers, config) for answers in every or (logits,)]
+            loss = torch.stack(losses).sum()
+        return DynamicVisionTransformerImageClassifierOutput(
+            loss=loss, logits=logits, exits=exits, exit_logits=every or None
+        )
+
+    def forward_budgets(self, pixel_values: torch.Tensor, passes: Sequence[Pass]) -> list[torch.Tensor]:
+        """The logits (n, labels) of each pass's n images; passes over the whole batch that stop nowhere early share one run."""
+        knobs = [self.config.resolve(**p.budget.kwargs) for p in passes]
+        shared = all(set(k["exit_thresholds"]) <= {math.inf} for k in knobs)
+        if not shared or any(p.images != slice(None) for p in passes):
+            return super().forward_budgets(pixel_values, passes)
+        last = max(k["max_exit"] for k in knobs)
+        every = self(pixel_values, max_exit=last, exit_thresholds=math.inf).exit_logits
+        return [every[k["max_exit"] - 1] for k in knobs]
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The layers of all exits."""
+        return [layer for stage in self.dynamic_vision_transformer.exits for layer in stage.layers]
+
+
+__all__ = [
+    "DynamicVisionTransformerForImageClassification",
+    "DynamicVisionTransformerModel",
+    "DynamicVisionTransformerPreTrainedModel",
+]

@@ -1,0 +1,368 @@
+"""Perceiver (Jaegle et al. 2021) and Perceiver IO (Jaegle et al. 2022) for images: latents that read every pixel.
+
+Shapes: B images, M input tokens (pixels), C their channels, K active latents, D their width, H heads.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_iterative_perceiver import IterativePerceiverConfig
+from .elastic import ElasticModel
+from .layers import MLP, attend, check_images, split_heads
+
+
+@dataclass
+class IterativePerceiverModelOutput(ModelOutput):
+    """What `IterativePerceiverModel` returns.
+
+    Attributes:
+        last_hidden_state: (B, K, D) latents after the last iteration.
+        pooler_output: (B, D) their mean, or what the decoder's query reads from them.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+
+
+@dataclass
+class IterativePerceiverImageClassifierOutput(ModelOutput):
+    """What `IterativePerceiverForImageClassification` returns.
+
+    Attributes:
+        loss: The classification loss, if `labels` were given.
+        logits: (B, labels).
+        used: (B,) the number of latents that each image used.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    used: torch.Tensor | None = None
+
+
+def fourier_features(side: int, bands: int, max_resolution: int) -> torch.Tensor:
+    """Positions of a square image's pixels: coordinates, then sines, then cosines, of axis 1 before axis 2.
+
+    Args:
+        side: Pixels of a side.
+        bands: K; frequencies go from 1 to half of `max_resolution`.
+        max_resolution: Twice the highest frequency.
+
+    Returns:
+        (side^2, 2 (2 K + 1)).
+
+    Example:
+        >>> round(fourier_features(32, 8, 32).square().sum().item(), 2)
+        17110.71
+    """
+    axis = torch.linspace(-1, 1, side)
+    places = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).reshape(-1, 2)
+    frequencies = torch.linspace(1.0, max_resolution / 2, bands)
+    angles = (torch.pi * places[:, :, None] * frequencies).flatten(1)  # (M, 2 K)
+    return torch.cat([places, angles.sin(), angles.cos()], dim=1)
+
+
+class CrossAttend(nn.Module):
+    """Queries (B, n, D) read inputs (B, m, C): attention of `attention` channels, then an MLP, both with residuals."""
+
+    def __init__(self, config: IterativePerceiverConfig, channels: int, attention: int):
+        super().__init__()
+        D, eps = config.hidden_size, config.layer_norm_eps
+        self.heads = config.num_cross_attention_heads
+        self.norm_queries = nn.LayerNorm(D, eps=eps)
+        self.norm_inputs = nn.LayerNorm(channels, eps=eps)
+        self.query = nn.Linear(D, attention)
+        self.key = nn.Linear(channels, attention)
+        self.value = nn.Linear(channels, attention)
+        self.proj = nn.Linear(attention, D)
+        self.norm = nn.LayerNorm(D, eps=eps)
+        self.mlp = MLP(D, D * config.widening_factor, D, config.hidden_act)
+
+    def forward(self, x: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        inputs = self.norm_inputs(inputs)
+        parts = (self.query(self.norm_queries(x)), self.key(inputs), self.value(inputs))
+        y, _ = attend(*(split_heads(part, self.heads) for part in parts))
+        x = x + self.proj(y)
+        return x + self.mlp(self.norm(x))
+
+
+class IterativePerceiverLayer(GradientCheckpointingLayer):
+    """Self-attention of the latents: (B, K, D) -> (B, K, D)."""
+
+    def __init__(self, config: IterativePerceiverConfig):
+        super().__init__()
+        D, eps = config.hidden_size, config.layer_norm_eps
+        self.heads = config.num_attention_heads
+        self.norm1 = nn.LayerNorm(D, eps=eps)
+        self.qkv = nn.Linear(D, 3 * D)
+        self.proj = nn.Linear(D, D)
+        self.norm2 = nn.LayerNorm(D, eps=eps)
+        self.mlp = MLP(D, D * config.widening_factor, D, config.hidden_act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, _ = attend(*(split_heads(part, self.heads) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)))
+        x = x + self.proj(y)
+        return x + self.mlp(self.norm2(x))
+
+
+class IterativePerceiverParts(nn.Module):
+    """The network, a base of transformers' and timm's model classes."""
+
+    config: IterativePerceiverConfig
+    positions: torch.Tensor
+
+    def build_parts(self, config: IterativePerceiverConfig) -> None:
+        """Create the submodules; their names are those of the state dict in both libraries."""
+        self.latents = nn.Parameter(torch.empty(config.num_queries, config.hidden_size))
+        self.register_buffer("positions", self.computed_positions(config), persistent=False)
+        shared = config.share_weights
+        crosses = min(config.num_cross_attends, 2) if shared else config.num_cross_attends
+        layers = config.num_self_attends_per_block * (1 if shared else config.num_blocks)
+        channels, attention = config.input_channels, config.attention_channels
+        self.cross_attends = nn.ModuleList(CrossAttend(config, channels, attention) for _ in range(crosses))
+        self.layers = nn.ModuleList(IterativePerceiverLayer(config) for _ in range(layers))
+        if config.decoder_type == "query":
+            D = config.hidden_size
+            self.output_query = nn.Parameter(torch.empty(1, D))
+            self.decoder = CrossAttend(config, D, D)
+
+    @staticmethod
+    def computed_positions(config: IterativePerceiverConfig) -> torch.Tensor:
+        """(M, 2 (2 K + 1)) Fourier features of the pixels' places."""
+        return fourier_features(
+            config.image_size, config.num_frequency_bands, config.max_resolution or config.image_size
+        )
+
+    def run(self, pixel_values: torch.Tensor, num_active_queries: int, num_iterations: int) -> torch.Tensor:
+        """The first K latents after the first iterations: (B, C, S, S) -> (B, K, D)."""
+        check_images(pixel_values, self.config)
+        B, s = len(pixel_values), self.config.num_self_attends_per_block
+        pixels = pixel_values.to(self.latents.dtype).flatten(2).transpose(1, 2)  # (B, M, 3)
+        inputs = torch.cat([pixels, self.positions.to(pixels.dtype).expand(B, -1, -1)], dim=-1)  # (B, M, C)
+        # A copy, as of an expanded parameter torch's FLOP counter cannot take the gradient away.
+        x, reads = self.latents[:num_active_queries].clone().expand(B, -1, -1), 0
+        for i in range(num_iterations):
+            if self.config.reads_at(i):
+                x = self.cross_attends[min(reads, len(self.cross_attends) - 1)](x, inputs)
+                reads += 1
+            first = 0 if self.config.share_weights else i * s
+            for layer in self.layers[first : first + s]:
+                x = layer(x)
+        return x
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, K, D) -> (B, D)."""
+        if self.config.decoder_type == "mean":
+            return x.mean(1)
+        return self.decoder(self.output_query.clone().expand(len(x), -1, -1), x)[:, 0]
+
+
+class IterativePerceiverPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and saving."""
+
+    config: IterativePerceiverConfig
+    config_class = IterativePerceiverConfig
+    base_model_prefix = "iterative_perceiver"
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CrossAttend", "IterativePerceiverLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_weights(module, self.config.initializer_range)
+
+
+def init_weights(module: nn.Module, std: float) -> None:
+    """transformers' choice for its Perceiver, normal everywhere; uses its setters, which skip loaded weights."""
+    if isinstance(module, nn.Linear):
+        init.normal_(module.weight, std=std)
+        init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        init.ones_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, IterativePerceiverParts):
+        init.trunc_normal_(module.latents, std=std)
+        init.copy_(module.positions, module.computed_positions(module.config))
+        if module.config.decoder_type == "query":
+            init.trunc_normal_(module.output_query, std=std)
+
+
+class IterativePerceiverModel(IterativePerceiverPreTrainedModel, IterativePerceiverParts):
+    """Perceiver or Perceiver IO without a head.
+
+    Example:
+        >>> model = IterativePerceiverModel(IterativePerceiverConfig()).eval()
+        >>> model(torch.zeros(2, 3, 32, 32), num_active_queries=4).last_hidden_state.shape
+        torch.Size([2, 4, 128])
+    """
+
+    def __init__(self, config: IterativePerceiverConfig):
+        super().__init__(config)
+        self.build_parts(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        num_active_queries: int | None = None,
+        num_iterations: int | None = None,
+        **kwargs: Any,
+    ) -> IterativePerceiverModelOutput:
+        """Compute the latents.
+
+        Args:
+            pixel_values: (B, C, S, S), normalised.
+            num_active_queries: Use the first K latents; None is the config's value, or all.
+            num_iterations: Stop after so many; None is the config's value, or all.
+            **kwargs: transformers' `return_dict`.
+
+        Raises:
+            ValueError: If the images or a knob are not as described.
+        """
+        given = {"num_active_queries": num_active_queries, "num_iterations": num_iterations}
+        knobs = {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
+        x = self.run(pixel_values, **self.config.resolve(**knobs))
+        return IterativePerceiverModelOutput(last_hidden_state=x, pooler_output=self.pool(x))
+
+
+class IterativePerceiverForImageClassification(IterativePerceiverPreTrainedModel, ElasticModel):
+    """Perceiver or Perceiver IO with a linear classifier.
+
+    Example:
+        >>> model = IterativePerceiverForImageClassification(IterativePerceiverConfig(num_labels=10)).eval()
+        >>> model(torch.zeros(2, 3, 32, 32), num_iterations=2).logits.shape
+        torch.Size([2, 10])
+    """
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch
+
+    def __init__(self, config: IterativePerceiverConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.iterative_perceiver = IterativePerceiverModel(config)
+        self.head = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        num_active_queries: int | None = None,
+        num_iterations: int | None = None,
+        **kwargs: Any,
+    ) -> IterativePerceiverImageClassifierOutput:
+        """Classify images with the first latents and iterations.
+
+        Args:
+            pixel_values: (B, C, S, S), normalised.
+            labels: (B,) class indices.
+            num_active_queries: As in `IterativePerceiverModel.forward`.
+            num_iterations: As in `IterativePerceiverModel.forward`.
+            **kwargs: transformers' `return_dict`.
+
+        Raises:
+            ValueError: If the images or a knob are not as described.
+        """
+        outputs = self.iterative_perceiver(pixel_values, num_active_queries, num_iterations)
+        logits = self.head(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        used = torch.full((len(logits),), outputs.last_hidden_state.shape[1], device=logits.device)
+        return IterativePerceiverImageClassifierOutput(loss=loss, logits=logits, used=used)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The self-attention layers."""
+        return self.iterative_perceiver.layers
+
+    @classmethod
+    def from_transformers(cls, model: Any) -> "IterativePerceiverForImageClassification":
+        """The network of transformers' `PerceiverForImageClassificationFourier`, with its weights.
+
+        DeepMind's published weights (deepmind/vision-perceiver-fourier) come in that form. transformers' own attention dropout
+        is left out; it plays no part in evaluation.
+
+        Args:
+            model: A `PerceiverForImageClassificationFourier`.
+
+        Raises:
+            ValueError: If it is another kind of model, or of settings that this family does not have.
+        """
+        c, preprocessor = model.config, getattr(getattr(model, "perceiver", None), "input_preprocessor", None)
+        embedding = getattr(preprocessor, "position_embeddings", None)
+        if getattr(preprocessor, "prep_type", None) != "pixels" or not hasattr(embedding, "num_bands"):
+            raise ValueError(
+                f"Expected transformers' PerceiverForImageClassificationFourier, got {type(model).__name__}."
+            )
+        if c.qk_channels or c.v_channels or c.cross_attention_widening_factor != c.self_attention_widening_factor:
+            raise ValueError("Expected a Perceiver without `qk_channels` and `v_channels`, and one widening factor.")
+        own = IterativePerceiverConfig(
+            image_size=embedding.max_resolution[0],
+            num_frequency_bands=embedding.num_bands,
+            num_queries=c.num_latents,
+            hidden_size=c.d_latents,
+            num_attention_heads=c.num_self_attention_heads,
+            num_cross_attention_heads=c.num_cross_attention_heads,
+            num_blocks=c.num_blocks,
+            num_self_attends_per_block=c.num_self_attends_per_block,
+            num_cross_attends=1,
+            widening_factor=c.self_attention_widening_factor,
+            decoder_type="query",
+            hidden_act=c.hidden_act,
+            id2label=c.id2label,
+            label2id=c.label2id,
+        )
+        network = cls(own)
+        network.load_state_dict(from_transformers_weights(model.state_dict(), own))
+        return network.eval()
+
+
+def from_transformers_weights(
+    theirs: dict[str, torch.Tensor], config: IterativePerceiverConfig
+) -> dict[str, torch.Tensor]:
+    """transformers' state dict under this family's names."""
+    ours: dict[str, torch.Tensor] = {}
+
+    def block(source: str, target: str, fused: bool) -> None:
+        attention = f"{source}.attention.self"
+        names = {"attention.output.dense": "proj", "mlp.dense1": "mlp.fc1", "mlp.dense2": "mlp.fc2"}
+        names |= {
+            "attention.self.layernorm1": "norm1" if fused else "norm_queries",
+            "layernorm": "norm2" if fused else "norm",
+        }
+        if not fused:
+            names |= {"attention.self.layernorm2": "norm_inputs"}
+            names |= {f"attention.self.{part}": part for part in ("query", "key", "value")}
+        for kind in ("weight", "bias"):
+            for old, new in names.items():
+                ours[f"{target}.{new}.{kind}"] = theirs[f"{source}.{old}.{kind}"]
+            if fused:
+                parts = [theirs[f"{attention}.{part}.{kind}"] for part in ("query", "key", "value")]
+                ours[f"{target}.qkv.{kind}"] = torch.cat(parts)
+
+    base, encoder, decoder = "iterative_perceiver", "perceiver.encoder", "perceiver.decoder.decoder"
+    ours[f"{base}.latents"] = theirs["perceiver.embeddings.latents"]
+    block(f"{encoder}.cross_attention", f"{base}.cross_attends.0", fused=False)
+    for i in range(config.num_self_attends_per_block):
+        block(f"{encoder}.self_attends.{i}", f"{base}.layers.{i}", fused=True)
+    ours[f"{base}.output_query"] = theirs[f"{decoder}.output_position_encodings.position_embeddings"]
+    block(f"{decoder}.decoding_cross_attention", f"{base}.decoder", fused=False)
+    for kind in ("weight", "bias"):
+        ours[f"head.{kind}"] = theirs[f"{decoder}.final_layer.{kind}"]
+    return ours
+
+
+__all__ = [
+    "IterativePerceiverForImageClassification",
+    "IterativePerceiverModel",
+    "IterativePerceiverPreTrainedModel",
+]

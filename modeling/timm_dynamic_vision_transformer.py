@@ -1,0 +1,69 @@
+"""The Dynamic Vision Transformer as a timm model; importing this file registers its architectures."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration_dynamic_vision_transformer import DynamicVisionTransformerConfig
+from .layers import check_images
+from .modeling_dynamic_vision_transformer import DynamicVisionTransformerParts, init_weights
+from .timm_family import TimmClassifier, register_architectures
+
+
+class DynamicVisionTransformer(TimmClassifier, DynamicVisionTransformerParts):
+    """Dynamic Vision Transformer with timm's interface.
+
+    `forward_features` and `forward_head` are those of the last exit; `forward` takes `exit_thresholds` and `max_exit`.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("dvt_nano_32").eval()
+        >>> model(torch.zeros(2, 3, 32, 32), max_exit=1).shape
+        torch.Size([2, 10])
+    """
+
+    config_class = DynamicVisionTransformerConfig
+    base_prefix = "dynamic_vision_transformer"
+    initialise = staticmethod(init_weights)
+    build_parts = DynamicVisionTransformerParts.build_parts
+
+    def build_heads(self) -> None:
+        """A classifier for each exit."""
+        self.heads = nn.ModuleList(self.new_head() for _ in range(self.config.num_exits))
+
+    @property
+    def head(self) -> nn.Module:
+        """The classifier of the last exit."""
+        return self.heads[-1]
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifiers, one for each exit."""
+        return self.heads
+
+    def forward_features(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
+        """Tokens of the last exit, or of `max_exit`: (B, C, S, S) -> (B, T, D)."""
+        check_images(x, self.config)
+        reused = None
+        for stage in self.exits[: self.knobs_of(knobs)["max_exit"]]:
+            tokens, reused = stage(x, reused)
+        return tokens
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """The class token: (B, T, D) -> (B, D)."""
+        return x[:, 0]
+
+    def forward(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
+        """Classify images, each at the first exit that is sure enough: (B, C, S, S) -> (B, classes).
+
+        Args:
+            x: Normalised images.
+            **knobs: `exit_thresholds` and `max_exit`, as of `DynamicVisionTransformerForImageClassification`.
+        """
+        heads = [nn.Sequential(self.head_drop, head) for head in self.heads]
+        given = self.knobs_of(knobs)
+        return self.run(x, heads, given["max_exit"], given["exit_thresholds"])[0]
+
+
+register_architectures(__name__, DynamicVisionTransformer)

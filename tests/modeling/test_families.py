@@ -1,0 +1,389 @@
+"""The families beside the Visual Perceiver: published sizes and costs, one file for both libraries, work that is saved."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PerceiverConfig, PerceiverForImageClassificationFourier
+
+from hf_visual_perceiver.modeling.configuration_dynamic_vision_transformer import DynamicVisionTransformerConfig
+from hf_visual_perceiver.modeling.configuration_iterative_perceiver import IterativePerceiverConfig
+from hf_visual_perceiver.modeling.configuration_lookupvit import LookupViTConfig
+from hf_visual_perceiver.modeling.configuration_qna_vit import QnAViTConfig
+from hf_visual_perceiver.modeling.elastic import Budget, Pass
+from hf_visual_perceiver.modeling.modeling_dynamic_vision_transformer import (
+    DynamicVisionTransformerForImageClassification,
+)
+from hf_visual_perceiver.modeling.modeling_iterative_perceiver import (
+    IterativePerceiverForImageClassification,
+    fourier_features,
+)
+from hf_visual_perceiver.modeling.modeling_lookupvit import LookupViTForImageClassification
+from hf_visual_perceiver.modeling.modeling_qna_vit import QnALayer, QnAViTForImageClassification
+from hf_visual_perceiver.modeling.timm_dynamic_vision_transformer import DynamicVisionTransformer
+from hf_visual_perceiver.modeling.timm_iterative_perceiver import IterativePerceiver
+from hf_visual_perceiver.modeling.timm_lookupvit import LookupViT
+from hf_visual_perceiver.modeling.timm_qna_vit import QnAViT
+
+
+FAMILIES = {
+    "dvt": (DynamicVisionTransformerConfig, DynamicVisionTransformerForImageClassification, DynamicVisionTransformer),
+    "lookupvit": (LookupViTConfig, LookupViTForImageClassification, LookupViT),
+    "perceiver": (IterativePerceiverConfig, IterativePerceiverForImageClassification, IterativePerceiver),
+    "qna": (QnAViTConfig, QnAViTForImageClassification, QnAViT),
+}
+SMALL = {  # networks that run in milliseconds, of images of 16 pixels
+    "dvt": {
+        "patches": [[8, 8, 0], [4, 4, 0]],
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.3,
+    },
+    "lookupvit": {"hidden_size": 24, "num_hidden_layers": 2, "max_compressed_size": 4, "initializer_range": 0.2},
+    "perceiver": {
+        "num_frequency_bands": 3,
+        "num_queries": 6,
+        "hidden_size": 24,
+        "num_blocks": 2,
+        "num_cross_attends": 2,
+        "initializer_range": 0.3,
+    },
+    "qna": {
+        "hidden_sizes": [12, 24],
+        "local_depths": [0, 1],
+        "qna_depths": [1, 1],
+        "qna_heads": [2, 4],
+        "local_heads": [2, 2],
+        "window_sizes": [4, 4],
+        "initializer_range": 0.5,
+    },
+}
+VARIANTS = {
+    **SMALL,
+    "perceiver io": {**SMALL["perceiver"], "decoder_type": "query", "num_cross_attends": 1},
+    "perceiver, not shared": {**SMALL["perceiver"], "share_weights": False},
+    "lookupvit, softmax": {**SMALL["lookupvit"], "infusion": "softmax", "classify_with": "compressed"},
+}
+# Parameters and multiply-accumulates (in millions, of the smallest and the full budget) that the papers or their code give, and
+# those of the small networks, which are counted.
+PUBLISHED = {
+    "dvt_deit_small_224": (70_442_232, 1142.909952, 8800.629120),
+    "dvt_nano_32": (1_329_118, 7.177856, 59.654784),
+    "perceiver_224": (44_912_254, None, 353_139.54816),
+    "perceiver_io_224": (48_440_627, None, 203_062.374400),
+    "perceiver_io_nano_32": (764_053, 10.63, 57.904384),
+    "lookupvit_base_patch16_224": (137_024_720, None, None),
+    "lookupvit_nano_patch4_32": (902_372, 15.242112, 66.160512),
+    "qna_vit_tiny_224": (15_715_560, 2423.0, 2423.0),
+    "qna_vit_tiny_7x7_224": (15_753_960, 2511.0, 2511.0),
+    "qna_vit_small_224": (24_971_560, 4345.0, 4345.0),
+    "qna_vit_base_224": (55_670_008, 9506.0, 9506.0),
+    "qna_vit_nano_32": (996_058, 57.077504, 57.077504),
+}
+
+
+def small(name: str, **fields):
+    family = name.split(",")[0].split()[0]
+    config_class, classifier, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    return classifier(config_class(image_size=16, num_labels=5, **{**VARIANTS[name], **fields})).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_and_costs(name):
+    parameters, least, most = PUBLISHED[name]
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    budgets = model.config.budgets()
+    for budget, expected in ((budgets[0], least), (budgets[-1], most)):
+        if expected is not None:
+            assert model.config.count_macs(budget) / 1e6 == pytest.approx(expected, rel=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameters", "gmacs"),
+    [
+        ({"num_cross_attends": 1}, 42_135_859, 201.98),
+        ({"num_cross_attends": 2}, 44_912_254, 223.58),
+        ({"num_cross_attends": 4}, 44_912_254, 266.76),
+        ({"share_weights": False}, 326_241_856, 353.14),
+    ],
+)
+def test_perceivers_of_the_paper(fields, parameters, gmacs):
+    config = IterativePerceiverConfig.from_architecture("perceiver_224", num_labels=1000, **fields)
+    with torch.device("meta"):
+        model = IterativePerceiverForImageClassification(config)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert config.count_macs(Budget()) / 1e9 == pytest.approx(gmacs, abs=0.01)
+
+
+def test_lookupvit_at_grids_of_the_article():
+    config = LookupViTConfig.from_architecture("lookupvit_base_patch16_224", num_labels=1000, max_compressed_size=10)
+    blocks = config.num_hidden_layers
+    rest = config.num_patches * 3 * 16**2 * 768 + 2 * 768 * 1000
+    assert config.macs_of(25) - rest == blocks * 695_855_616
+    large = LookupViTConfig.from_architecture("lookupvit_base_patch16_224", num_labels=1000, image_size=384)
+    assert large.macs_of(25) - 576 * 3 * 16**2 * 768 - 2 * 768 * 1000 == blocks * 1_614_276_096
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_macs_are_those_that_torch_counts(name, images):
+    model = small(name)
+    macs = []
+    for budget in model.config.budgets():
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(images[:1], **model.config.resolve(**budget.kwargs))
+        macs.append(model.config.count_macs(budget))
+        # LookupViT runs both classifiers, of which one may be left out of the count.
+        assert counter.get_total_flops() / 2 == pytest.approx(macs[-1], rel=5e-3)
+    assert macs == sorted(macs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_batch_is_its_images_one_by_one(name, images):
+    model = small(name)
+    for budget in model.config.budgets():
+        knobs = model.config.resolve(**budget.kwargs)
+        output = model(images, **knobs)
+        alone = torch.cat([model(image[None], **knobs).logits for image in images])
+        torch.testing.assert_close(output.logits, alone, rtol=1e-4, atol=1e-5)
+        assert output.used.shape == (7,)
+        assert model.config.count_macs(budget, output).tolist() == [model.config.count_macs(budget)] * 7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_file_for_both_libraries(name, images, tmp_path):
+    model = small(name)
+    model.save_pretrained(tmp_path)
+    ours = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    theirs = type(model).from_pretrained(tmp_path)
+    for budget in model.config.budgets():
+        knobs = model.config.resolve(**budget.kwargs)
+        expected = model(images, **knobs).logits
+        torch.testing.assert_close(ours(images, **knobs), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs(images, **knobs).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.forward_head(ours.forward_features(images)), ours(images), rtol=1e-5, atol=1e-5)
+    ours.reset_classifier(3)
+    assert ours(images).shape == (7, 3)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_parameter_learns_and_checkpointing_changes_nothing(name, images):
+    model = small(name).train()
+    again = copy.deepcopy(model)
+    again.gradient_checkpointing_enable()
+    labels = torch.arange(7) % 5
+    for network in (model, again):
+        network(images, labels=labels).loss.backward()
+    for (parameter, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert p.grad is not None, parameter
+        # The key's bias adds the same to all scores of a query, which softmax takes away. And what the last layer of an exit
+        # reuses is for tokens other than the class token, which nobody reads any more.
+        idle = "key.bias" in parameter or "exits.1.layers.1.reuse" in parameter
+        assert p.grad.any() or idle, parameter
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_passes_of_a_training_step(name, images):
+    model = small(name)
+    budgets = model.config.budgets()
+    passes = [Pass(), Pass(budgets[0]), Pass(budgets[0], slice(0, 2))]
+    for answered, p in zip(model.forward_budgets(images, passes), passes, strict=True):
+        expected = model(images[p.images], **model.config.resolve(**p.budget.kwargs)).logits
+        torch.testing.assert_close(answered, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_bad_input(name, images):
+    model = small(name)
+    for pixels in (images[:, :1], images[..., :8], images[0], images[:0]):
+        with pytest.raises(ValueError, match="pixel_values"):
+            model(pixels)
+    with pytest.raises(ValueError, match="knobs"):
+        model.config.resolve(layers=3)
+    for knob in model.config.knobs.values():
+        for value in (0, "x", True, 99) if knob != "exit_thresholds" else ("x", [0.1] * 7, float("nan")):
+            with pytest.raises(ValueError, match=knob):
+                model(images, **{knob: value})
+            with pytest.raises(ValueError, match=knob):
+                type(model.config)(**{**model.config.to_diff_dict(), knob: value})
+
+
+class TestDynamicVisionTransformer:
+    @torch.no_grad()
+    def test_images_that_stopped_enter_no_later_exit(self, images):
+        model = small("dvt", patches=[[8, 8, 0], [4, 4, 0], [2, 2, 0]])
+        rows = []
+        for stage in model.dynamic_vision_transformer.exits:
+            stage.register_forward_hook(lambda _module, x, _output: rows.append(len(x[0])))
+        sure = model(images, max_exit=1).logits.softmax(-1).amax(-1)
+        thresholds = [sure.median().item(), 0.9]
+        output = model(images, exit_thresholds=thresholds)
+        reached = [(output.exits > i).sum().item() for i in range(3)]
+        assert rows[1:] == [n for n in reached if n]
+        assert 0 < reached[1] < 7
+        alone = [model(image[None], exit_thresholds=thresholds) for image in images]
+        torch.testing.assert_close(output.logits, torch.cat([o.logits for o in alone]), rtol=1e-4, atol=1e-5)
+        assert output.exits.tolist() == [o.exits.item() for o in alone]
+        macs = model.config.count_macs(Budget(exit_thresholds=thresholds), output)
+        assert macs.tolist() == [model.config.count_macs(Budget(max_exit=int(e))) for e in output.exits]
+
+    @torch.no_grad()
+    def test_thresholds_of_0_and_above_1(self, images):
+        model = small("dvt")
+        torch.testing.assert_close(model(images, exit_thresholds=0.0).logits, model(images, max_exit=1).logits)
+        torch.testing.assert_close(
+            model(images, exit_thresholds=1.1).logits, model(images).logits, rtol=1e-4, atol=1e-5
+        )
+
+    def test_the_loss_is_the_sum_of_all_exits(self, images):
+        model, labels = small("dvt"), torch.arange(7) % 5
+        output = model(images, labels=labels)
+        expected = sum(F.cross_entropy(logits, labels) for logits in output.exit_logits)
+        torch.testing.assert_close(output.loss, expected)
+        assert len(output.exit_logits) == 2
+
+    def test_exits_depend_on_what_they_reuse(self, images):
+        model = small("dvt")
+        before = model(images).logits
+        with torch.no_grad():
+            first = model.dynamic_vision_transformer.exits[0]
+            first.layers[-1].mlp.fc2.weight.mul_(2)
+        assert not torch.allclose(model(images).logits, before, atol=1e-4)
+        plain = small("dvt", feature_reuse=False, relation_reuse=False)
+        before = plain(images).logits
+        with torch.no_grad():
+            plain.dynamic_vision_transformer.exits[0].layers[-1].mlp.fc2.weight.mul_(2)
+        torch.testing.assert_close(plain(images).logits, before)
+
+
+class TestLookupViT:
+    @torch.no_grad()
+    def test_a_grid_for_each_image(self, images):
+        model = small("lookupvit")
+        sides = torch.tensor([1, 2, 3, 4, 4, 2, 1])
+        output = model(images, compressed_size=sides)
+        alone = [model(images[i : i + 1], compressed_size=int(sides[i])).logits for i in range(7)]
+        torch.testing.assert_close(output.logits, torch.cat(alone), rtol=1e-4, atol=1e-5)
+        assert output.tokens.tolist() == (sides**2).tolist()
+        macs = model.config.count_macs(None, output)
+        assert macs.tolist() == [model.config.count_macs(Budget(compressed_size=int(s))) for s in sides]
+
+    @torch.no_grad()
+    def test_the_grid_of_patches_is_not_resized(self, images):
+        base = small("lookupvit").lookupvit
+        seen = []
+        base.layers[0].register_forward_pre_hook(lambda _module, x: seen.append(x))
+        base(images, compressed_size=4)
+        compressed, lookup = seen[0]
+        torch.testing.assert_close(compressed, lookup)
+
+    def test_lookup_tokens_see_each_other_through_compressed_ones_alone(self, images):
+        layer = small("lookupvit").lookupvit.layers[0]
+        torch.nn.init.zeros_(layer.infuse_proj.weight)
+        x, lookup = torch.randn(1, 4, 24), torch.randn(1, 16, 24, requires_grad=True)
+        layer(x, lookup)[1][0, 3].sum().backward()
+        others = torch.arange(16) != 3
+        assert not lookup.grad[0, others].any()
+        assert lookup.grad[0, 3].any()
+
+
+class TestIterativePerceiver:
+    def test_fourier_features(self):
+        features = fourier_features(224, 64, 224)
+        torch.testing.assert_close(features[0, :4], torch.tensor([-1, -1, 8.7e-8, -0.6801727]), rtol=1e-5, atol=1e-6)
+        assert features.double().square().sum().item() == pytest.approx(6_456_278.67, rel=1e-6)
+        assert fourier_features(32, 8, 32).square().sum().item() == pytest.approx(17_110.71, rel=1e-6)
+
+    @torch.no_grad()
+    def test_weights_of_transformers(self):
+        config = PerceiverConfig(
+            num_latents=6,
+            d_latents=16,
+            num_blocks=2,
+            num_self_attends_per_block=2,
+            num_self_attention_heads=4,
+            num_cross_attention_heads=1,
+            attention_probs_dropout_prob=0.0,
+            num_labels=5,
+            initializer_range=0.2,
+        )
+        theirs = PerceiverForImageClassificationFourier(config).double().eval()
+        ours = IterativePerceiverForImageClassification.from_transformers(theirs).double()
+        image = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+        # Their Fourier features are computed in float32, as ours.
+        torch.testing.assert_close(ours(image).logits, theirs(inputs=image).logits, rtol=1e-5, atol=1e-5)
+
+    def test_other_models_are_refused(self):
+        with pytest.raises(ValueError, match="PerceiverForImageClassificationFourier"):
+            IterativePerceiverForImageClassification.from_transformers(small("perceiver"))
+
+    @torch.no_grad()
+    def test_order_of_pixels_plays_no_part(self, images):
+        model = small("perceiver")
+        order = torch.randperm(256)
+        shuffled = images.flatten(2)[..., order].reshape(images.shape)
+        expected = model(images).logits
+        base = model.iterative_perceiver
+        base.positions = base.positions[order]
+        torch.testing.assert_close(model(shuffled).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+class TestQnA:
+    @torch.no_grad()
+    @pytest.mark.parametrize(("stride", "kernel"), [(1, 3), (2, 3), (1, 5)])
+    def test_the_layer_is_attention_in_windows(self, stride, kernel):
+        """Against windows unfolded and weighted one by one."""
+        torch.manual_seed(0)
+        n, h, d, C, S = 2, 3, 4, 6, 8
+        config = QnAViTConfig(kernel_size=kernel, num_queries=n)
+        layer = QnALayer(config, C, h * d, h, stride).double()
+        for p in layer.parameters():
+            torch.nn.init.normal_(p)
+        x = torch.randn(2, S, S, C, dtype=torch.float64)
+        q = layer.queries.view(n, h, d)
+        q = q / (q.square().sum(-1, keepdim=True) + 1e-6).sqrt() / math.sqrt(d)
+        k, v = layer.key(x).view(2, S, S, h, d), layer.value(x).view(2, S, S, h, d)
+        s = torch.einsum("nhd,bxyhd->bxynh", q, k)
+        r, a = (t.view(kernel, kernel, n, h) for t in (layer.relative_bias, layer.scale))
+        out = torch.zeros(2, S // stride, S // stride, h, d, dtype=torch.float64)
+        reach = kernel // 2
+        for i in range(S // stride):
+            for j in range(S // stride):
+                above, below = 0, 0
+                for u in range(kernel):
+                    for w in range(kernel):
+                        y, z = i * stride + u - reach, j * stride + w - reach
+                        if 0 <= y < S and 0 <= z < S:
+                            weight = (s[:, y, z] + r[u, w]).exp()  # (B, n, h)
+                            above = above + (weight * a[u, w])[..., None] * v[:, y, z][:, None]
+                            below = below + weight
+                out[:, i, j] = (above / below[..., None]).sum(1)
+        torch.testing.assert_close(layer(x), layer.proj(out.flatten(3)), rtol=1e-4, atol=1e-4)
+
+    @torch.no_grad()
+    def test_half_precision_is_finite_where_scores_are_large(self):
+        layer = QnALayer(QnAViTConfig(), 8, 8, 2, 1)
+        for p in layer.parameters():
+            torch.nn.init.normal_(p)
+        x = 300 * torch.randn(1, 6, 6, 8)
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).isfinite().all()
+        assert expected.isfinite().all()
