@@ -114,10 +114,11 @@ class QnABlock(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.attention(self.norm1(x))
-        if self.skip is None:
-            y = x + self.drop_path(y)
-        else:  # stochastic depth leaves the change of resolution alone
-            y = y + self.skip(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if self.skip is not None:  # stochastic depth leaves the change of resolution alone
+            x, change = self.skip(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), y
+        else:
+            change = self.drop_path(y)
+        y = x + change
         return y + self.drop_path(self.mlp(self.norm2(y)))
 
 

@@ -82,6 +82,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         level_resolutions: int = 1,
         trunk_attention: str = "full",
         query_blocks: Sequence[int] | None = None,
+        decoder_reads: str = "all",
         query_init: str = "random",
         attention_init: str = "random",
         norm_eps: float = 1e-6,
@@ -120,6 +121,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             level_resolutions: At how many resolutions a level computes, 1 or 2.
             trunk_attention: Which queries see each other, `"full"` or `"block_causal"`.
             query_blocks: Where blocks of queries end; None is 1, 2, 4, 8, ... up to Q.
+            decoder_reads: What the output query reads, `"all"` tokens or those of the `"last_block"`.
             query_init: How queries begin, `"random"` or `"spatial"`.
             attention_init: How attention in the blocks begins, `"random"` or `"mimetic"`.
             norm_eps: Of every layer norm.
@@ -156,6 +158,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             "level_resolutions": level_resolutions,
             "trunk_attention": trunk_attention,
             "query_blocks": None if query_blocks is None else list(query_blocks),
+            "decoder_reads": decoder_reads,
             "query_init": query_init,
             "attention_init": attention_init,
             "layer_norm_eps": norm_eps,

@@ -62,6 +62,7 @@ def architecture_of(config: VisualPerceiverConfig, labels: int) -> dict[str, Any
         "level_resolutions",
         "trunk_attention",
         "block_ends",
+        "decoder_reads",
     )
     return {**{name: getattr(config, name) for name in fields}, "labels": labels}
 

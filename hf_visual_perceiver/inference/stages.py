@@ -134,6 +134,10 @@ class TrunkStage(PerceiverStage):
             block = self.block[query]  # (n, k)
             earlier = block[:, None, :, None] >= block[:, None, None, :]
             bias = torch.where(seen & earlier, 0.0, torch.finfo(torch.float32).min)
+        if self.config.decoder_reads == "last_block":
+            blocks = torch.where(keep, self.block[query], -1)  # (n, k)
+            last = blocks == blocks.amax(1, keepdim=True)
+            decoder_bias = torch.where((keep & last)[:, None, None, :], 0.0, torch.finfo(torch.float32).min)
         for layer in self.visual_perceiver.layers:
             attention, H = layer.attention, layer.attention.num_heads
             parts = attention.qkv(layer.norm1(x)).split(self.config.hidden_size, -1)
@@ -166,7 +170,10 @@ class ExtendStage(PerceiverStage):
             x = x + layer.mlp(layer.norm2(x))
         key, value = self.keys_and_values(x)
         key, value = torch.cat([past[:, -2], key], dim=2), torch.cat([past[:, -1], value], dim=2)
-        return self.answer(key, value, None), torch.stack([*kept, key, value], dim=1)
+        read = None
+        if self.config.decoder_reads == "last_block":
+            read = torch.where(self.block[reach] == self.block[reach[-1]], 0.0, torch.finfo(torch.float32).min)
+        return self.answer(key, value, read), torch.stack([*kept, key, value], dim=1)
 
 
 def stages_of(parts: Any, head: nn.Module) -> dict[str, Stage]:

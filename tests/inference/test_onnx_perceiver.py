@@ -35,6 +35,7 @@ FORMS = {
         "level_starts": [2, 6],
         "level_depths": [1, 2],
         "level_resolutions": 2,
+        "decoder_reads": "last_block",
         "trunk_attention": "block_causal",
     },
 }

@@ -20,6 +20,7 @@ LEVELS = {
     "level_starts": [1, 6],
     "level_depths": [1, 2],
     "trunk_attention": "block_causal",
+    "decoder_reads": "last_block",
 }
 
 
@@ -91,6 +92,20 @@ def test_going_on_equals_one_pass(images, trunk):
 
 
 @torch.no_grad()
+def test_the_output_query_reads_the_last_block(layered, images):
+    """At a fixed K and with selection, packed or masked, against the decoder on those tokens alone."""
+    base, ends = layered.visual_perceiver, [0, 1, 2, 4, 8, 12]
+    for knobs in ({"num_active_queries": 6}, {"dqs_threshold": 0.95}, {"dqs_threshold": 0.6}):
+        output = base(images, **knobs)
+        for i, used in enumerate(output.active_queries):
+            places = used.nonzero()[:, 0]
+            first = max(end for end in ends if end <= places[-1])
+            tokens = output.last_hidden_state[i][places[places >= first]]
+            y = base.decoder.finish(base.decoder(tokens[None])[0])
+            torch.testing.assert_close(output.pooler_output[i], base.norm(y)[0, 0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_selection_keeps_queries_of_all_levels(layered, images):
     output = layered(images, dqs_threshold=0.9)
     assert 1 < output.active_queries.sum(1).float().mean() < 12
@@ -155,6 +170,7 @@ def test_graph_with_k_as_an_input(layered, images):
         ({"level_depths": [0, 1]}, "at least 1"),
         ({"level_depths": None}, "`level_depths`"),
         ({"level_resolutions": 3}, "1 or 2"),
+        ({"decoder_reads": "first"}, "'last_block'"),
         ({"level_resolutions": 2, "stem_widths": [[6], [], [10]]}, "in the last 2"),
     ],
     ids=str,
