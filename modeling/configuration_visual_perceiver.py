@@ -389,7 +389,7 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         Example:
             >>> config = VisualPerceiverConfig(num_labels=10)
             >>> config.count_macs(Budget(num_active_queries=8)), config.count_macs(Budget())
-            (52159680, 394200960)
+            (52179840, 394200960)
         """
         knobs = self.resolve(**(self.default_budget if budget is None else budget).kwargs)
         K, selects = knobs["num_active_queries"], knobs["dqs_threshold"] != math.inf
@@ -424,7 +424,7 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         K = Q if K is None else K
         off = t is None or (isinstance(t, float) and t == math.inf)
         t = None if off else checked_threshold(t)
-        if isinstance(K, (list, tuple)) or getattr(K, "ndim", 0):
+        if not isinstance(K, int) and (isinstance(K, (list, tuple)) or getattr(K, "ndim", 0)):
             each = torch.as_tensor(K)
             whole = each.ndim == 1 and each.numel() and not each.is_floating_point() and each.dtype != torch.bool
             if not whole or each.min() < 1 or each.max() > Q:

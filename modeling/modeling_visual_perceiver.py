@@ -26,11 +26,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_groups import AttentionGroup  # noqa: F401  transformers 5.4 copies what this file imports alone
+from .attention_groups import AttentionGroup  # noqa: F401  likewise
 from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, ConvStem, StemLevel, joined_features
 from .elastic import ElasticModel, Pass
 from .engines import create_engine
+from .macs import count_macs  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .query_selection import select_queries, without_autocast
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
 from .spatial_init import mimetic_attention, query_features, token_features

@@ -35,7 +35,7 @@ def test_wheel_contents(wheel):
     package = {name.removeprefix("hf_visual_perceiver/") for name in names}
     assert {
         "__init__.py",
-        "cli.py",
+        "cli/main.py",
         "modeling/modeling_visual_perceiver.py",
         "modeling/timm_visual_perceiver.py",
         "training/train.py",
@@ -81,7 +81,9 @@ REMOTE = [
     "attention_groups",
     "configuration_visual_perceiver",
     "conv_stem",
+    "elastic",
     "engines",
+    "macs",
     "modeling_visual_perceiver",
     "query_selection",
     "ragged",
