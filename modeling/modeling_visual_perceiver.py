@@ -799,6 +799,9 @@ class PerceiverParts:
             return None, active.layout.causal(blocks)
         blocks = blocks[: active.tokens.shape[1]]
         mask = (blocks[:, None] >= blocks)[None, None]  # (1, 1, K, K)
+        if self.training and self.config.block_drop_rate:
+            alone = torch.rand(len(active.tokens), 1, 1, 1, device=blocks.device) < self.config.block_drop_rate
+            mask = torch.where(alone, blocks[:, None] == blocks, mask)  # (B, 1, K, K)
         return (mask if active.mask is None else mask & active.mask), None
 
     def query_block(self, device: torch.device) -> torch.Tensor:
