@@ -26,6 +26,11 @@ lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	rm -rf build/imports
+	mkdir -p build/imports/hf_visual_perceiver
+	ln -s $(CURDIR)/hf_visual_perceiver/* build/imports/hf_visual_perceiver/
+	ln -sfn $(CURDIR)/modeling $(CURDIR)/training build/imports/hf_visual_perceiver/
+	cd build/imports && $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-cache --no-logo
 
 # The suites of transformers and timm themselves, downloaded when they run, on our classes.
 test-upstream: $(SETUP)

@@ -6,7 +6,6 @@ Importing the package registers the models with transformers' auto classes and w
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from hf_visual_perceiver.inference.loading import bundled_checkpoint
 from hf_visual_perceiver.inference.onnx_perceiver import OnnxPerceiver
 from hf_visual_perceiver.inference.pipeline import TASK, AdaptiveImageClassificationPipeline
 from hf_visual_perceiver.modeling import (
@@ -20,9 +19,9 @@ from hf_visual_perceiver.modeling import (
     timm_visual_perceiver,  # noqa: F401  (likewise)
 )
 from hf_visual_perceiver.modeling.engines import ENGINES
+from hf_visual_perceiver.utils.bundled import bundled_checkpoint
+from hf_visual_perceiver.version import __version__  # noqa: F401
 
-
-__version__ = "0.1.0"
 
 AutoConfig.register(VisualPerceiverConfig.model_type, VisualPerceiverConfig, exist_ok=True)
 AutoModel.register(VisualPerceiverConfig, VisualPerceiverModel, exist_ok=True)

@@ -12,8 +12,9 @@ from hf_visual_perceiver.evaluation.confusion import Confusion
 from hf_visual_perceiver.evaluation.evaluate import Evaluation, read_evaluation
 from hf_visual_perceiver.evaluation.plots import plot_tradeoff
 from hf_visual_perceiver.evaluation.robustness import ALL, CLEAN, Robustness, read_robustness
-from hf_visual_perceiver.inference.loading import SAMPLE, load_config, shipped
+from hf_visual_perceiver.inference.loading import load_config
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
+from hf_visual_perceiver.utils.bundled import SAMPLE, shipped
 from hf_visual_perceiver.utils.conditions import conditions_line
 from hf_visual_perceiver.utils.files import read_json, write_json, write_text
 from hf_visual_perceiver.utils.tables import markdown_table

@@ -35,7 +35,7 @@ def test_wheel_contents(wheel):
     package = {name.removeprefix("hf_visual_perceiver/") for name in names}
     assert {
         "__init__.py",
-        "cli.py",
+        "cli/main.py",
         "modeling/modeling_visual_perceiver.py",
         "modeling/timm_visual_perceiver.py",
         "training/train.py",
@@ -81,7 +81,9 @@ REMOTE = [
     "attention_groups",
     "configuration_visual_perceiver",
     "conv_stem",
+    "elastic",
     "engines",
+    "macs",
     "modeling_visual_perceiver",
     "query_selection",
     "ragged",
@@ -90,6 +92,7 @@ REMOTE = [
 
 
 HARMLESS = {
+    "ast",
     "collections",
     "contextlib",
     "copy",
@@ -114,6 +117,19 @@ def imports(tree: ast.AST) -> tuple[set[str], set[str | None]]:
         elif isinstance(node, ast.ImportFrom):
             relative.add(node.module)
     return absolute, relative
+
+
+def test_modeling_is_flat():
+    """transformers copies the code of a checkpoint by following `from .name import` alone."""
+    folder = REPOSITORY / "modeling"
+    assert [path for path in folder.rglob("*.py") if path.parent != folder] == []
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1, f"{path.name}:{node.lineno}"
+                assert node.module, f"{path.name}:{node.lineno}"
+                assert "." not in node.module, f"{path.name}:{node.lineno}"
+                assert (folder / f"{node.module}.py").is_file(), f"{path.name}:{node.lineno}"
 
 
 def calls(tree: ast.AST) -> set[str]:

@@ -16,12 +16,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 
 from hf_visual_perceiver.benchmark.timing import interleaved, median_ratio
+from hf_visual_perceiver.data.image_processor import create_image_processor
 from hf_visual_perceiver.evaluation.evaluate import Evaluation, OperatingPoint, read_evaluation
 from hf_visual_perceiver.hub.page import EXAMPLES, PICTURES
 from hf_visual_perceiver.inference.loading import load_model
 from hf_visual_perceiver.modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities
-from hf_visual_perceiver.training.folder import create_image_processor
 
 
 # Seconds that timing an answer should take: moving a knob has to feel immediate.
