@@ -9,6 +9,7 @@ import sys
 import zipfile
 
 import pytest
+import yaml
 from support import PATIENCE, REPOSITORY
 
 import hf_visual_perceiver
@@ -244,6 +245,11 @@ def test_commands_name_their_extra(package):
     assert len(done.stderr.strip().splitlines()) == 1
     assert package in done.stderr
     assert "pip install 'hf-visual-perceiver[cli]'" in done.stderr
+
+
+def test_the_citation_has_the_version():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert str(citation["version"]) == hf_visual_perceiver.__version__
 
 
 def test_extras_and_version_are_those_of_the_code(wheel):
