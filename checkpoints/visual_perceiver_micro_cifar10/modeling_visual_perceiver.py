@@ -875,9 +875,29 @@ class PerceiverParts:
     def decode(self, active: ActiveTokens) -> torch.Tensor:
         """What the output query reads from the active tokens, normalised: (B, D)."""
         assert self.decoder is not None
+        if self.config.decoder_reads == "last_block":
+            active = self.last_block(active)
         y, _ = self.decoder(active.tokens, mask=active.mask, layout=active.layout)
         pooled = self.norm(self.decoder.finish(y))[:, 0]  # (B, 1, D) -> (B, D)
         return pooled if active.layout is None else active.layout.unsort(pooled)
+
+    def last_block(self, active: ActiveTokens) -> ActiveTokens:
+        """The tokens of the last block of queries that each image uses."""
+        K = active.tokens.shape[1] if active.layout is None else active.layout.shape[1]
+        if active.layout is None and active.keep is None and isinstance(K, int):
+            return ActiveTokens(active.tokens[:, self.config.first_decoded(K) :])
+        keep, blocks = active.keep, self.query_block(active.tokens.device)[:K]
+        if active.layout is not None:
+            keep = torch.zeros(active.layout.shape, dtype=torch.bool, device=blocks.device)
+            keep[active.layout.image, active.layout.query] = True
+        elif keep is None:
+            keep = torch.ones(active.tokens.shape[:2], dtype=torch.bool, device=blocks.device)
+        last = torch.where(keep, blocks, -1).amax(1, keepdim=True)  # (B, 1)
+        keep = keep & (blocks == last)
+        if active.layout is None:
+            return ActiveTokens(active.tokens, keep)
+        layout = PackedLayout.from_mask(keep, active.layout.backend)
+        return ActiveTokens(layout.pack(active.layout.unpack(active.tokens)), keep, layout)
 
     def active_queries(self, active: ActiveTokens) -> torch.Tensor:
         """(B, Q) bool: the queries that each image used."""

@@ -51,6 +51,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "level_resolutions": 2,
         "hidden_act": "relu",  # which takes CPUs far less time than GELU
         "trunk_attention": "block_causal",
+        "decoder_reads": "last_block",
         "query_init": "spatial",
     },
     "visual_perceiver_tiny_conv_32": {
@@ -99,6 +100,7 @@ TIMM_ARGUMENTS = {
     "level_resolutions": "level_resolutions",
     "trunk_attention": "trunk_attention",
     "query_blocks": "query_blocks",
+    "decoder_reads": "decoder_reads",
     "query_init": "query_init",
     "attention_init": "attention_init",
     "norm_eps": "layer_norm_eps",
@@ -159,6 +161,10 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
     # its own and of earlier blocks, so that the tokens of the first K queries do not depend on later ones.
     trunk_attention: str = "full"
     query_blocks: list[int] | None = None  # where blocks of queries end; None is 1, 2, 4, 8, ... up to Q
+    # What the output query reads: "all" tokens (the paper), or those of the "last_block" that an image uses, which in a
+    # block-causal trunk have seen all others. Trained for all budgets at once, an output query that reads all tokens settles on
+    # the first ones, which it always has.
+    decoder_reads: str = "all"
     # How queries and positions begin: "random", or "spatial": the first K queries tile the image, for every power of two K.
     query_init: str = "random"
     # How attention in the blocks begins: "random", or "mimetic", near what trained networks have (Trockman & Kolter 2023).
@@ -224,6 +230,8 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
             raise ValueError(
                 f"Expected `trunk_attention` to be 'full' or 'block_causal', got {self.trunk_attention!r}."
             )
+        if self.decoder_reads not in ("all", "last_block"):
+            raise ValueError(f"Expected `decoder_reads` to be 'all' or 'last_block', got {self.decoder_reads!r}.")
         if self.query_init not in ("random", "spatial"):
             raise ValueError(f"Expected `query_init` to be 'random' or 'spatial', got {self.query_init!r}.")
         if self.attention_init not in ("random", "mimetic"):
@@ -307,6 +315,18 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         if self.query_blocks is not None:
             return list(self.query_blocks)
         return [2**i for i in range((self.num_queries - 1).bit_length())] + [self.num_queries]
+
+    def first_decoded(self, num_active_queries: int) -> int:
+        """The first of the first K queries that the output query reads.
+
+        Example:
+            >>> config = VisualPerceiverConfig.from_architecture("visual_perceiver_micro_levels_32")
+            >>> [config.first_decoded(K) for K in (1, 2, 4, 5, 32)]
+            [0, 1, 2, 4, 16]
+        """
+        if self.decoder_reads == "all":
+            return 0
+        return max(end for end in [0, *self.block_ends] if end < num_active_queries)
 
     @property
     def num_levels(self) -> int:

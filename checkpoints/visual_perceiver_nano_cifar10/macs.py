@@ -68,6 +68,7 @@ def count_extension_macs(config: Any, start: int, num_active_queries: int) -> in
 
 
 def count_decoder_macs(config: Any, num_active_queries: int) -> int:
-    """The part of `count_macs` after the blocks: the decoder, which reads K tokens, and the head."""
+    """The part of `count_macs` after the blocks: the decoder, which reads K tokens or those of the last block, and the head."""
     K, D, M = num_active_queries, config.hidden_size, config.intermediate_size
+    K -= config.first_decoded(K)
     return K * 2 * D**2 + 2 * D**2 + 2 * K * D + 2 * D * M + D * len(config.label_names)
