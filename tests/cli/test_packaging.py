@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 from support import PATIENCE, REPOSITORY
 
 import hf_visual_perceiver
@@ -250,6 +251,16 @@ def test_commands_name_their_extra(package):
 def test_the_citation_has_the_version():
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     assert str(citation["version"]) == hf_visual_perceiver.__version__
+
+
+def test_the_lowest_versions_are_those_of_pyproject():
+    """tests/lowest.txt has a release for each lower bound, the first one of that bound, such as 77.0.1 for >=77."""
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (REPOSITORY / "pyproject.toml").read_text()))
+    lines = (REPOSITORY / "tests" / "lowest.txt").read_text().splitlines()
+    lowest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert list(lowest) == sorted(bounds)
+    for name, version in lowest.items():
+        assert SpecifierSet(f"=={bounds[name]}.*").contains(version), name
 
 
 def test_extras_and_version_are_those_of_the_code(wheel):
