@@ -1,4 +1,4 @@
-"""Examples run: those of the docstrings, and those of the README."""
+"""Examples run: those of the docstrings, those of the README, and the notebook."""
 
 import doctest
 import importlib
@@ -6,9 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
 import timm
-from support import REPOSITORY
+from nbclient import NotebookClient
+from support import PATIENCE, REPOSITORY
 
 from hf_visual_perceiver import ARCHITECTURES, count_macs
 from hf_visual_perceiver.evaluation.evaluate import Evaluation
@@ -52,3 +54,12 @@ def test_readme(monkeypatch, tmp_path):
     assert len(blocks) >= 2
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_quickstart(tmp_path):
+    notebook = nbformat.read(REPOSITORY / "docs" / "quickstart.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code), "outputs are not kept in git"
+    NotebookClient(notebook, timeout=PATIENCE, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(output.get("text", "") for cell in code for output in cell.outputs)
+    assert "cat (" in printed
