@@ -36,7 +36,7 @@ lint: $(SETUP) links
 docs: $(SETUP) links
 	rm -rf build/docs build/docs_source
 	mkdir -p build/docs_source
-	cp -r README.md CONTRIBUTING.md CHANGELOG.md LICENSE docs benchmarks training build/docs_source/
+	cp -r README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff LICENSE docs benchmarks training build/docs_source/
 	for folder in checkpoints/*; do mkdir -p build/docs_source/$$folder; cp $$folder/*.md $$folder/*.png build/docs_source/$$folder/; done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

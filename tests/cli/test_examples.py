@@ -47,13 +47,14 @@ def test_the_readmes_numbers_are_the_measured_ones():
         assert re.search(rf"`{name}` .* \| {parameters / 1e6:.2f} \| {macs / 1e6:,.1f} \|", readme), name
 
 
-def test_readme(monkeypatch, tmp_path):
-    """Its code needs the installed package, and no checkout."""
+@pytest.mark.parametrize("name", ["README.md", "docs/publishing.md"])
+def test_pages(name, monkeypatch, tmp_path):
+    """Their code needs the installed package, and no checkout."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 2
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / name).read_text(), flags=re.DOTALL)
+    assert blocks
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, name, "exec"), {})
 
 
 def test_the_quickstart(tmp_path):
