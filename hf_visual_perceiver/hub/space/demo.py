@@ -65,7 +65,7 @@ class Answer:
         macs: Multiply-accumulates; with t they include reading and comparing all K.
         full_macs: Those of all queries.
         seconds: Median over repetitions.
-        full_seconds: Of all queries, in turns with the setting.
+        full_seconds: Seconds for all queries, measured in turns with the setting.
         relative_time: Median over repetitions of the ratio of the two.
         repetitions: How often both were timed.
     """
@@ -134,7 +134,7 @@ class Demo:
 
         Args:
             name: A folder or Hub id. Its code is not run.
-            revision: Of a Hub id: a commit, tag or branch.
+            revision: Commit, tag or branch of a Hub id.
             device: torch's name.
 
         Raises:
