@@ -31,7 +31,7 @@ from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, ConvStem, StemLevel, joined_features
 from .elastic import ElasticModel, Pass
 from .engines import create_engine
-from .macs import count_macs  # noqa: F401  transformers 5.4 copies what this file imports alone
+from .macs import count_macs  # noqa: F401  likewise
 from .query_selection import select_queries, without_autocast
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
 from .spatial_init import mimetic_attention, query_features, token_features
@@ -707,7 +707,7 @@ class PerceiverParts:
         Args:
             pixel_values: (B, C, H, W).
             K: The first K queries, for all images or for each, (B,).
-            threshold: Of the selection among them; None is none.
+            threshold: Threshold of the selection among them; None does not select.
             interpolate_pos_encoding: Take images of any multiple of the patch size.
             need_weights: Compute the weights of the cross-attention, for hooks that record them.
             masked: Keep the tokens dense, with a mask.

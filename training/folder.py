@@ -2,31 +2,12 @@
 
 from pathlib import Path
 
-from transformers import ViTImageProcessor
 from transformers.utils import logging as transformers_logging
 
-from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
+from hf_visual_perceiver.data.image_processor import create_image_processor
+from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.timm_network import TimmNetwork
 from hf_visual_perceiver.utils.files import folder_written_aside
-
-
-# timm's names of resampling filters, as PIL's numbers, which preprocessor_config.json holds.
-RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
-
-
-def create_image_processor(config: VisualPerceiverConfig) -> ViTImageProcessor:
-    """The processor that prepares images as timm does for the same checkpoint."""
-    cfg = config.timm_pretrained_cfg
-    if cfg["interpolation"] not in RESAMPLING:
-        raise ValueError(f"Expected interpolation to be one of {', '.join(RESAMPLING)}, got {cfg['interpolation']!r}.")
-    height, width = config.image_height_width
-    return ViTImageProcessor(
-        size={"height": height, "width": width},
-        resample=RESAMPLING[cfg["interpolation"]],
-        image_mean=list(cfg["mean"]),
-        image_std=list(cfg["std"]),
-        do_convert_rgb=config.num_channels == 3,
-    )
 
 
 def save_folder(

@@ -130,7 +130,7 @@ class Nested:
 
     Args:
         num_queries: Q.
-        seed: Of the run.
+        seed: Random seed of the run.
         block_ends: Where blocks of queries end, from the model's config.
         largest: Weights of the largest K, such as {16: 2, 64: 1}; None is always Q. Smaller ones make a step cheaper.
     """
@@ -251,8 +251,8 @@ def create_schedule(
         queries: `{"schedule": name, ...}` with the schedule's own arguments, and those of `SmallFirst` and `DqsTail` as
             `small_first` and `dqs_tail`.
         num_queries: Q.
-        seed: Of the run; the same on every process.
-        steps: Of the whole run.
+        seed: Random seed of the run; the same on every process.
+        steps: Number of steps of the whole run.
         block_ends: Where blocks of queries end, for a model whose trunk is block-causal.
 
     Raises:

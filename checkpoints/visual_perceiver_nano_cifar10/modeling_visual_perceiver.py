@@ -31,7 +31,7 @@ from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, ConvStem, StemLevel, joined_features
 from .elastic import ElasticModel, Pass
 from .engines import create_engine
-from .macs import count_macs  # noqa: F401  transformers 5.4 copies what this file imports alone
+from .macs import count_macs  # noqa: F401  likewise
 from .query_selection import select_queries, without_autocast
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
 from .spatial_init import mimetic_attention, query_features, token_features
@@ -707,7 +707,7 @@ class PerceiverParts:
         Args:
             pixel_values: (B, C, H, W).
             K: The first K queries, for all images or for each, (B,).
-            threshold: Of the selection among them; None is none.
+            threshold: Threshold of the selection among them; None does not select.
             interpolate_pos_encoding: Take images of any multiple of the patch size.
             need_weights: Compute the weights of the cross-attention, for hooks that record them.
             masked: Keep the tokens dense, with a mask.
@@ -799,6 +799,9 @@ class PerceiverParts:
             return None, active.layout.causal(blocks)
         blocks = blocks[: active.tokens.shape[1]]
         mask = (blocks[:, None] >= blocks)[None, None]  # (1, 1, K, K)
+        if self.training and self.config.block_drop_rate:
+            alone = torch.rand(len(active.tokens), 1, 1, 1, device=blocks.device) < self.config.block_drop_rate
+            mask = torch.where(alone, blocks[:, None] == blocks, mask)  # (B, 1, K, K)
         return (mask if active.mask is None else mask & active.mask), None
 
     def query_block(self, device: torch.device) -> torch.Tensor:

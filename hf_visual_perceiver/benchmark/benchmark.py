@@ -196,9 +196,9 @@ def benchmark(
         images: (n, C, H, W), normalised; repeated for larger batches.
         batch_sizes: Each is measured by itself.
         thresholds: t to measure, each beside the fixed K that is nearest to what it keeps on the batch.
-        forms: Of `FORMS`.
+        forms: Some of `FORMS`.
         dtypes: Each form is measured in each.
-        repetitions: Of all settings.
+        repetitions: How often all settings are run.
         rivals: Other networks, by name.
         budgets: K to measure, beside all queries; None is the paper's.
         progress: Say on stderr how far it is.

@@ -42,12 +42,12 @@ def attention_maps_command(
 ) -> None:
     """What each query reads, as a picture: cross-attention averaged over a dataset, or over given images."""
     from hf_visual_perceiver.data.image_files import list_images, read_image
+    from hf_visual_perceiver.data.image_processor import create_image_processor
     from hf_visual_perceiver.data.images import load_images
     from hf_visual_perceiver.data.parts import at_most
     from hf_visual_perceiver.evaluation.attention_maps import average_attention, plot_attention_maps
     from hf_visual_perceiver.evaluation.evaluate import pixel_batches
     from hf_visual_perceiver.inference.loading import choose_device, default_dataset, load_model
-    from hf_visual_perceiver.training.folder import create_image_processor
 
     if images and dataset:
         raise ValueError("Expected either images or --dataset, got both.")

@@ -13,9 +13,9 @@ from datasets.utils.file_utils import xopen
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
+from hf_visual_perceiver.data.image_processor import RESAMPLING
 from hf_visual_perceiver.data.splits import open_split
 from hf_visual_perceiver.modeling.handler import open_image
-from hf_visual_perceiver.training.folder import RESAMPLING
 
 
 # Names of columns, where there are several that could be meant. CIFAR-100 calls its 100 classes fine_label.

@@ -10,7 +10,7 @@ import datasets
 import typer
 
 from hf_visual_perceiver.data.images import load_images
-from hf_visual_perceiver.inference.loading import default_dataset
+from hf_visual_perceiver.utils.bundled import default_dataset
 from hf_visual_perceiver.utils.console import run_command
 
 

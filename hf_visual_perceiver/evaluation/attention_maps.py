@@ -20,7 +20,7 @@ def average_attention(
 
     Args:
         model: In eval mode.
-        batches: Of `pixel_values`, (B, C, H, W) each.
+        batches: Batches of `pixel_values`, (B, C, H, W) each.
         num_active_queries: K, the queries to look at; None is all.
 
     Returns:

@@ -233,7 +233,7 @@ def measure_points(
     """What `evaluate` is made of: what every image did at each of `points`, which are taken as they come.
 
     Raises:
-        ValueError: As `evaluate`.
+        ValueError: If `evaluate` raises it.
     """
     config = model.config
     all_labels = labels_of_model(model, data)
@@ -359,7 +359,7 @@ def output_at(model: Any, pixels: torch.Tensor, point: OperatingPoint) -> Any:
     """What a model, with or without a head, returns at an operating point, whatever the checkpoint's own.
 
     Raises:
-        ValueError: As `forward_at`.
+        ValueError: If `forward_at` raises it.
     """
     from hf_visual_perceiver.utils.memory import fitting
 

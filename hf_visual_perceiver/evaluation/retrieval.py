@@ -80,11 +80,11 @@ class RetrievalRow:
         num_active_queries: K.
         dqs_threshold: t, or None without selection.
         queries_mean: Queries that a queried image used.
-        macs: Of one queried image, mean.
+        macs: Mean multiply-accumulates of one queried image.
         accuracy: With a gallery at the same point.
-        standard_error: Of that accuracy.
+        standard_error: Standard error of that accuracy.
         full_gallery_accuracy: With a gallery at all queries.
-        full_gallery_standard_error: Of that accuracy.
+        full_gallery_standard_error: Standard error of that accuracy.
     """
 
     num_active_queries: int

@@ -31,7 +31,7 @@ class Outcome:
         num_active_queries: K; None with selection among all queries.
         dqs_threshold: t; None without selection.
         accuracy: Mean over images, and over corruptions and severities where the cell has several.
-        standard_error: Of `accuracy`, over images; the corruptions are taken as given.
+        standard_error: Standard error of `accuracy` over images, for the given corruptions.
         queries_mean: Mean number of queries used.
     """
 
@@ -167,7 +167,7 @@ def measure_robustness(
         corruptions: Keys of `CORRUPTIONS`, or names of files of CIFAR-10-C; None is all.
         severities: Some of 1 to 5.
         max_images: At most so many, evenly spaced in the dataset; None for all.
-        seed: Of the corruptions.
+        seed: Random seed of the corruptions.
         batch_size: Images of a batch.
         progress: Say on stderr how far it is.
         conditions: More facts to keep with the result, such as the names of model and dataset.

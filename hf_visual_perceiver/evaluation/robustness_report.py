@@ -11,7 +11,7 @@ from hf_visual_perceiver.evaluation.corruptions import CORRUPTIONS, corrupt
 from hf_visual_perceiver.evaluation.difficulty import Difficulty
 from hf_visual_perceiver.evaluation.plots import save_figure
 from hf_visual_perceiver.evaluation.robustness import ALL, CLEAN, Outcome, Robustness
-from hf_visual_perceiver.inference.loading import default_dataset
+from hf_visual_perceiver.utils.bundled import default_dataset
 from hf_visual_perceiver.utils.conditions import conditions_line
 from hf_visual_perceiver.utils.tables import markdown_table
 

@@ -31,9 +31,9 @@ class ExportRow:
         form: `"PyTorch"` or the file's name.
         num_active_queries: K.
         dqs_threshold: t, or None without selection.
-        megabytes: Of the weights, or of the file.
-        accuracy: Of the top label.
-        standard_error: Of the accuracy.
+        megabytes: Size of the weights, or of the file.
+        accuracy: Accuracy of the top label.
+        standard_error: Standard error of the accuracy.
         same_answer: Share of the images with PyTorch's label.
         queries_mean: Queries that an image used.
         ms_per_image: Median over batches.

@@ -12,8 +12,9 @@ from hf_visual_perceiver.evaluation.confusion import Confusion
 from hf_visual_perceiver.evaluation.evaluate import Evaluation, read_evaluation
 from hf_visual_perceiver.evaluation.plots import plot_tradeoff
 from hf_visual_perceiver.evaluation.robustness import ALL, CLEAN, Robustness, read_robustness
-from hf_visual_perceiver.inference.loading import SAMPLE, load_config, shipped
+from hf_visual_perceiver.inference.loading import load_config
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
+from hf_visual_perceiver.utils.bundled import SAMPLE, shipped
 from hf_visual_perceiver.utils.conditions import conditions_line
 from hf_visual_perceiver.utils.files import read_json, write_json, write_text
 from hf_visual_perceiver.utils.tables import markdown_table
@@ -27,7 +28,7 @@ def write_card(folder: Path, model: VisualPerceiverForImageClassification, evalu
     """Write README.md, tradeoff.png and evaluation.json into a checkpoint's folder.
 
     Args:
-        folder: Of the checkpoint; training.json in it says how it was trained, robustness.json what corruption does to it.
+        folder: The checkpoint's folder; training.json and robustness.json in it are read if they are there.
         model: The checkpoint.
         evaluation: What was measured.
 
@@ -45,7 +46,7 @@ def rewrite_card(folder: Path, output: Path | None = None) -> Path:
     """Write a checkpoint's card from its JSON files alone: config, evaluation, and, if there, training and robustness.
 
     Args:
-        folder: Of the checkpoint.
+        folder: The checkpoint's folder.
         output: The card; None is README.md in the folder, and its plot is then drawn anew too.
 
     Returns:
@@ -72,8 +73,8 @@ def render_card(folder: Path, config: VisualPerceiverConfig, evaluation: Evaluat
     """The text of a checkpoint's card.
 
     Args:
-        folder: Of the checkpoint; training.json and robustness.json are read if they are there.
-        config: Of the checkpoint.
+        folder: The checkpoint's folder; training.json and robustness.json are read if they are there.
+        config: The checkpoint's config.
         evaluation: What was measured.
         picture: Where the plot lies, from the card.
 

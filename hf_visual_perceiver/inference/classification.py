@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from hf_visual_perceiver.data.image_processor import create_image_processor
 from hf_visual_perceiver.modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
-from hf_visual_perceiver.training.folder import create_image_processor
 
 
 @torch.inference_mode()

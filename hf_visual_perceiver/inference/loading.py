@@ -1,7 +1,5 @@
 """Checkpoints and devices by name, with errors that say what is wrong."""
 
-from pathlib import Path
-
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
@@ -12,44 +10,14 @@ from hf_visual_perceiver.modeling import (
     VisualPerceiverConfig,
     VisualPerceiverForImageClassification,
 )
+from hf_visual_perceiver.utils.bundled import (  # noqa: F401  (callers load these by name, and may import them from here)
+    SAMPLE,
+    bundled_checkpoint,
+    default_dataset,
+    default_model,
+    shipped,
+)
 from hf_visual_perceiver.utils.choices import check_dtype
-
-
-DEFAULT_CHECKPOINT = "visual_perceiver_nano_cifar10"
-SAMPLE = "the embedded sample of CIFAR-10"
-
-
-def shipped(name: str) -> Path:
-    """A file or folder that comes with the package, installed or in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    for root in (package, package.parent):
-        if (root / name).exists():
-            return root / name
-    raise FileNotFoundError(f"Expected {name} to come with the package, found it neither in {package} nor beside it.")
-
-
-def bundled_checkpoint() -> str:
-    """The folder of the checkpoint that comes with the package, to load from anywhere once the package is installed.
-
-    It is a Visual Perceiver of 0.91 M parameters, trained on CIFAR-10; its README.md says what it was measured to do.
-
-    Example:
-        >>> from transformers import AutoModelForImageClassification
-        >>> model = AutoModelForImageClassification.from_pretrained(bundled_checkpoint())
-        >>> model.config.num_queries
-        64
-    """
-    return str(shipped(f"checkpoints/{DEFAULT_CHECKPOINT}"))
-
-
-def default_model() -> str:
-    """What a command takes that is given no checkpoint."""
-    return bundled_checkpoint()
-
-
-def default_dataset() -> str:
-    """The embedded sample of CIFAR-10."""
-    return str(shipped("data"))
 
 
 def load_optimized(name: str, device: str = "cpu", dtype: str = "float32") -> OptimizedVisualPerceiver:

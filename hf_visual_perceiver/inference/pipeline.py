@@ -105,7 +105,7 @@ def queries_for_macs(config: VisualPerceiverConfig, fraction: float, selects: bo
     """The largest K whose multiply-accumulates are at most `fraction` of those of all Q queries.
 
     Args:
-        config: Of the model.
+        config: The model's config.
         fraction: In (0, 1].
         selects: Count what Dynamic Query Selection costs as well. It is counted as if it dropped nothing, so that
             every image stays below the target; with it, K is below Q even at a fraction of 1.

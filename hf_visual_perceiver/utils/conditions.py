@@ -12,7 +12,7 @@ import timm
 import torch
 import transformers
 
-from hf_visual_perceiver import __version__
+from hf_visual_perceiver.version import __version__
 
 
 def measurement_conditions(device: str | torch.device = "cpu", **more: Any) -> dict[str, Any]:

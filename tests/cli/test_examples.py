@@ -1,4 +1,4 @@
-"""Examples run: those of the docstrings, and those of the README."""
+"""Examples run: those of the docstrings, those of the README, and the notebook."""
 
 import doctest
 import importlib
@@ -6,9 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
 import timm
-from support import REPOSITORY
+from nbclient import NotebookClient
+from support import PATIENCE, REPOSITORY
 
 from hf_visual_perceiver import ARCHITECTURES, count_macs
 from hf_visual_perceiver.evaluation.evaluate import Evaluation
@@ -44,10 +46,20 @@ def test_the_readmes_numbers_are_the_measured_ones():
         assert re.search(rf"`{name}` .* \| {parameters / 1e6:.2f} \| {macs / 1e6:,.1f} \|", readme), name
 
 
-def test_readme(monkeypatch, tmp_path):
-    """Its code needs the installed package, and no checkout."""
+@pytest.mark.parametrize("name", ["README.md", "docs/publishing.md"])
+def test_pages(name, monkeypatch, tmp_path):
+    """Their code needs the installed package, and no checkout."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 2
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / name).read_text(), flags=re.DOTALL)
+    assert blocks
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, name, "exec"), {})
+
+
+def test_the_quickstart(tmp_path):
+    notebook = nbformat.read(REPOSITORY / "docs" / "quickstart.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code), "outputs are not kept in git"
+    NotebookClient(notebook, timeout=PATIENCE, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(output.get("text", "") for cell in code for output in cell.outputs)
+    assert "cat (" in printed

@@ -9,6 +9,8 @@ import sys
 import zipfile
 
 import pytest
+import yaml
+from packaging.specifiers import SpecifierSet
 from support import PATIENCE, REPOSITORY
 
 import hf_visual_perceiver
@@ -92,6 +94,7 @@ REMOTE = [
 
 
 HARMLESS = {
+    "ast",
     "collections",
     "contextlib",
     "copy",
@@ -116,6 +119,19 @@ def imports(tree: ast.AST) -> tuple[set[str], set[str | None]]:
         elif isinstance(node, ast.ImportFrom):
             relative.add(node.module)
     return absolute, relative
+
+
+def test_modeling_is_flat():
+    """transformers copies the code of a checkpoint by following `from .name import` alone."""
+    folder = REPOSITORY / "modeling"
+    assert [path for path in folder.rglob("*.py") if path.parent != folder] == []
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1, f"{path.name}:{node.lineno}"
+                assert node.module, f"{path.name}:{node.lineno}"
+                assert "." not in node.module, f"{path.name}:{node.lineno}"
+                assert (folder / f"{node.module}.py").is_file(), f"{path.name}:{node.lineno}"
 
 
 def calls(tree: ast.AST) -> set[str]:
@@ -230,6 +246,21 @@ def test_commands_name_their_extra(package):
     assert len(done.stderr.strip().splitlines()) == 1
     assert package in done.stderr
     assert "pip install 'hf-visual-perceiver[cli]'" in done.stderr
+
+
+def test_the_citation_has_the_version():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert str(citation["version"]) == hf_visual_perceiver.__version__
+
+
+def test_the_lowest_versions_are_those_of_pyproject():
+    """tests/lowest.txt has a release for each lower bound, the first one of that bound, such as 77.0.1 for >=77."""
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (REPOSITORY / "pyproject.toml").read_text()))
+    lines = (REPOSITORY / "tests" / "lowest.txt").read_text().splitlines()
+    lowest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert list(lowest) == sorted(bounds)
+    for name, version in lowest.items():
+        assert SpecifierSet(f"=={bounds[name]}.*").contains(version), name
 
 
 def test_extras_and_version_are_those_of_the_code(wheel):

@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 from hf_visual_perceiver.cli import main as cli
 from hf_visual_perceiver.inference import loading
 from hf_visual_perceiver.hub import publish as publishing
-from hf_visual_perceiver.training.folder import create_image_processor
+from hf_visual_perceiver.data.image_processor import create_image_processor
 folder, repo, pushed, in_timm = sys.argv[1:5]
 sys.argv = ["visual-perceiver", "publish", folder, repo, "--operating-point", "k=16"]
 try:

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from support import PATIENCE, REPOSITORY
 
+from hf_visual_perceiver.data.image_processor import create_image_processor
 from hf_visual_perceiver.export.graph import export_onnx, quantise
-from hf_visual_perceiver.training.folder import create_image_processor
 
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested with the extra `browser`")

@@ -22,9 +22,10 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
+from hf_visual_perceiver.data.image_processor import create_image_processor
 from hf_visual_perceiver.inference.loading import default_model, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
-from hf_visual_perceiver.training.folder import create_image_processor, save_folder
+from hf_visual_perceiver.training.folder import save_folder
 
 
 POINTS = [{}, {"num_active_queries": 7}, {"dqs_threshold": 0.8}, {"num_active_queries": 40, "dqs_threshold": 0.6}]

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from support import REPOSITORY, small_config
 
+from hf_visual_perceiver.data.image_processor import create_image_processor
 from hf_visual_perceiver.inference.loading import default_model, load_optimized
 from hf_visual_perceiver.modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification
 from hf_visual_perceiver.modeling.handler import MAX_PIXELS, EndpointHandler, open_image, read_parameters
-from hf_visual_perceiver.training.folder import create_image_processor, save_folder
+from hf_visual_perceiver.training.folder import save_folder
 
 
 CAT = REPOSITORY / "docs" / "cat.png"

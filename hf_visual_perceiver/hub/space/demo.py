@@ -16,12 +16,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 
 from hf_visual_perceiver.benchmark.timing import interleaved, median_ratio
+from hf_visual_perceiver.data.image_processor import create_image_processor
 from hf_visual_perceiver.evaluation.evaluate import Evaluation, OperatingPoint, read_evaluation
 from hf_visual_perceiver.hub.page import EXAMPLES, PICTURES
 from hf_visual_perceiver.inference.loading import load_model
 from hf_visual_perceiver.modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities
-from hf_visual_perceiver.training.folder import create_image_processor
 
 
 # Seconds that timing an answer should take: moving a knob has to feel immediate.
@@ -65,7 +65,7 @@ class Answer:
         macs: Multiply-accumulates; with t they include reading and comparing all K.
         full_macs: Those of all queries.
         seconds: Median over repetitions.
-        full_seconds: Of all queries, in turns with the setting.
+        full_seconds: Seconds for all queries, measured in turns with the setting.
         relative_time: Median over repetitions of the ratio of the two.
         repetitions: How often both were timed.
     """
@@ -134,7 +134,7 @@ class Demo:
 
         Args:
             name: A folder or Hub id. Its code is not run.
-            revision: Of a Hub id: a commit, tag or branch.
+            revision: Commit, tag or branch of a Hub id.
             device: torch's name.
 
         Raises:
