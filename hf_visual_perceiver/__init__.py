@@ -3,7 +3,7 @@
 Importing the package registers the models with transformers' auto classes and with timm, and a pipeline's task.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_visual_perceiver.inference.loading import bundled_checkpoint
@@ -19,14 +19,14 @@ from hf_visual_perceiver.modeling import (
     timm_conv_classifier,  # noqa: F401  (registers the timm names)
     timm_visual_perceiver,  # noqa: F401  (likewise)
 )
+from hf_visual_perceiver.modeling.elastic import Budget, Family, register
 from hf_visual_perceiver.modeling.engines import ENGINES
 
 
 __version__ = "0.1.0"
 
-AutoConfig.register(VisualPerceiverConfig.model_type, VisualPerceiverConfig, exist_ok=True)
-AutoModel.register(VisualPerceiverConfig, VisualPerceiverModel, exist_ok=True)
-AutoModelForImageClassification.register(VisualPerceiverConfig, VisualPerceiverForImageClassification, exist_ok=True)
+register(Family(VisualPerceiverConfig, VisualPerceiverModel, VisualPerceiverForImageClassification, ARCHITECTURES))
+
 # `image-classification` stays what it is everywhere; this task takes the budget as an argument.
 PIPELINE_REGISTRY.register_pipeline(
     TASK, AdaptiveImageClassificationPipeline, pt_model=AutoModelForImageClassification, type="image"
@@ -35,14 +35,10 @@ PIPELINE_REGISTRY.register_pipeline(
 # What `optimize_for_inference` takes by default; onnxruntime itself is imported when it is used.
 ENGINES["onnxruntime"] = OnnxPerceiver
 
-# So that `save_pretrained` puts the code beside the weights, and a folder loads where this package is not installed.
-VisualPerceiverConfig.register_for_auto_class()
-VisualPerceiverModel.register_for_auto_class("AutoModel")
-VisualPerceiverForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-
 __all__ = [
     "ARCHITECTURES",
     "AdaptiveImageClassificationPipeline",
+    "Budget",
     "VisualPerceiverConfig",
     "VisualPerceiverForImageClassification",
     "VisualPerceiverModel",

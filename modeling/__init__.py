@@ -1,6 +1,7 @@
 """Models: what travels with the weights."""
 
 from .configuration_visual_perceiver import ARCHITECTURES, VisualPerceiverConfig
+from .elastic import FAMILIES, Budget, ElasticConfig, ElasticModel, Family, Pass, register
 from .macs import count_macs, count_trunk_macs
 from .modeling_visual_perceiver import (
     OptimizedVisualPerceiver,
@@ -16,7 +17,13 @@ from .query_selection import select_queries
 
 __all__ = [
     "ARCHITECTURES",
+    "FAMILIES",
+    "Budget",
+    "ElasticConfig",
+    "ElasticModel",
+    "Family",
     "OptimizedVisualPerceiver",
+    "Pass",
     "QuerySubset",
     "VisualPerceiverConfig",
     "VisualPerceiverForImageClassification",
@@ -26,5 +33,6 @@ __all__ = [
     "VisualPerceiverPreTrainedModel",
     "count_macs",
     "count_trunk_macs",
+    "register",
     "select_queries",
 ]

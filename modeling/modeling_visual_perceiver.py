@@ -31,6 +31,7 @@ from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, ConvStem, StemLevel, joined_features
 from .elastic import ElasticModel, Pass
 from .engines import create_engine
+from .macs import count_macs  # noqa: F401  likewise
 from .query_selection import select_queries, without_autocast
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
 from .spatial_init import mimetic_attention, query_features, token_features

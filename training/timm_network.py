@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from hf_visual_perceiver.modeling import QuerySubset
-from hf_visual_perceiver.modeling.configuration_visual_perceiver import default_preprocessing
+from hf_visual_perceiver.modeling.elastic import default_preprocessing
 
 
 class TimmNetwork(TimmWrapperForImageClassification):

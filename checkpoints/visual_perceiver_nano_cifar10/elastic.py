@@ -1,13 +1,19 @@
 """What every family of models here has in common: a budget, given to `forward` as keywords, decides what an image costs."""
 
 import ast
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
 
 from .query_selection import as_number
+
+
+CIFAR_STATISTICS = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2470, 0.2435, 0.2616]}
+IMAGENET_STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 class Budget:
@@ -120,10 +126,53 @@ class ElasticConfig:
 
     unit: ClassVar[str]
     knobs: ClassVar[Mapping[str, str]]
+    image_size: Any
+    num_channels: int
+    num_labels: int
+    id2label: Any
+    pretrained_cfg: Any
 
     def budgets(self) -> list[Budget]:
         """Budgets that stand for all, ascending in cost; the last is the full network."""
         raise NotImplementedError
+
+    def ladder(self) -> list[Budget]:
+        """All budgets at which every image costs alike, ascending in cost, in the steps that training draws from."""
+        return self.budgets()
+
+    def adaptive_budgets(self) -> list[Budget]:
+        """Budgets that stand for those at which each image takes what it needs; none if there are none."""
+        return []
+
+    def candidates(self, knobs: Sequence[str] = ()) -> list[Budget]:
+        """What calibration tries: budgets that set these knobs, and the full network.
+
+        Args:
+            knobs: Names or short names; none is the first that the family has.
+
+        Raises:
+            ValueError: If there are no such budgets.
+        """
+        names = self.knob_names(knobs)
+        known = [b for b in (*self.ladder(), *self.adaptive_budgets()) if b.kwargs]
+        found = [b for b in known if b.kwargs.keys() <= set(names)]
+        if set(names) - {name for b in found for name in b.kwargs}:
+            settable = dict.fromkeys(name for b in known for name in b.kwargs)
+            raise ValueError(f"Expected knobs to search among {', '.join(settable) or 'none'}, got {', '.join(names)}.")
+        return [*found, Budget()]
+
+    def knob_names(self, knobs: Sequence[str] = ()) -> list[str]:
+        """The names of knobs that may be short; none is the first that the family has.
+
+        Raises:
+            ValueError: If there is no such knob.
+        """
+        names = [self.knobs.get(knob, knob) for knob in knobs] or list(self.knobs.values())[:1]
+        if unknown := [name for name in names if name not in self.knobs.values()]:
+            raise ValueError(
+                f"Expected knobs among {', '.join((*self.knobs, *self.knobs.values())) or 'none'}, got {', '.join(unknown)}."
+            )
+        return names
 
     def resolve(self, **knobs: Any) -> dict[str, Any]:
         """All knobs as `forward` takes them; those that are not given, or None, are at everything that there is.
@@ -160,20 +209,77 @@ class ElasticConfig:
         self.resolve(**budget.kwargs)
         return budget
 
-    def budget_for(self, macs: float) -> Budget:
-        """The largest of `budgets` that costs at most this share of the full network, or the cheapest.
+    def budget_for(self, macs: float, **knobs: Any) -> Budget:
+        """The largest of `ladder` that costs at most this share of the full network, or the cheapest.
 
         Args:
             macs: In (0, 1].
+            **knobs: Values that the budget also has, such as a threshold; images count as if it spared nothing.
 
         Raises:
             ValueError: If the share is not in (0, 1].
         """
         if isinstance(macs, bool) or not isinstance(macs, (int, float)) or not 0 < macs <= 1:
             raise ValueError(f"Expected a share of the full network's multiply-accumulates in (0, 1], got {macs!r}.")
-        budgets = self.budgets()
-        full = self.count_macs(budgets[-1])
-        return [budgets[0], *(b for b in budgets if self.count_macs(b) <= macs * full)][-1]
+        budgets = [Budget(**{**budget.kwargs, **knobs}) for budget in self.ladder()]
+        full = self.count_macs(Budget())
+        place = bisect_right(budgets, macs * full, key=self.count_macs)  # MACs ascend
+        return budgets[max(place - 1, 0)]
+
+    def count_stages(self, budgets: Sequence[Budget]) -> list[int]:
+        """Multiply-accumulates of an image that is answered at each of these budgets in turn, up to each of them."""
+        return list(accumulate(self.count_macs(budget) for budget in budgets))
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return height, width
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes, in the order of the logits.
+
+        Raises:
+            ValueError: If the keys of `id2label` are not the indices of the logits, as numbers or as text.
+        """
+        names = {str(key): name for key, name in (self.id2label or {}).items()}
+        indices = [str(i) for i in range(len(names))]
+        if names.keys() != set(indices):
+            raise ValueError(
+                f"Expected the keys of `id2label` to be 0 to {len(names) - 1}, got {', '.join(list(names)[:10])}."
+            )
+        return [names[i] for i in indices]
+
+    @property
+    def first_conv(self) -> str:
+        """Name of the module that reads the image's channels, which timm adapts to others."""
+        return ""
+
+    @property
+    def timm_pretrained_cfg(self) -> dict[str, Any]:
+        """timm's `pretrained_cfg` of a checkpoint with this config."""
+        height, width = self.image_height_width
+        cfg = default_preprocessing(max(height, width))
+        cfg.update(self.pretrained_cfg or {})
+        cfg.pop("label_names", None)  # may be those of the checkpoint that this one was fine-tuned from
+        cfg.update(
+            input_size=[self.num_channels, height, width],
+            num_classes=self.num_labels,
+            fixed_input_size=True,
+            first_conv=self.first_conv,
+            classifier="head",
+        )
+        labels = self.label_names
+        if labels != [f"LABEL_{i}" for i in range(len(labels))]:
+            cfg["label_names"] = labels
+        return cfg
+
+
+def default_preprocessing(image_size: int) -> dict[str, Any]:
+    """How an image becomes `pixel_values`, in timm's terms: whole image, bicubic, normalised per channel."""
+    statistics = CIFAR_STATISTICS if image_size <= 64 else IMAGENET_STATISTICS
+    return {**statistics, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
 
 
 @dataclass(frozen=True)
@@ -221,9 +327,9 @@ class Family:
         architectures: timm name -> what differs from the config's defaults.
     """
 
-    config: type
-    model: type
-    classifier: type
+    config: Any
+    model: Any
+    classifier: Any
     architectures: Mapping[str, Mapping[str, Any]]
 
 
@@ -235,13 +341,13 @@ def register(family: Family) -> None:
     """Make a family known to this package and to transformers' auto classes; its timm file registers its timm names."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-    config: Any = family.config
+    config = family.config
     FAMILIES[config.model_type] = family
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, family.model, exist_ok=True)
     AutoModelForImageClassification.register(config, family.classifier, exist_ok=True)
     # So that `save_pretrained` puts the code beside the weights, and a folder loads where this package is not installed.
     config.register_for_auto_class()
-    model, classifier = (cls for cls in (family.model, family.classifier))
-    model.register_for_auto_class("AutoModel")  # type: ignore[attr-defined]
-    classifier.register_for_auto_class("AutoModelForImageClassification")  # type: ignore[attr-defined]
+    model, classifier = family.model, family.classifier
+    model.register_for_auto_class("AutoModel")
+    classifier.register_for_auto_class("AutoModelForImageClassification")
