@@ -125,6 +125,18 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
     model_type = "visual_perceiver"
     unit: ClassVar[str] = "queries"
     knobs: ClassVar[Mapping[str, str]] = {"K": "num_active_queries", "t": "dqs_threshold"}
+    title: ClassVar[str] = "Visual Perceiver"
+    about: ClassVar[str] = (
+        "`num_active_queries` (K) uses the first K of its learned queries, `dqs_threshold` (t) drops, per image, the queries "
+        "that read nearly the same as an earlier one (Dynamic Query Selection, Dancette & Cord 2022). Fewer queries are less "
+        "work and less time. MACs with t include reading and comparing all queries before some are dropped."
+    )
+    citation: ClassVar[str] = """@inproceedings{dancette2022dynamic,
+  title={Dynamic Query Selection for Fast Visual Perceiver},
+  author={Dancette, Corentin and Cord, Matthieu},
+  booktitle={CVPR Workshops},
+  year={2022}
+}"""
     # Written to config.json for timm, and rebuilt from the fields below.
     timm_keys: ClassVar[tuple[str, ...]] = ("architecture", "model_args", "num_classes", "num_features")
     # transformers' Trainer hands every other output to `compute_metrics`, which expects the logits.
@@ -272,6 +284,11 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
             raise ValueError(
                 f"Expected {len(starts)} `level_depths` of at least 1, one for each of `level_starts`, got {depths}."
             )
+
+    @property
+    def summary(self) -> str:
+        """Blocks, width and queries."""
+        return f"{self.num_hidden_layers} blocks of width {self.hidden_size}, {self.num_queries} queries"
 
     @property
     def block_ends(self) -> list[int]:

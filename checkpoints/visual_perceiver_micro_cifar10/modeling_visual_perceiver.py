@@ -29,10 +29,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_groups import AttentionGroup  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, ConvStem, StemLevel, joined_features
-from .elastic import ElasticModel, Pass
+from .elastic import Budget, ElasticModel, GraphPlan, Pass, check_pixel_values, reference_model
 from .engines import create_engine
 from .macs import count_macs  # noqa: F401  likewise
-from .query_selection import select_queries, without_autocast
+from .query_selection import cosine_similarities, keep_dissimilar, select_queries, without_autocast
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
 from .spatial_init import mimetic_attention, query_features, token_features
 
@@ -92,39 +92,6 @@ class VisualPerceiverImageClassifierOutput(ModelOutput):
 
 
 KeysAndValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-
-
-def check_pixel_values(
-    pixel_values: torch.Tensor,
-    config: VisualPerceiverConfig,
-    any_size: bool = False,
-    advice: str = "`interpolate_pos_encoding=True` takes other sizes, and so does a model loaded with `image_size=...`",
-) -> None:
-    """Raise a `ValueError` unless `pixel_values` is a non-empty floating-point batch of the config's image size.
-
-    With `any_size`, every multiple of the patch size will do. `advice` is for whoever has images of another size.
-    """
-    if pixel_values is None or pixel_values.ndim != 4:
-        given = None if pixel_values is None else tuple(pixel_values.shape)
-        raise ValueError(f"Expected `pixel_values` of shape (B, C, H, W), got {given}.")
-    B, C, height, width = pixel_values.shape
-    if B == 0:
-        raise ValueError("Expected at least one image, got an empty batch.")
-    if config.num_channels != C:
-        raise ValueError(f"Expected images of {config.num_channels} channels, got {C}.")
-    if not pixel_values.is_floating_point():
-        raise ValueError(
-            f"Expected normalised `pixel_values` of a floating-point dtype, got {pixel_values.dtype}; "
-            "an image processor or transform makes them."
-        )
-    if any_size:
-        if height % config.patch_size or width % config.patch_size or not height * width:
-            raise ValueError(
-                f"Expected an image size that is a multiple of the patch size {config.patch_size}, got {height}x{width}."
-            )
-    elif (height, width) != config.image_height_width:
-        expected = "x".join(map(str, config.image_height_width))
-        raise ValueError(f"Expected images of size {expected}, got {height}x{width}; {advice}.")
 
 
 def eager_attention_forward(
@@ -1333,6 +1300,53 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
         """The self-attention blocks."""
         return self.visual_perceiver.layers
 
+    def as_graph(self, budget: Budget | None = None) -> GraphPlan:
+        """A graph with t as an input, and K as another unless the budget fixes it; see `ElasticModel.as_graph`."""
+        config = self.config
+        K, t = config.operating_point()
+        inputs, fixed = {"dqs_threshold": torch.tensor(1.0)}, {}
+        if budget is None:
+            inputs["num_active_queries"] = torch.tensor(config.num_queries)
+        else:
+            knobs = config.resolve(**budget.kwargs)
+            if knobs["dqs_threshold"] != math.inf:
+                raise ValueError(
+                    f"Expected a budget of K, as t is an input of the graph, got {budget.short(config.knobs)}."
+                )
+            K = fixed["num_active_queries"] = knobs["num_active_queries"]
+        facts = {
+            "num_queries": config.num_queries,
+            "num_active_queries": fixed.get("num_active_queries"),
+            "default_num_active_queries": K,
+            "default_dqs_threshold": 1.0 if t is None else t,
+        }
+        module = VisualPerceiverGraph(self, fixed.get("num_active_queries"))
+        return GraphPlan(module, inputs, fixed, ("logits", "active_queries"), facts)
+
+    @torch.inference_mode()
+    def check_budgets(self, pixel_values: torch.Tensor) -> list[Budget]:
+        """Several K, each without and with thresholds that lie clear of these images' cosines."""
+        Q = self.config.num_queries
+        cosines = cosine_similarities(self.visual_perceiver.read(pixel_values, Q))
+        thresholds = [None, *(clear_threshold(cosines, t) for t in (0.6, 0.8, 0.95))]
+        budgets = [*(K for K in (1, 2, 7, 16, 64) if Q > K), Q]
+        return [Budget(num_active_queries=K, dqs_threshold=t) for K in budgets for t in thresholds]
+
+    def look(self, pixel_values: torch.Tensor, budget: Budget | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the first K queries read, (B, K, D), and from where, (B, K, rows, columns): the mean over heads.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+            budget: Sets K; None is all queries.
+        """
+        config = self.config
+        y, weights = self.visual_perceiver.look(
+            pixel_values, config.resolve(**(budget or Budget()).kwargs)["num_active_queries"]
+        )
+        assert weights is not None, "look needs them"
+        rows, columns = (side // config.patch_size for side in config.image_height_width)
+        return y, weights.mean(1).unflatten(-1, (rows, columns))  # (B, H, K, N) -> (B, K, h, w)
+
     def start(self, pixel_values: torch.Tensor) -> IncrementalState:
         """Read images, to answer with few queries first and with more later: `state.extend(K)`.
 
@@ -1380,6 +1394,69 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
         """
         settings = {"backend": backend, "num_threads": num_threads, "int8": int8 or None}
         return OptimizedVisualPerceiver(self.visual_perceiver, self.head, dtype=dtype, **settings)
+
+
+class VisualPerceiverGraph(nn.Module):
+    """A classifier whose knobs are tensors, so that a graph can have them as inputs.
+
+    Args:
+        model: The classifier; a copy of it is kept, in float32 and on the CPU.
+        num_active_queries: K of a graph that has no such input.
+    """
+
+    def __init__(self, model: "VisualPerceiverForImageClassification", num_active_queries: int | None = None):
+        super().__init__()
+        self.model = reference_model(model).requires_grad_(False)
+        # Fused attention cannot be exported with a dynamic number of queries before torch 2.15.
+        self.model.set_attn_implementation("eager")
+        self.num_active_queries = num_active_queries
+
+    def forward(
+        self, pixel_values: torch.Tensor, dqs_threshold: torch.Tensor, num_active_queries: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, labels) and the active queries (B, Q) bool.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+            dqs_threshold: A float32 scalar; 1 keeps all.
+            num_active_queries: An int64 scalar, unless K is fixed.
+        """
+        parts, Q = self.model.visual_perceiver, self.model.config.num_queries
+        K: Any = self.num_active_queries
+        if num_active_queries is not None:
+            K = num_active_queries.clamp(1, Q).item()
+            torch._check(K >= 1)
+            torch._check(K <= Q)
+        if num_active_queries is None or self.model.config.num_levels == 1:
+            y = parts.read(pixel_values, K)  # (B, K, D)
+        else:  # how many levels K asks for is not a fixed piece of graph, so all are computed
+            y = parts.read(pixel_values, Q)[:, :K]
+        too_similar = cosine_similarities(y) > dqs_threshold  # (B, K, K)
+        # To Q, so that the rule is a fixed piece of graph; what is not there is similar to nothing.
+        keep = keep_dissimilar(F.pad(too_similar, (0, Q - K, 0, Q - K)), self.model.config.dqs_reference)[:, :K]
+        active = parts.process(parts.keep_queries(y, keep, masked=True))
+        return self.model.head(parts.decode(active)), parts.active_queries(active)
+
+
+def clear_threshold(cosines: torch.Tensor, threshold: float, reach: float = 0.01) -> float:
+    """The middle of the widest gap between cosines near `threshold`, so that rounding cannot tip a query over it.
+
+    Args:
+        cosines: What is compared with the threshold.
+        threshold: From 1 on it stays as it is.
+        reach: How far from it to look.
+
+    Example:
+        >>> round(clear_threshold(torch.tensor([0.5, 0.795, 0.8, 0.806]), 0.8), 4)
+        0.803
+    """
+    if threshold >= 1:
+        return threshold
+    near = cosines.double().flatten()
+    near = near[(near - threshold).abs() < reach].sort().values
+    edges = torch.cat([near.new_tensor([threshold - reach]), near, near.new_tensor([threshold + reach])])
+    widest = edges.diff().argmax()
+    return ((edges[widest] + edges[widest + 1]) / 2).item()
 
 
 def check_weights(parts: PerceiverParts) -> None:

@@ -1,6 +1,7 @@
 """What every family of models here has in common: a budget, given to `forward` as keywords, decides what an image costs."""
 
 import ast
+import copy
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,13 +123,18 @@ class ElasticConfig:
     Attributes:
         unit: What the images of a batch use different numbers of, such as "queries": see `used` of the outputs.
         knobs: The keywords of `forward` that make a budget, by their short names.
+        title: What the family is called, in the singular.
+        about: What the knobs do, and where the family is from, in a sentence or two.
+        citation: BibTeX.
     """
 
     unit: ClassVar[str]
     knobs: ClassVar[Mapping[str, str]]
+    title: ClassVar[str] = "Image classifier"
+    about: ClassVar[str] = ""
+    citation: ClassVar[str] = ""
     image_size: Any
     num_channels: int
-    num_labels: int
     id2label: Any
     pretrained_cfg: Any
 
@@ -143,6 +149,10 @@ class ElasticConfig:
     def adaptive_budgets(self) -> list[Budget]:
         """Budgets that stand for those at which each image takes what it needs; none if there are none."""
         return []
+
+    def is_adaptive(self, budget: Budget) -> bool:
+        """Whether each image takes what it needs, because the budget is none of those at which all cost alike."""
+        return self.resolve(**budget.kwargs) not in [self.resolve(**fixed.kwargs) for fixed in self.ladder()]
 
     def candidates(self, knobs: Sequence[str] = ()) -> list[Budget]:
         """What calibration tries: budgets that set these knobs, and the full network.
@@ -231,6 +241,11 @@ class ElasticConfig:
         return list(accumulate(self.count_macs(budget) for budget in budgets))
 
     @property
+    def summary(self) -> str:
+        """The sizes of the network, in some words."""
+        return ""
+
+    @property
     def image_height_width(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
@@ -265,7 +280,7 @@ class ElasticConfig:
         cfg.pop("label_names", None)  # may be those of the checkpoint that this one was fine-tuned from
         cfg.update(
             input_size=[self.num_channels, height, width],
-            num_classes=self.num_labels,
+            num_classes=len(self.id2label),
             fixed_input_size=True,
             first_conv=self.first_conv,
             classifier="head",
@@ -282,6 +297,39 @@ def default_preprocessing(image_size: int) -> dict[str, Any]:
     return {**statistics, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
 
 
+def check_pixel_values(
+    pixel_values: torch.Tensor,
+    config: Any,
+    any_size: bool = False,
+    advice: str = "`interpolate_pos_encoding=True` takes other sizes, and so does a model loaded with `image_size=...`",
+) -> None:
+    """Raise a `ValueError` unless `pixel_values` is a non-empty floating-point batch of the config's image size.
+
+    With `any_size`, every multiple of the patch size will do. `advice` is for whoever has images of another size.
+    """
+    if pixel_values is None or pixel_values.ndim != 4:
+        given = None if pixel_values is None else tuple(pixel_values.shape)
+        raise ValueError(f"Expected `pixel_values` of shape (B, C, H, W), got {given}.")
+    B, C, height, width = pixel_values.shape
+    if B == 0:
+        raise ValueError("Expected at least one image, got an empty batch.")
+    if config.num_channels != C:
+        raise ValueError(f"Expected images of {config.num_channels} channels, got {C}.")
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"Expected normalised `pixel_values` of a floating-point dtype, got {pixel_values.dtype}; "
+            "an image processor or transform makes them."
+        )
+    if any_size:
+        if height % config.patch_size or width % config.patch_size or not height * width:
+            raise ValueError(
+                f"Expected an image size that is a multiple of the patch size {config.patch_size}, got {height}x{width}."
+            )
+    elif (height, width) != config.image_height_width:
+        expected = "x".join(map(str, config.image_height_width))
+        raise ValueError(f"Expected images of size {expected}, got {height}x{width}; {advice}.")
+
+
 @dataclass(frozen=True)
 class Pass:
     """One of several passes over a batch: some of its images, at a budget.
@@ -293,6 +341,42 @@ class Pass:
 
     budget: Budget = field(default_factory=Budget)
     images: slice = field(default_factory=lambda: slice(None))
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """A classifier as something to trace.
+
+    Attributes:
+        module: Maps `pixel_values` and the inputs, in their order, to the outputs.
+        inputs: Knobs that stay inputs, by name, with a value of each.
+        fixed: Knobs that are fixed, and their values.
+        outputs: Names: the logits (B, labels), and what each image used, (B,) or a mark (B, n) for each that it used.
+        facts: What else a caller has to know, as plain values.
+    """
+
+    module: torch.nn.Module
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+    outputs: tuple[str, str] = ("logits", "used")
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class FixedGraph(torch.nn.Module):
+    """A classifier at one budget: (B, C, H, W) -> logits (B, labels) and what was used, (B,)."""
+
+    def __init__(self, model: Any, knobs: dict[str, Any]):
+        super().__init__()
+        self.model, self.knobs = model, knobs
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.model(pixel_values, **self.knobs)
+        return output.logits, output.used
+
+
+def reference_model(model: Any) -> Any:
+    """A copy of a model as it computes in PyTorch, in float32 on the CPU."""
+    return copy.deepcopy(model).float().cpu().eval()
 
 
 class ElasticModel:
@@ -310,6 +394,26 @@ class ElasticModel:
         """
         resolve = self.config.resolve
         return [self(pixel_values[p.images], **resolve(**p.budget.kwargs)).logits for p in passes]
+
+    def as_graph(self, budget: Budget | None = None) -> GraphPlan:
+        """What to trace for another runtime: by default this model at one budget, which is fixed in the graph.
+
+        Args:
+            budget: What to fix; None fixes as little as can be, else the config's default.
+
+        Raises:
+            ValueError: If a graph cannot have the budget.
+        """
+        budget = self.config.default_budget if budget is None else budget
+        if self.config.is_adaptive(budget):
+            name = budget.short(self.config.knobs)
+            raise ValueError(f"Expected a budget at which all images cost alike, which a graph needs, got {name}.")
+        knobs = self.config.resolve(**budget.kwargs)
+        return GraphPlan(FixedGraph(reference_model(self).requires_grad_(False), knobs), fixed=knobs)
+
+    def check_budgets(self, pixel_values: torch.Tensor) -> list[Budget]:
+        """Budgets at which other forms of this model should answer alike on some images, other rounding or not."""
+        return [*self.config.budgets(), *self.config.adaptive_budgets()]
 
     def blocks(self) -> Iterable[torch.nn.Module]:
         """The modules of which many are alike, for compiling and checkpointing."""
