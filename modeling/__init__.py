@@ -1,11 +1,10 @@
 """Models: what travels with the weights."""
 
 from .configuration_visual_perceiver import ARCHITECTURES, VisualPerceiverConfig
-from .elastic import FAMILIES, Budget, ElasticConfig, ElasticModel, Family, Pass, register
+from .elastic import FAMILIES, Budget, ElasticConfig, ElasticModel, Family, Pass, family_of, register
 from .macs import count_macs, count_trunk_macs
 from .modeling_visual_perceiver import (
     OptimizedVisualPerceiver,
-    QuerySubset,
     VisualPerceiverForImageClassification,
     VisualPerceiverImageClassifierOutput,
     VisualPerceiverModel,
@@ -24,7 +23,6 @@ __all__ = [
     "Family",
     "OptimizedVisualPerceiver",
     "Pass",
-    "QuerySubset",
     "VisualPerceiverConfig",
     "VisualPerceiverForImageClassification",
     "VisualPerceiverImageClassifierOutput",
@@ -33,6 +31,7 @@ __all__ = [
     "VisualPerceiverPreTrainedModel",
     "count_macs",
     "count_trunk_macs",
+    "family_of",
     "register",
     "select_queries",
 ]

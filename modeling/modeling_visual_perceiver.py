@@ -11,7 +11,7 @@ and by timm's model in `timm_visual_perceiver.py`, so that one file of weights s
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -565,26 +565,6 @@ class ActiveTokens:
         return ActiveTokens(torch.cat([batch.tokens for batch in batches]), layout=layout)
 
 
-@dataclass(frozen=True)
-class QuerySubset:
-    """The queries of one pass through the trunk, when a batch makes several.
-
-    Attributes:
-        num_active_queries: K in [1, Q], the first K queries.
-        dqs_threshold: Keep only those of them that selection keeps at this threshold; None is all.
-        images: The images of the batch that make this pass.
-    """
-
-    num_active_queries: int
-    dqs_threshold: float | None = None
-    images: slice = field(default_factory=lambda: slice(None))
-
-    def checked(self, config: VisualPerceiverConfig) -> "QuerySubset":
-        """The same in Python's numbers, or a `ValueError` if a value is out of its range."""
-        t = math.inf if self.dqs_threshold is None else self.dqs_threshold
-        return QuerySubset(*config.operating_point(self.num_active_queries, t), self.images)
-
-
 class PerceiverParts:
     """The network itself, mixed into transformers' and timm's model classes: build, read, select, process, decode."""
 
@@ -773,71 +753,48 @@ class PerceiverParts:
         ends = torch.tensor(self.config.block_ends, device=device)
         return torch.bucketize(torch.arange(self.config.num_queries, device=device), ends, right=True)
 
-    def forward_subsets(
-        self, pixel_values: torch.Tensor, subsets: Sequence[QuerySubset], together: bool = True
+    def forward_passes(
+        self, pixel_values: torch.Tensor, passes: Sequence[Pass], packed: bool | None = None
     ) -> list[torch.Tensor]:
-        """What the output query reads from each of several subsets of the queries.
+        """What the output query reads in each of several passes.
 
-        The queries' outputs do not depend on each other: patches, keys, values and cross-attention are computed once,
-        and where subsets share images, so are the block's projection and MLP. Only the trunk runs for each subset.
+        The queries' outputs do not depend on each other: patches, keys, values and cross-attention are computed once. The
+        trunk runs once if it is block-causal and the passes are all images at ends of blocks, or if they are packed.
 
         Args:
             pixel_values: (B, C, H, W), normalised.
-            subsets: Which queries, of which images.
-            together: Run the trunk once on the packed batch of all subsets, instead of once for each.
+            passes: Which images at which budgets.
+            packed: Run the trunk once on the packed batch of all passes, instead of once for each; None is on a GPU.
 
         Returns:
-            For each subset (n, D), n being its images.
+            For each pass (n, D), n being its images.
 
         Raises:
-            ValueError: If the images or a subset are not as described.
+            ValueError: If the images or a budget are not as described.
         """
-        subsets = [subset.checked(self.config) for subset in subsets]
-        if self.are_prefixes(subsets):
-            return self.forward_prefixes(pixel_values, [subset.num_active_queries for subset in subsets])
-        y = self.read(pixel_values, max(subset.num_active_queries for subset in subsets))
-        B = y.shape[0]
-        counts = [len(range(*subset.images.indices(B))) for subset in subsets]
-        x = (
-            self.cross_attention.finish(y) if sum(counts) > B else None
-        )  # more than B: some images are in several subsets
-        batches, backend = [], self.ragged_backend_for(y)
-        for subset in subsets:
-            part = y[subset.images, : subset.num_active_queries]
-            if x is None:
-                batches.append(self.select(part, subset.dqs_threshold))
-                continue
-            finished = x[subset.images, : subset.num_active_queries]
-            if subset.dqs_threshold is None:
-                batches.append(ActiveTokens(finished))
-            else:
-                keep = select_queries(part.detach(), subset.dqs_threshold, self.config.dqs_reference)
-                if backend == "masked":
-                    batches.append(ActiveTokens(finished, keep))
-                    continue
-                layout = PackedLayout.from_mask(keep, backend)
-                batches.append(ActiveTokens(layout.pack(finished), keep, layout))
-        if not together or len(batches) == 1 or backend == "masked":
+        knobs = [self.config.resolve(**p.budget.kwargs) for p in passes]
+        K = [k["num_active_queries"] for k in knobs]
+        y = self.read(pixel_values, max(K))
+        if self.config.trunk_attention == "block_causal" and self.are_nested(passes, knobs):
+            tokens = self.process(self.select(y, None)).tokens
+            return [self.decode(ActiveTokens(tokens[:, :k])) for k in K]
+        thresholds = [None if k["dqs_threshold"] == math.inf else k["dqs_threshold"] for k in knobs]
+        parts = zip(passes, K, thresholds, strict=True)
+        batches = [self.select(y[p.images, :k], t) for p, k, t in parts]
+        backend = self.ragged_backend_for(y)
+        packed = y.is_cuda if packed is None else packed
+        if not packed or len(batches) == 1 or backend == "masked":
             return [self.decode(self.process(batch)) for batch in batches]
         pooled = self.decode(self.process(ActiveTokens.join(batches, backend)))
-        return list(pooled.split(counts))
+        return list(pooled.split([len(range(*p.images.indices(len(y)))) for p in passes]))
 
-    def are_prefixes(self, subsets: Sequence[QuerySubset]) -> bool:
-        """Whether one pass through the trunk answers for all of these subsets.
-
-        A block-causal trunk computes the tokens of the first K queries on the way to more of them, if K ends a block.
-        """
-        largest = max(subset.num_active_queries for subset in subsets)
-        ends = {*self.config.block_ends, largest}
-        return self.config.trunk_attention == "block_causal" and all(
-            subset.dqs_threshold is None and subset.images == slice(None) and subset.num_active_queries in ends
-            for subset in subsets
+    def are_nested(self, passes: Sequence[Pass], knobs: Sequence[dict[str, Any]]) -> bool:
+        """Whether passes are all images at ends of blocks, whose tokens a block-causal trunk has on the way to the last."""
+        ends = {*self.config.block_ends, max(k["num_active_queries"] for k in knobs)}
+        return all(
+            k["dqs_threshold"] == math.inf and p.images == slice(None) and k["num_active_queries"] in ends
+            for p, k in zip(passes, knobs, strict=True)
         )
-
-    def forward_prefixes(self, pixel_values: torch.Tensor, budgets: Sequence[int]) -> list[torch.Tensor]:
-        """What the output query reads from the first K tokens, (B, D) for each K, by one pass through the trunk."""
-        active = self.process(self.select(self.read(pixel_values, max(budgets)), None))
-        return [self.decode(ActiveTokens(active.tokens[:, :K])) for K in budgets]
 
     def decode(self, active: ActiveTokens) -> torch.Tensor:
         """What the output query reads from the active tokens, normalised: (B, D)."""
@@ -1269,21 +1226,8 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
             cross_attentions=outputs.cross_attentions,
         )
 
-    def forward_subsets(
-        self, pixel_values: torch.Tensor, subsets: Sequence[QuerySubset], together: bool = True
-    ) -> list[torch.Tensor]:
-        """The logits (n, labels) of each subset's n images; see `PerceiverParts.forward_subsets`.
-
-        Example:
-            >>> model = VisualPerceiverForImageClassification(VisualPerceiverConfig(num_labels=10)).eval()
-            >>> full, half = model.forward_subsets(torch.zeros(2, 3, 32, 32), [QuerySubset(64), QuerySubset(32)])
-            >>> half.shape
-            torch.Size([2, 10])
-        """
-        return [self.head(pooled) for pooled in self.visual_perceiver.forward_subsets(pixel_values, subsets, together)]
-
     def forward_budgets(self, pixel_values: torch.Tensor, passes: Sequence[Pass]) -> list[torch.Tensor]:
-        """The logits (n, labels) of each pass's n images: images are read once; see `forward_subsets`.
+        """The logits (n, labels) of each pass's n images: images are read once; see `PerceiverParts.forward_passes`.
 
         Example:
             >>> from hf_visual_perceiver.modeling.elastic import Budget
@@ -1292,9 +1236,18 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
             >>> half.shape
             torch.Size([2, 10])
         """
-        knobs = [(self.config.resolve(**p.budget.kwargs), p.images) for p in passes]
-        subsets = [QuerySubset(k["num_active_queries"], k["dqs_threshold"], images) for k, images in knobs]
-        return self.forward_subsets(pixel_values, subsets)
+        pooled = self.visual_perceiver.forward_passes(pixel_values, passes, self.packs_passes)
+        return [self.head(x) for x in pooled]
+
+    @property
+    def skips_parameters(self) -> bool:
+        """Levels of a stem have no part in a small budget."""
+        return self.config.num_levels > 1
+
+    @property
+    def stem(self) -> nn.Module:
+        """What makes features of an image, before they are projected to tokens; a convolutional one can be trained alone."""
+        return self.visual_perceiver.embeddings.patch_embeddings.stem
 
     def blocks(self) -> Iterable[nn.Module]:
         """The self-attention blocks."""
@@ -1491,7 +1444,6 @@ def check_labels(labels: torch.Tensor, num_labels: int) -> None:
 
 __all__ = [
     "OptimizedVisualPerceiver",
-    "QuerySubset",
     "VisualPerceiverForImageClassification",
     "VisualPerceiverModel",
     "VisualPerceiverPreTrainedModel",

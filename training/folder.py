@@ -1,11 +1,11 @@
 """Hub-ready folders: what a checkpoint consists of, written so that it is whole or absent."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import ViTImageProcessor
 from transformers.utils import logging as transformers_logging
 
-from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.timm_network import TimmNetwork
 from hf_visual_perceiver.utils.files import folder_written_aside
 
@@ -14,7 +14,7 @@ from hf_visual_perceiver.utils.files import folder_written_aside
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
-def create_image_processor(config: VisualPerceiverConfig) -> ViTImageProcessor:
+def create_image_processor(config: Any) -> ViTImageProcessor:
     """The processor that prepares images as timm does for the same checkpoint."""
     cfg = config.timm_pretrained_cfg
     if cfg["interpolation"] not in RESAMPLING:
@@ -30,7 +30,7 @@ def create_image_processor(config: VisualPerceiverConfig) -> ViTImageProcessor:
 
 
 def save_folder(
-    model: VisualPerceiverForImageClassification | TimmNetwork,
+    model: Any,
     folder: str | Path,
     files: dict[str, str] | None = None,
 ) -> Path:
@@ -56,7 +56,7 @@ def save_folder(
         transformers_logging.disable_progress_bar()
         with folder_written_aside(folder) as aside:
             model.save_pretrained(aside)
-            if isinstance(model, VisualPerceiverForImageClassification):
+            if not isinstance(model, TimmNetwork):
                 create_image_processor(model.config).save_pretrained(aside)
             for name, text in (files or {}).items():
                 (aside / name).write_text(text)

@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .conv_stem import check_stem
 from .elastic import Budget, ElasticConfig
-from .macs import count_extension_macs, count_macs, count_trunk_macs
+from .macs import count_decoder_macs, count_extension_macs, count_macs, count_trunk_macs
 from .query_selection import as_number, checked_threshold
 
 
@@ -403,6 +403,24 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         kinds, which = pairs.unique(dim=0, return_inverse=True)
         macs = [count_macs(self, k, c if selects else None) for k, c in kinds.tolist()]
         return torch.tensor(macs)[which]
+
+    def count_passes(self, budgets: Sequence[Budget], shared: bool) -> float:
+        """Images are read once, and with a block-causal trunk and ends of blocks the trunk runs once too."""
+        K = [self.resolve(**budget.kwargs)["num_active_queries"] for budget in budgets]
+        if not shared:
+            return sum(count_macs(self, k) for k in K) / len(K)
+        largest = max(K)
+        others = sorted(K)[:-1]
+        total = count_macs(self, largest)
+        if self.trunk_attention == "block_causal" and set(others) <= set(self.block_ends):
+            return total + sum(count_decoder_macs(self, k) for k in others)
+        D, M = self.hidden_size, self.intermediate_size
+        return total + sum(count_trunk_macs(self, k) + k * (D**2 + 2 * D * M) for k in others)
+
+    @property
+    def nested_steps(self) -> list[int] | None:
+        """Ends of blocks of a block-causal trunk."""
+        return self.block_ends if self.trunk_attention == "block_causal" else None
 
     def count_stages(self, budgets: Sequence[Budget]) -> list[int]:
         """Multiply-accumulates of an image that is answered with K queries, then with more, by `start` and `extend`.

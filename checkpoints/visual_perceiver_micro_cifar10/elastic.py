@@ -236,6 +236,21 @@ class ElasticConfig:
         place = bisect_right(budgets, macs * full, key=self.count_macs)  # MACs ascend
         return budgets[max(place - 1, 0)]
 
+    def count_passes(self, budgets: Sequence[Budget], shared: bool) -> float:
+        """Multiply-accumulates of an image's forward in a training step; training takes about three times as many.
+
+        Args:
+            budgets: Of the passes; adaptive ones count as if they spared nothing.
+            shared: Every image makes every pass; if not, each makes one, and as many make each.
+        """
+        total = sum(self.count_macs(budget) for budget in budgets)
+        return total if shared else total / len(budgets)
+
+    @property
+    def nested_steps(self) -> list[int] | None:
+        """Steps of `ladder`, counted from 1, at all of which one pass at the largest answers; None if there are none."""
+        return None
+
     def count_stages(self, budgets: Sequence[Budget]) -> list[int]:
         """Multiply-accumulates of an image that is answered at each of these budgets in turn, up to each of them."""
         return list(accumulate(self.count_macs(budget) for budget in budgets))
@@ -384,6 +399,10 @@ class ElasticModel:
 
     config: Any
     __call__: Callable[..., Any]
+    # Whether several passes of a training step go through the network as one batch; None is where that is faster. A hint.
+    packs_passes: bool | None = None
+    # Whether parameters have no part at some budgets, so that they get no gradient.
+    skips_parameters: Any = False
 
     def forward_budgets(self, pixel_values: torch.Tensor, passes: Sequence[Pass]) -> list[torch.Tensor]:
         """The logits (n, labels) of each pass's n images, in one step of training; families share what work they can.
@@ -436,9 +455,26 @@ class Family:
     classifier: Any
     architectures: Mapping[str, Mapping[str, Any]]
 
+    def create_config(self, architecture: str, **fields: Any) -> Any:
+        """The config of a named architecture, with other values of some fields."""
+        return self.config(**{**self.architectures[architecture], **fields})
+
 
 # By model type; `register` adds to it.
 FAMILIES: dict[str, Family] = {}
+
+
+def family_of(architecture: str) -> Family:
+    """The family that a named architecture is of.
+
+    Raises:
+        ValueError: If there is no architecture of this name.
+    """
+    for family in FAMILIES.values():
+        if architecture in family.architectures:
+            return family
+    names = [name for family in FAMILIES.values() for name in family.architectures]
+    raise ValueError(f"Expected an architecture among {', '.join(names)}, got {architecture!r}.")
 
 
 def register(family: Family) -> None:
