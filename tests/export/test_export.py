@@ -12,7 +12,6 @@ from support import small_config
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from hf_visual_perceiver import extras
 from hf_visual_perceiver.cli.main import app
 from hf_visual_perceiver.data.images import load_images, normalise, pixels_of_size
 from hf_visual_perceiver.export.check import check_export, check_quantised
@@ -24,6 +23,7 @@ from hf_visual_perceiver.modeling import Budget, VisualPerceiverForImageClassifi
 from hf_visual_perceiver.modeling.modeling_visual_perceiver import clear_threshold
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities
 from hf_visual_perceiver.training.folder import save_folder
+from hf_visual_perceiver.utils import extras
 
 
 pytest.importorskip("onnx")
