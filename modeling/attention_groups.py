@@ -41,8 +41,8 @@ class AttentionGroup:
     """Images that are neighbours in a packed batch and attend in one call.
 
     Attributes:
-        first: Their first token.
-        tokens: How many tokens they have.
+        first: Index of the first token.
+        tokens: Number of tokens.
         images: n.
         length: L, tokens of the longest.
         rows: (n L,) the token at each place of the padded block; None if all are L long.
@@ -87,7 +87,7 @@ def attention_groups(
     Args:
         lengths: (B,) tokens of each image, ascending.
         known: The same, on the host.
-        cost: What attention costs; None is what `COSTS` says of the device.
+        cost: Cost of attention; None takes the device's entry in `COSTS`.
     """
     values, counts = zip(*((length, len(list(run))) for length, run in groupby(known)), strict=True)
     cost = cost or COSTS.get(lengths.device.type)

@@ -86,7 +86,7 @@ def on_cpu(model: Any, path: str) -> Any:
     """The folder's network in ONNX Runtime, if that is installed and gives the model's answer; otherwise the model.
 
     Args:
-        model: As the folder's code has loaded it.
+        model: The model, loaded by the folder's code.
         path: The folder.
     """
     try:

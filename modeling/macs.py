@@ -12,7 +12,7 @@ def count_macs(config: Any, num_active_queries: int | None = None, num_candidate
     projection, K D^2, is counted although it is work per batch rather than per image.
 
     Args:
-        config: Of the model.
+        config: The model's config.
         num_active_queries: Queries that go through the self-attention blocks; None is the config's value, or Q.
         num_candidates: With Dynamic Query Selection, the queries that the cross-attention computed and the selection
             compared, at least `num_active_queries`. Their attention and their similarities are then counted too.

@@ -211,7 +211,7 @@ class DynamicVisionTransformerParts:
             pixel_values: (B, C, S, S).
             heads: Classifier of each exit.
             max_exit: All images stop here.
-            thresholds: Of each exit but the last; an image stops where its top probability is at least this.
+            thresholds: Threshold of each exit but the last; an image stops where its top probability is at least this.
 
         Returns:
             Logits (B, labels), exits (B,), and the logits of each exit if no image could stop early, else none.

@@ -707,7 +707,7 @@ class PerceiverParts:
         Args:
             pixel_values: (B, C, H, W).
             K: The first K queries, for all images or for each, (B,).
-            threshold: Of the selection among them; None is none.
+            threshold: Threshold of the selection among them; None does not select.
             interpolate_pos_encoding: Take images of any multiple of the patch size.
             need_weights: Compute the weights of the cross-attention, for hooks that record them.
             masked: Keep the tokens dense, with a mask.

@@ -106,10 +106,10 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             global_pool: `"token"` decodes with the output query; `""` returns the (B, K, D) tokens.
             embed_dim: D.
             depth: Number of self-attention blocks.
-            num_heads: Of the blocks and of the decoder.
+            num_heads: Number of heads of the blocks and of the decoder.
             mlp_ratio: Width of every MLP relative to D.
             num_queries: Q.
-            num_cross_heads: Of the cross-attention.
+            num_cross_heads: Number of heads of the cross-attention.
             act_layer: Name of the activation, in transformers' terms.
             qkv_bias: Whether the query, key and value projections have a bias.
             stem: `"patch"`, a linear map of patches, or `"conv"`, stages of convolutions.
@@ -124,7 +124,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             decoder_reads: What the output query reads, `"all"` tokens or those of the `"last_block"`.
             query_init: How queries begin, `"random"` or `"spatial"`.
             attention_init: How attention in the blocks begins, `"random"` or `"mimetic"`.
-            norm_eps: Of every layer norm.
+            norm_eps: Epsilon of every layer norm.
             drop_rate: Dropout before the classifier.
             proj_drop_rate: Dropout after projections, MLPs and position embeddings.
             attn_drop_rate: Dropout of attention weights.
@@ -133,7 +133,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             dqs_threshold: What `forward` takes for t when not told; None is no selection.
             dqs_reference: Which earlier queries count in the selection, `"all"` or `"kept"`.
             device: Where to create the parameters.
-            dtype: Of the parameters.
+            dtype: Dtype of the parameters.
         """
         super().__init__()
         fields: dict[str, Any] = {

@@ -150,13 +150,13 @@ class BatchAugmentation:
     The order is timm's: random crop, horizontal flip, RandAugment, normalisation, random erasing, mixup or cutmix.
 
     Args:
-        augmentation: What to do and how often. Resized crops and repeats are not done here.
-        num_labels: Of the dataset.
-        mean: Of each channel, for pixels in [0, 1].
+        augmentation: Augmentations and their probabilities. Resized crops and repeats are not done here.
+        num_labels: Number of classes in the dataset.
+        mean: Mean of each channel, for pixels in [0, 1].
         std: Likewise.
-        seed: Of the run; the same on every process.
+        seed: Random seed of the run; the same on every process.
         random_crop: Whether to crop, if the augmentation has a padding.
-        num_images: Of the training set; needed for `augmentation.alternating_flip`.
+        num_images: Number of training images; needed for `augmentation.alternating_flip`.
 
     Raises:
         ValueError: If `augmentation.auto_augment` is not RandAugment in timm's notation.
@@ -194,12 +194,12 @@ class BatchAugmentation:
         Args:
             images: (B, 3, H, W) uint8.
             labels: (B,) int64, on the same device.
-            step: Of the run.
+            step: Step of the run.
             positions: (B,) places of the images in the global batch. For mixing, local images i and B - 1 - i must be at
                 places p and `batch_size` - 1 - p, as `BatchOrder` deals them.
             batch_size: Images of the global batch.
             indices: (B,) of the images in the training set, for `alternating_flip`.
-            epoch: Of the step, likewise.
+            epoch: Epoch of the step, likewise.
 
         Returns:
             `pixel_values` (B, 3, H, W) and targets (B, num_labels) whose rows sum to 1, both float32.

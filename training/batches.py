@@ -20,7 +20,7 @@ class Batch(NamedTuple):
         images: (b, 3, H, W) uint8.
         labels: (b,) int64.
         indices: (b,) of the images in the training set; None where they are not known, as in a stream.
-        epoch: Of the step, if the indices are known.
+        epoch: Epoch of the step, if the indices are known.
     """
 
     images: torch.Tensor
@@ -37,7 +37,7 @@ class ResidentBatches:
     Args:
         data: Decoded images of one size.
         order: Which images make up each step.
-        device: Where they are to lie.
+        device: Device on which to keep them.
     """
 
     def __init__(self, data: ImageDataset, order: BatchOrder, device: torch.device):
@@ -62,7 +62,7 @@ class LoadedBatches:
     Args:
         images: A map from an order's keys to (image, label), such as `ResizedImages`.
         order: A `BatchOrder` or `StreamOrder`.
-        device: Where the batches go.
+        device: Device for the batches.
         workers: Number of processes; 0 is this one.
         collate: For the DataLoader.
     """
@@ -102,12 +102,12 @@ class TrainingData:
     """The images that a run learns from and those it is judged by.
 
     Attributes:
-        label_names: Of both.
+        label_names: Class names, the same for both.
         validation: Held out; may be empty.
         training: Decoded or decodable images; None for a stream.
         order: Which images make up each step.
-        recipe: Of the run.
-        device: Where batches go.
+        recipe: Recipe of the run.
+        device: Device for the batches.
     """
 
     label_names: list[str]

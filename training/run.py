@@ -62,7 +62,7 @@ class TrainingRun:
 
     Args:
         recipe: What to do.
-        folder: Of the run.
+        folder: Folder of the run.
         accelerator: Where.
         recipe_name: What to call the recipe on the model's card.
         resume: Continue from the folder's newest complete checkpoint.

@@ -13,7 +13,7 @@ class StopRequest:
     """Whether a run should stop: its time is over, or SIGTERM came while the context is open.
 
     Args:
-        max_minutes: From now on; None is no limit.
+        max_minutes: Minutes from now until the run should stop; None is no limit.
     """
 
     def __init__(self, max_minutes: float | None):

@@ -91,9 +91,9 @@ class StreamOrder:
         dataset: See `load_stream`.
         split: Name of the split.
         batch_size: Images of a step, over all processes.
-        seed: Of the order of the images.
+        seed: Random seed for the order of the images.
         last_step: Number of steps of the training.
-        rank: Of this process.
+        rank: Rank of this process.
         world_size: Number of processes.
         shuffle_window: Images that are shuffled among themselves.
         repeats: Times that an image stands in the order, in a row, each time to be augmented anew.
@@ -168,7 +168,7 @@ class StreamOrder:
         """Go on where another order with this dataset stood; sets `first_step`.
 
         Args:
-            state: From `state_dict`, of the same rank.
+            state: State from `state_dict`, of the same rank.
             allow_other_world: Whether the state may be of another rank or number of processes. The shares are then
                 others, and the next epoch begins at once.
 
@@ -286,8 +286,8 @@ class DecodedImages(torch.utils.data.Dataset):
     """Encoded images to pixels; what is random about each follows from the seed, the step and its place in the batch.
 
     Args:
-        transform: From PIL image to PIL image, all of one size, such as a random crop.
-        seed: Of the transform.
+        transform: Function from PIL image to PIL image, all of one size, such as a random crop.
+        seed: Random seed of the transform.
         unreadable: `"error"`, or `"replace"` to have `collate` put another image of the batch in its place.
     """
 

@@ -15,8 +15,8 @@ class FrozenTeacher(nn.Module):
 
     Args:
         model: A transformers image classifier, or a timm model.
-        mean: Of the teacher's normalisation.
-        std: Of the teacher's normalisation.
+        mean: Mean that the teacher normalises with.
+        std: Standard deviation that the teacher normalises with.
         student: The student's `mean` and `std`.
     """
 

@@ -34,7 +34,7 @@ class TeacherCache:
     `open` or `create` makes one.
 
     Args:
-        augment: How a view is made.
+        augment: Function that makes a view.
         image_size: Height and width.
         logits: (V, n, labels) float16.
     """
@@ -107,9 +107,9 @@ def open_cache(folder: str | Path, facts: dict[str, Any], augment: BatchAugmenta
     """Map a cache into memory.
 
     Args:
-        folder: Where `create_cache` wrote it.
-        facts: What the run needs it to be made with; it may hold more views.
-        augment: As `view_augmentation` makes it.
+        folder: Folder that `create_cache` wrote.
+        facts: Facts that the cache must match, from `cache_facts`; it may hold more views.
+        augment: Function that makes a view, from `view_augmentation`.
 
     Raises:
         ValueError: If the folder holds no complete cache, or one that was made with something else, which is named.
@@ -152,8 +152,8 @@ def create_cache(
 
     Args:
         folder: New, or an empty folder.
-        facts: What the cache is made with, from `cache_facts`.
-        augment: As `view_augmentation` makes it.
+        facts: Facts to store with the cache, from `cache_facts`.
+        augment: Function that makes a view, from `view_augmentation`.
         teacher: Who answers.
         data: The training images, decoded and of one size.
         accelerator: Says where and in which precision.

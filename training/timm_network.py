@@ -32,7 +32,7 @@ class TimmNetwork(TimmWrapperForImageClassification):
         Args:
             name: timm's, such as resnet18.
             arguments: For `timm.create_model`, such as output_stride; and image_size, height and width of the images (32).
-            label_names: Of the classes.
+            label_names: Names of the classes.
 
         Raises:
             ValueError: If timm has no such model, or none with these arguments.

@@ -40,10 +40,10 @@ def train(
     """Run a recipe, to its end or for some time, and at its end write the Hub-ready model to `output_dir`/model.
 
     Args:
-        recipe: What to do.
+        recipe: Recipe of the run.
         output_dir: A new or empty folder, or with `resume` that of the run to continue.
         resume: Continue from the newest complete checkpoint.
-        recipe_name: What to call the recipe on the model's card.
+        recipe_name: Name of the recipe on the model's card.
         max_minutes: Stop after this time with everything saved; None runs to the end. SIGTERM stops a run likewise.
         allow_recipe_change: Resume although the recipe differs from that of the run.
 

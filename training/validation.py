@@ -24,8 +24,8 @@ def validated(cls: type, values: dict[str, Any], place: str, **given: Any) -> An
 
     Args:
         cls: The dataclass.
-        values: By key.
-        place: What the values are of, for errors.
+        values: Values by key.
+        place: Name of what holds the values, for error messages.
         given: Fields that the values may not have.
 
     Raises:

@@ -34,10 +34,10 @@ def varlen_needs(device: torch.device, dtype: torch.dtype, head_dim: int, dropou
     """What is missing for variable-length attention, in words; empty if nothing is.
 
     Args:
-        device: Of the tokens.
+        device: Device of the tokens.
         dtype: That attention computes in.
         head_dim: d.
-        dropout: Of attention weights.
+        dropout: Dropout of the attention weights.
         implementation: transformers' name of the attention: `"sdpa"` means torch's own kernel, one with "flash" in it
             that package's.
     """
@@ -111,7 +111,7 @@ class PackedLayout:
         shape: (B, K) of the dense batch.
         image: (T,) the image of each token.
         query: (T,) the query of each token, ascending within an image.
-        backend: How attention is done, `"grouped"` or `"varlen"`.
+        backend: Attention backend, `"grouped"` or `"varlen"`.
         order: (B,) the image at each position of the packed order; None is the order of the batch.
         offsets: (B + 1,) int32, where each image begins in the packed order, and T; only `"varlen"` has them. More for
             rows in excess, see `from_mask`.
@@ -234,7 +234,7 @@ class PackedLayout:
         """Attention within each image.
 
         Args:
-            attention: Of dense blocks, for groups: maps query (n, H, L_q, d), key and value (n, H, L, d) and a mask
+            attention: Attention of dense blocks, for groups: maps query (n, H, L_q, d), key and value (n, H, L, d) and a mask
                 (n, 1, 1, L) or None to (n, L_q, H, d). For variable lengths, see `varlen_attention`.
             query: (T, H, d) for self-attention, or (1, H, 1, d), the same for every image.
             key: (T, H, d).

@@ -30,12 +30,12 @@ def load_splits(dataset: str, *splits: str, apart: bool = False) -> list[ImageDa
     """Several parts of a dataset; each split is loaded once.
 
     Args:
-        dataset: As in `load_images`.
-        splits: What to load.
+        dataset: A folder, a parquet file or a Hub id, as `load_images` takes it.
+        splits: Names of splits or of parts of them, such as `train[:10000]`.
         apart: No image may be in two of them.
 
     Raises:
-        ValueError: As `load_images`; if a part has no images; if `apart` and two overlap.
+        ValueError: If `load_images` refuses the dataset, a part has no images, or `apart` is set and two parts overlap.
     """
     parts = [parse_split(split) for split in splits]
     whole = {name: load_images(dataset, name) for name in dict.fromkeys(name for name, _ in parts)}

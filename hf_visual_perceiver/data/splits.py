@@ -53,7 +53,7 @@ def open_split(dataset: str, split: str, streaming: bool = False) -> Any:
 
     Args:
         dataset: A folder, a single parquet file, which has any split, or a Hub id.
-        split: As in `parse_split`; of a Hub id, whatever `datasets` takes.
+        split: The name of a split or of a part of it, see `parse_split`; for a Hub id, anything that `datasets` takes.
         streaming: Return a `datasets.IterableDataset`, of a whole split in parquet files or on the Hub.
 
     Raises:

@@ -30,7 +30,7 @@ class Cascade:
     al. 2021.)
 
     Args:
-        model: In eval mode. Its own operating point plays no part.
+        model: Model in eval mode; its own default budget is ignored.
         stages: K_1 < K_2 < ..., in [1, Q].
         thresholds: One for each stage but the last: the top probability at which an image stops there. 0 stops all,
             more than 1 none. The last stage stops all.
@@ -183,7 +183,7 @@ def search_thresholds(
         correct: (n, S) bool, whether the stage's answer is right.
         macs: (S,) cost of stopping at each stage, ascending; see `cascade_macs`.
         budget: Highest mean cost per image, in the same unit.
-        combinations: How many combinations of thresholds to try.
+        combinations: Number of combinations of thresholds to try.
 
     Raises:
         ValueError: If the arrays do not fit together, or stopping everything at the first stage is over the budget.

@@ -29,7 +29,7 @@ class Run:
 
     Attributes:
         path: The folder.
-        seed: Of the recipe.
+        seed: Seed in the recipe.
         recipe: The keys that say what is learned, without the seed, as dotted names such as `queries.schedule`.
         step: The last one that was evaluated.
         accuracy: K to validation accuracy at that step.
@@ -51,7 +51,7 @@ class Row:
     Attributes:
         name: Short and unique in the comparison.
         runs: Names of the folders.
-        seeds: Of each run.
+        seeds: The seed of each run.
         step: The last one that was evaluated.
         accuracy: K to the mean validation accuracy.
         deviation: K to the sample standard deviation over seeds; None with a single seed.
@@ -108,7 +108,7 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     order in which the first of them is given.
 
     Args:
-        folders: Of runs.
+        folders: The runs' folders.
 
     Raises:
         ValueError: If a folder is no run, its log is damaged or has no validation accuracies, or runs of a row cannot be

@@ -39,8 +39,8 @@ class Bin:
         queries_max: The most.
         queries_mean: Mean over the bin.
         images: How many.
-        accuracy: Of the full network on them.
-        standard_error: Of that accuracy.
+        accuracy: Accuracy of the full network on them.
+        standard_error: Standard error of that accuracy.
         confidence: Mean probability of the full network's answer.
     """
 

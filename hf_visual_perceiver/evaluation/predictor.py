@@ -84,10 +84,10 @@ class PredictedQueries:
     """Runs each image with the first K queries, K by a predictor, all images packed in one batch.
 
     Args:
-        model: In eval mode. Its own operating point plays no part.
+        model: Model in eval mode; its own default budget is ignored.
         predictor: See `fit_predictor`.
         budgets: The K that it predicts for, ascending.
-        price: What all MACs of the largest budget are worth in probability of a right answer; 0 is the most accurate.
+        price: Probability of a right answer that the MACs of the largest budget are worth; 0 gives the most accurate budget.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ class ExportedClassifier:
         num_active_queries: K, if it is fixed in the graph.
         precision: `"float32"` or `"int8"`.
         device: Where the images have to be.
-        dtype: Of the images.
+        dtype: Dtype of the images.
     """
 
     suffix: ClassVar[str]
@@ -73,7 +73,7 @@ class OnnxClassifier(ExportedClassifier):
 
     Args:
         path: The file.
-        threads: Of ONNX Runtime; None is as many as torch uses.
+        threads: Number of ONNX Runtime's threads; None is torch's number.
 
     Raises:
         ValueError: If it is no ONNX file, or of another model.

@@ -21,9 +21,9 @@ def hub_step(doing: str, state: str, api: HfApi) -> Iterator[None]:
     """Turn what fails inside into a `HubError`, or, for an interrupt, into a `KeyboardInterrupt` with a message.
 
     Args:
-        doing: What is being done, as in "while creating the repository".
-        state: How things are if it fails, and what to do then.
-        api: Its token is kept out of the message.
+        doing: The current step, such as "creating the repository", for the message.
+        state: What is on the Hub if the step fails, and what to do then.
+        api: Hub client, whose token is kept out of the message.
     """
     verbosity = hub_logging.get_verbosity()
     # Its warnings name addresses that are signed, which makes them secrets.

@@ -53,11 +53,11 @@ def hub_card(
     card has some, and a section says what the model does by default, and how to run it where there is no widget.
 
     Args:
-        card: Of the folder. Its text may already have that section, from an earlier publication.
+        card: The folder's card. Its text may already have that section, from an earlier publication.
         folder: The checkpoint.
-        config: As it will be published.
+        config: The config to be published.
         repo_id: On the Hub.
-        url: Of the repository's page.
+        url: Address of the repository's page.
         space: Id of a Space that shows the model, if there is one.
     """
     examples = sorted(p for p in (folder / EXAMPLES).glob("*") if p.suffix.lower() in PICTURES)

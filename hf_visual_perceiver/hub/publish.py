@@ -169,7 +169,7 @@ def upload(
     files of the repository stay.
 
     Args:
-        plan: From `prepare`.
+        plan: Plan from `prepare`.
         repo_id: "namespace/name".
         private: Create it for its owner's eyes.
         revision: The branch; created from main if it is not there.

@@ -145,9 +145,9 @@ def graphs_of(stages: Mapping[str, Stage], architecture: dict[str, Any], folders
     """The graphs of a network's stages: from the first of `folders` that has them, or exported, and then kept in the last.
 
     Args:
-        stages: By name.
-        architecture: What the graphs depend on, as plain values.
-        folders: Where graphs may lie.
+        stages: Stages by name.
+        architecture: Plain values that determine the graphs.
+        folders: Folders in which to look for graphs.
     """
     key = graphs_key(architecture)
     for folder in folders:
@@ -216,8 +216,8 @@ class Sessions:
     They are made when first used, in each process anew, so that the object can be pickled, copied and used after a fork.
 
     Args:
-        graphs: By name, as `export_stage` makes them.
-        weights: By name; copied.
+        graphs: Graphs by name, from `export_stage`.
+        weights: Weights by name; they are copied.
         num_threads: Threads of each call; None is torch's number.
         int8: Quantise the weights of linears to 8 bits, and their inputs as they come.
 

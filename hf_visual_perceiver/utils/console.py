@@ -33,7 +33,7 @@ def errors_in_one_line(debug: bool = False, out_of_memory: str = "") -> Iterator
 
     Args:
         debug: Let the error through.
-        out_of_memory: What to do when torch has run out of memory.
+        out_of_memory: Advice for the user if torch runs out of memory.
     """
     try:
         yield
@@ -69,8 +69,8 @@ def tracked(items: Sequence[T], description: str | None) -> Iterable[T]:
     """Go through `items` with a bar on stderr; where that is no terminal, with a line now and then.
 
     Args:
-        items: What to go through.
-        description: What is being done; None says nothing.
+        items: Items to iterate over.
+        description: Text beside the progress bar; None shows no bar.
     """
     bar = {} if sys.stderr.isatty() else {"delay": SECONDS, "mininterval": SECONDS, "miniters": 1, "leave": False}
     return tqdm(items, description, disable=description is None, file=sys.stderr, **bar)

@@ -14,11 +14,11 @@ def fitting(run: Callable[[torch.Tensor], Any], pixels: torch.Tensor) -> Iterato
     """Name a batch size that fits if the body, which does `run(pixels)`, runs out of memory.
 
     Args:
-        run: Of a batch of images, (n, C, H, W).
+        run: Function of a batch of images (n, C, H, W).
         pixels: The batch, (B, C, H, W).
 
     Raises:
-        ValueError: With that size, in place of the error of the body.
+        ValueError: If the body runs out of memory; the message names a batch size that fits.
     """
     try:
         yield

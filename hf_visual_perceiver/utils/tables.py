@@ -29,7 +29,7 @@ def terminal_table(
 
     Args:
         title: Above the table.
-        headers: Of the columns.
+        headers: Headers of the columns.
         rows: Cells, without markup.
         left: So many columns are aligned to the left.
         ends: Places of the rows after which a line is drawn.

@@ -170,7 +170,7 @@ class Curves:
 
     Attributes:
         svg: The figure, without marks.
-        size: Its (width, height) in points.
+        size: (width, height) of the figure in points.
         axes: (left, top, right, bottom) of the plot in it.
         limits: (least, greatest) of MACs in millions, and of accuracy in percent, on the axes.
     """

@@ -47,7 +47,7 @@ def space_files(repo_id: str, revision: str, license: str = "apache-2.0") -> dic
     since it need not be on a package index.
 
     Args:
-        repo_id: Of the model.
+        repo_id: Hub id of the model.
         revision: Its commit, so that the Space shows the same model tomorrow.
         license: The model's.
 
@@ -162,9 +162,9 @@ def upload_space(
     Sources of an earlier publication that are not among them are removed in the same commit; other files stay.
 
     Args:
-        files: From `space_files`.
+        files: Files from `space_files`.
         space: "namespace/name".
-        message: Of the commit.
+        message: Message of the commit.
         state: How things are if it fails, and what to do then.
         private: Create it for its owner's eyes.
         api: With the endpoint and token to use.
