@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from .elastic import Budget
 from .family_config import FamilyConfig
 from .layers import check_heads, check_positive
+from .query_selection import as_number  # noqa: F401  transformers 5.4 copies what this file imports alone
 
 
 # timm name -> what differs from the config's defaults.

@@ -165,6 +165,9 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
     # block-causal trunk have seen all others. Trained for all budgets at once, an output query that reads all tokens settles on
     # the first ones, which it always has.
     decoder_reads: str = "all"
+    # In training with a block-causal trunk, the probability that the queries of an image see their own block alone. Without it,
+    # later blocks settle on copying what earlier ones have read, and the levels of the stem that they read learn little.
+    block_drop_rate: float | int = 0.0
     # How queries and positions begin: "random", or "spatial": the first K queries tile the image, for every power of two K.
     query_init: str = "random"
     # How attention in the blocks begins: "random", or "mimetic", near what trained networks have (Trockman & Kolter 2023).
@@ -249,7 +252,7 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
                 )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"Expected `hidden_act` to be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "block_drop_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"Expected `{name}` to be in [0, 1), got {getattr(self, name)}.")
         if self.dqs_reference not in ("all", "kept"):
@@ -389,7 +392,7 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         Example:
             >>> config = VisualPerceiverConfig(num_labels=10)
             >>> config.count_macs(Budget(num_active_queries=8)), config.count_macs(Budget())
-            (52159680, 394200960)
+            (52179840, 394200960)
         """
         knobs = self.resolve(**(self.default_budget if budget is None else budget).kwargs)
         K, selects = knobs["num_active_queries"], knobs["dqs_threshold"] != math.inf
@@ -424,7 +427,7 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         K = Q if K is None else K
         off = t is None or (isinstance(t, float) and t == math.inf)
         t = None if off else checked_threshold(t)
-        if isinstance(K, (list, tuple)) or getattr(K, "ndim", 0):
+        if not isinstance(K, int) and (isinstance(K, (list, tuple)) or getattr(K, "ndim", 0)):
             each = torch.as_tensor(K)
             whole = each.ndim == 1 and each.numel() and not each.is_floating_point() and each.dtype != torch.bool
             if not whole or each.min() < 1 or each.max() > Q:

@@ -22,7 +22,9 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_dynamic_vision_transformer import DynamicVisionTransformerConfig
 from .elastic import ElasticModel, Pass
+from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .layers import MLP, DropPath, attend, check_images, drop_path_rates, split_heads
+from .query_selection import as_number  # noqa: F401  likewise
 
 
 @dataclass

@@ -17,7 +17,9 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_iterative_perceiver import IterativePerceiverConfig
 from .elastic import ElasticModel
+from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .layers import MLP, attend, check_images, split_heads
+from .query_selection import as_number  # noqa: F401  likewise
 
 
 @dataclass

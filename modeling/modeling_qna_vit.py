@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_qna_vit import QnAViTConfig
 from .elastic import ElasticModel
+from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .layers import MLP, DropPath, attend, check_images, drop_path_rates
 from .query_selection import without_autocast
 

@@ -26,12 +26,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_groups import AttentionGroup  # noqa: F401  transformers 5.4 copies what this file imports alone
+from .attention_groups import AttentionGroup  # noqa: F401  likewise
 from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, ConvStem, StemLevel, joined_features
 from .elastic import ElasticModel, Pass
 from .engines import create_engine
-from .macs import count_macs  # noqa: F401  likewise
+from .macs import count_macs  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .query_selection import select_queries, without_autocast
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
 from .spatial_init import mimetic_attention, query_features, token_features
@@ -799,6 +799,9 @@ class PerceiverParts:
             return None, active.layout.causal(blocks)
         blocks = blocks[: active.tokens.shape[1]]
         mask = (blocks[:, None] >= blocks)[None, None]  # (1, 1, K, K)
+        if self.training and self.config.block_drop_rate:
+            alone = torch.rand(len(active.tokens), 1, 1, 1, device=blocks.device) < self.config.block_drop_rate
+            mask = torch.where(alone, blocks[:, None] == blocks, mask)  # (B, 1, K, K)
         return (mask if active.mask is None else mask & active.mask), None
 
     def query_block(self, device: torch.device) -> torch.Tensor:

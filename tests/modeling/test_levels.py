@@ -11,6 +11,7 @@ from transformers import AutoModelForImageClassification
 from hf_visual_perceiver.export.graph import trace
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.modeling.elastic import Budget
+from hf_visual_perceiver.modeling.modeling_visual_perceiver import ActiveTokens
 from hf_visual_perceiver.training.folder import save_folder
 
 
@@ -178,3 +179,16 @@ def test_graph_with_k_as_an_input(layered, images):
 def test_levels_that_do_not_fit(fields, message):
     with pytest.raises(ValueError, match=message):
         small_config(**{**LEVELS, **fields})
+
+
+def test_in_training_some_images_see_their_own_block_alone(images):
+    model = VisualPerceiverForImageClassification(small_config(**LEVELS, block_drop_rate=0.5))
+    torch.manual_seed(0)
+    mask = model.visual_perceiver.trunk_masks(ActiveTokens(torch.zeros(200, 12, 24)))[0]
+    blocks = model.visual_perceiver.query_block(mask.device)
+    alone = (mask == (blocks[:, None] == blocks)).flatten(1).all(1)
+    causal = (mask == (blocks[:, None] >= blocks)).flatten(1).all(1)
+    assert (alone ^ causal).all()
+    assert 60 < alone.sum() < 140
+    model.eval()
+    assert model.visual_perceiver.trunk_masks(ActiveTokens(torch.zeros(2, 12, 24)))[0].shape == (1, 1, 12, 12)
