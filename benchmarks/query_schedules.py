@@ -65,7 +65,7 @@ def main(
 def affordable_steps(recipe: Recipe, epochs: float) -> int:
     """Steps of this recipe that cost as many MACs as `epochs` of 45,000 images through all queries."""
     config = recipe.model_config(num_labels=10)
-    schedule = create_schedule(recipe.queries, config.num_queries, seed=0)  # the same number for every seed of the run
+    schedule = create_schedule(recipe.queries, config.ladder(), seed=0)  # the same number for every seed of the run
     cost = sum(step_macs(config, schedule, step) for step in range(2000)) / 2000
     return round(epochs * 45_000 * count_macs(config) / (cost * recipe.batch_size))
 

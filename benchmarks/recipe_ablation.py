@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from hf_visual_perceiver.evaluation.comparison import read_run
-from hf_visual_perceiver.training.factory import block_ends, create_model, input_facts, mean_macs
+from hf_visual_perceiver.training.factory import block_ends, create_model, ladder_of, mean_macs
 from hf_visual_perceiver.training.recipe import Recipe, load_recipe
 from hf_visual_perceiver.training.schedules import create_schedule
 from hf_visual_perceiver.training.train import train
@@ -82,10 +82,10 @@ def main(
 def affordable_steps(recipe: Recipe, flop: float) -> int:
     """Steps of this recipe for so many floating-point operations, a step counted as three times its forward."""
     network = create_model(recipe, [f"class {i}" for i in range(10)])
-    queries, ends = input_facts(network).num_queries, block_ends(network)
+    ladder, ends = ladder_of(network), block_ends(network)
     steps = 1000
     for _ in range(3):  # what a step costs may depend on how many there are
-        schedule = create_schedule(recipe.queries, queries, 0, steps, ends)
+        schedule = create_schedule(recipe.queries, ladder, 0, steps, ends)
         steps = max(2, round(flop / (6 * mean_macs(network, schedule, steps) * recipe.batch_size)))
     return steps
 

@@ -87,13 +87,11 @@ def ours(name: str, recipe: Recipe, data: ImageDataset, accelerator: Accelerator
     """The steps of `train`, cut in parts."""
     device = accelerator.device
     network = create_model(recipe, data.label_names).to(device).train()
-    schedule = create_schedule(recipe.queries, network.config.num_queries, recipe.seed)
+    schedule = create_schedule(recipe.queries, network.config.ladder(), recipe.seed)
     if recipe.compile:
         compile_blocks(network)
-    packed = recipe.trunk == "packed" or (recipe.trunk == "auto" and device.type == "cuda")
-    model, optimizer = accelerator.prepare(
-        Objective(network, recipe.students, packed=packed), create_optimizer(network, recipe)
-    )
+    network.packs_passes = {"packed": True, "split": False}.get(recipe.trunk)
+    model, optimizer = accelerator.prepare(Objective(network, recipe.students), create_optimizer(network, recipe))
     average = ModelEmaV3(network, decay=0.999)
     batches = iter(
         ResidentBatches(data, BatchOrder(len(data), recipe.batch_size, recipe.seed, last_step=10**6), device)

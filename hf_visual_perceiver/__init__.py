@@ -18,13 +18,14 @@ from hf_visual_perceiver.modeling import (
     timm_conv_classifier,  # noqa: F401  (registers the timm names)
     timm_visual_perceiver,  # noqa: F401  (likewise)
 )
-from hf_visual_perceiver.modeling.elastic import Family, register
+from hf_visual_perceiver.modeling.elastic import Budget, Family, register
 from hf_visual_perceiver.modeling.engines import ENGINES
 from hf_visual_perceiver.utils.bundled import bundled_checkpoint
 from hf_visual_perceiver.version import __version__  # noqa: F401
 
 
 register(Family(VisualPerceiverConfig, VisualPerceiverModel, VisualPerceiverForImageClassification, ARCHITECTURES))
+
 # `image-classification` stays what it is everywhere; this task takes the budget as an argument.
 PIPELINE_REGISTRY.register_pipeline(
     TASK, AdaptiveImageClassificationPipeline, pt_model=AutoModelForImageClassification, type="image"
@@ -36,6 +37,7 @@ ENGINES["onnxruntime"] = OnnxPerceiver
 __all__ = [
     "ARCHITECTURES",
     "AdaptiveImageClassificationPipeline",
+    "Budget",
     "VisualPerceiverConfig",
     "VisualPerceiverForImageClassification",
     "VisualPerceiverModel",

@@ -1,10 +1,10 @@
 """Models: what travels with the weights."""
 
 from .configuration_visual_perceiver import ARCHITECTURES, VisualPerceiverConfig
+from .elastic import FAMILIES, Budget, ElasticConfig, ElasticModel, Family, Pass, family_of, register
 from .macs import count_macs, count_trunk_macs
 from .modeling_visual_perceiver import (
     OptimizedVisualPerceiver,
-    QuerySubset,
     VisualPerceiverForImageClassification,
     VisualPerceiverImageClassifierOutput,
     VisualPerceiverModel,
@@ -16,8 +16,13 @@ from .query_selection import select_queries
 
 __all__ = [
     "ARCHITECTURES",
+    "FAMILIES",
+    "Budget",
+    "ElasticConfig",
+    "ElasticModel",
+    "Family",
     "OptimizedVisualPerceiver",
-    "QuerySubset",
+    "Pass",
     "VisualPerceiverConfig",
     "VisualPerceiverForImageClassification",
     "VisualPerceiverImageClassifierOutput",
@@ -26,5 +31,7 @@ __all__ = [
     "VisualPerceiverPreTrainedModel",
     "count_macs",
     "count_trunk_macs",
+    "family_of",
+    "register",
     "select_queries",
 ]

@@ -11,7 +11,7 @@ and by timm's model in `timm_visual_perceiver.py`, so that one file of weights s
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -29,10 +29,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_groups import AttentionGroup  # noqa: F401  likewise
 from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, ConvStem, StemLevel, joined_features
-from .elastic import ElasticModel, Pass
+from .elastic import Budget, ElasticModel, GraphPlan, Pass, check_pixel_values, reference_model
 from .engines import create_engine
-from .macs import count_macs  # noqa: F401  transformers 5.4 copies what this file imports alone
-from .query_selection import select_queries, without_autocast
+from .macs import count_macs  # noqa: F401  likewise
+from .query_selection import cosine_similarities, keep_dissimilar, select_queries, without_autocast
 from .ragged import PackedLayout, check_backend, resolve_backend, torch_varlen_attention
 from .spatial_init import mimetic_attention, query_features, token_features
 
@@ -92,39 +92,6 @@ class VisualPerceiverImageClassifierOutput(ModelOutput):
 
 
 KeysAndValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-
-
-def check_pixel_values(
-    pixel_values: torch.Tensor,
-    config: VisualPerceiverConfig,
-    any_size: bool = False,
-    advice: str = "`interpolate_pos_encoding=True` takes other sizes, and so does a model loaded with `image_size=...`",
-) -> None:
-    """Raise a `ValueError` unless `pixel_values` is a non-empty floating-point batch of the config's image size.
-
-    With `any_size`, every multiple of the patch size will do. `advice` is for whoever has images of another size.
-    """
-    if pixel_values is None or pixel_values.ndim != 4:
-        given = None if pixel_values is None else tuple(pixel_values.shape)
-        raise ValueError(f"Expected `pixel_values` of shape (B, C, H, W), got {given}.")
-    B, C, height, width = pixel_values.shape
-    if B == 0:
-        raise ValueError("Expected at least one image, got an empty batch.")
-    if config.num_channels != C:
-        raise ValueError(f"Expected images of {config.num_channels} channels, got {C}.")
-    if not pixel_values.is_floating_point():
-        raise ValueError(
-            f"Expected normalised `pixel_values` of a floating-point dtype, got {pixel_values.dtype}; "
-            "an image processor or transform makes them."
-        )
-    if any_size:
-        if height % config.patch_size or width % config.patch_size or not height * width:
-            raise ValueError(
-                f"Expected an image size that is a multiple of the patch size {config.patch_size}, got {height}x{width}."
-            )
-    elif (height, width) != config.image_height_width:
-        expected = "x".join(map(str, config.image_height_width))
-        raise ValueError(f"Expected images of size {expected}, got {height}x{width}; {advice}.")
 
 
 def eager_attention_forward(
@@ -598,26 +565,6 @@ class ActiveTokens:
         return ActiveTokens(torch.cat([batch.tokens for batch in batches]), layout=layout)
 
 
-@dataclass(frozen=True)
-class QuerySubset:
-    """The queries of one pass through the trunk, when a batch makes several.
-
-    Attributes:
-        num_active_queries: K in [1, Q], the first K queries.
-        dqs_threshold: Keep only those of them that selection keeps at this threshold; None is all.
-        images: The images of the batch that make this pass.
-    """
-
-    num_active_queries: int
-    dqs_threshold: float | None = None
-    images: slice = field(default_factory=lambda: slice(None))
-
-    def checked(self, config: VisualPerceiverConfig) -> "QuerySubset":
-        """The same in Python's numbers, or a `ValueError` if a value is out of its range."""
-        t = math.inf if self.dqs_threshold is None else self.dqs_threshold
-        return QuerySubset(*config.operating_point(self.num_active_queries, t), self.images)
-
-
 class PerceiverParts:
     """The network itself, mixed into transformers' and timm's model classes: build, read, select, process, decode."""
 
@@ -809,71 +756,48 @@ class PerceiverParts:
         ends = torch.tensor(self.config.block_ends, device=device)
         return torch.bucketize(torch.arange(self.config.num_queries, device=device), ends, right=True)
 
-    def forward_subsets(
-        self, pixel_values: torch.Tensor, subsets: Sequence[QuerySubset], together: bool = True
+    def forward_passes(
+        self, pixel_values: torch.Tensor, passes: Sequence[Pass], packed: bool | None = None
     ) -> list[torch.Tensor]:
-        """What the output query reads from each of several subsets of the queries.
+        """What the output query reads in each of several passes.
 
-        The queries' outputs do not depend on each other: patches, keys, values and cross-attention are computed once,
-        and where subsets share images, so are the block's projection and MLP. Only the trunk runs for each subset.
+        The queries' outputs do not depend on each other: patches, keys, values and cross-attention are computed once. The
+        trunk runs once if it is block-causal and the passes are all images at ends of blocks, or if they are packed.
 
         Args:
             pixel_values: (B, C, H, W), normalised.
-            subsets: Which queries, of which images.
-            together: Run the trunk once on the packed batch of all subsets, instead of once for each.
+            passes: Which images at which budgets.
+            packed: Run the trunk once on the packed batch of all passes, instead of once for each; None is on a GPU.
 
         Returns:
-            For each subset (n, D), n being its images.
+            For each pass (n, D), n being its images.
 
         Raises:
-            ValueError: If the images or a subset are not as described.
+            ValueError: If the images or a budget are not as described.
         """
-        subsets = [subset.checked(self.config) for subset in subsets]
-        if self.are_prefixes(subsets):
-            return self.forward_prefixes(pixel_values, [subset.num_active_queries for subset in subsets])
-        y = self.read(pixel_values, max(subset.num_active_queries for subset in subsets))
-        B = y.shape[0]
-        counts = [len(range(*subset.images.indices(B))) for subset in subsets]
-        x = (
-            self.cross_attention.finish(y) if sum(counts) > B else None
-        )  # more than B: some images are in several subsets
-        batches, backend = [], self.ragged_backend_for(y)
-        for subset in subsets:
-            part = y[subset.images, : subset.num_active_queries]
-            if x is None:
-                batches.append(self.select(part, subset.dqs_threshold))
-                continue
-            finished = x[subset.images, : subset.num_active_queries]
-            if subset.dqs_threshold is None:
-                batches.append(ActiveTokens(finished))
-            else:
-                keep = select_queries(part.detach(), subset.dqs_threshold, self.config.dqs_reference)
-                if backend == "masked":
-                    batches.append(ActiveTokens(finished, keep))
-                    continue
-                layout = PackedLayout.from_mask(keep, backend)
-                batches.append(ActiveTokens(layout.pack(finished), keep, layout))
-        if not together or len(batches) == 1 or backend == "masked":
+        knobs = [self.config.resolve(**p.budget.kwargs) for p in passes]
+        K = [k["num_active_queries"] for k in knobs]
+        y = self.read(pixel_values, max(K))
+        if self.config.trunk_attention == "block_causal" and self.are_nested(passes, knobs):
+            tokens = self.process(self.select(y, None)).tokens
+            return [self.decode(ActiveTokens(tokens[:, :k])) for k in K]
+        thresholds = [None if k["dqs_threshold"] == math.inf else k["dqs_threshold"] for k in knobs]
+        parts = zip(passes, K, thresholds, strict=True)
+        batches = [self.select(y[p.images, :k], t) for p, k, t in parts]
+        backend = self.ragged_backend_for(y)
+        packed = y.is_cuda if packed is None else packed
+        if not packed or len(batches) == 1 or backend == "masked":
             return [self.decode(self.process(batch)) for batch in batches]
         pooled = self.decode(self.process(ActiveTokens.join(batches, backend)))
-        return list(pooled.split(counts))
+        return list(pooled.split([len(range(*p.images.indices(len(y)))) for p in passes]))
 
-    def are_prefixes(self, subsets: Sequence[QuerySubset]) -> bool:
-        """Whether one pass through the trunk answers for all of these subsets.
-
-        A block-causal trunk computes the tokens of the first K queries on the way to more of them, if K ends a block.
-        """
-        largest = max(subset.num_active_queries for subset in subsets)
-        ends = {*self.config.block_ends, largest}
-        return self.config.trunk_attention == "block_causal" and all(
-            subset.dqs_threshold is None and subset.images == slice(None) and subset.num_active_queries in ends
-            for subset in subsets
+    def are_nested(self, passes: Sequence[Pass], knobs: Sequence[dict[str, Any]]) -> bool:
+        """Whether passes are all images at ends of blocks, whose tokens a block-causal trunk has on the way to the last."""
+        ends = {*self.config.block_ends, max(k["num_active_queries"] for k in knobs)}
+        return all(
+            k["dqs_threshold"] == math.inf and p.images == slice(None) and k["num_active_queries"] in ends
+            for p, k in zip(passes, knobs, strict=True)
         )
-
-    def forward_prefixes(self, pixel_values: torch.Tensor, budgets: Sequence[int]) -> list[torch.Tensor]:
-        """What the output query reads from the first K tokens, (B, D) for each K, by one pass through the trunk."""
-        active = self.process(self.select(self.read(pixel_values, max(budgets)), None))
-        return [self.decode(ActiveTokens(active.tokens[:, :K])) for K in budgets]
 
     def decode(self, active: ActiveTokens) -> torch.Tensor:
         """What the output query reads from the active tokens, normalised: (B, D)."""
@@ -1325,21 +1249,8 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
             cross_attentions=outputs.cross_attentions,
         )
 
-    def forward_subsets(
-        self, pixel_values: torch.Tensor, subsets: Sequence[QuerySubset], together: bool = True
-    ) -> list[torch.Tensor]:
-        """The logits (n, labels) of each subset's n images; see `PerceiverParts.forward_subsets`.
-
-        Example:
-            >>> model = VisualPerceiverForImageClassification(VisualPerceiverConfig(num_labels=10)).eval()
-            >>> full, half = model.forward_subsets(torch.zeros(2, 3, 32, 32), [QuerySubset(64), QuerySubset(32)])
-            >>> half.shape
-            torch.Size([2, 10])
-        """
-        return [self.head(pooled) for pooled in self.visual_perceiver.forward_subsets(pixel_values, subsets, together)]
-
     def forward_budgets(self, pixel_values: torch.Tensor, passes: Sequence[Pass]) -> list[torch.Tensor]:
-        """The logits (n, labels) of each pass's n images: images are read once; see `forward_subsets`.
+        """The logits (n, labels) of each pass's n images: images are read once; see `PerceiverParts.forward_passes`.
 
         Example:
             >>> from hf_visual_perceiver.modeling.elastic import Budget
@@ -1348,13 +1259,69 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
             >>> half.shape
             torch.Size([2, 10])
         """
-        knobs = [(self.config.resolve(**p.budget.kwargs), p.images) for p in passes]
-        subsets = [QuerySubset(k["num_active_queries"], k["dqs_threshold"], images) for k, images in knobs]
-        return self.forward_subsets(pixel_values, subsets)
+        pooled = self.visual_perceiver.forward_passes(pixel_values, passes, self.packs_passes)
+        return [self.head(x) for x in pooled]
+
+    @property
+    def skips_parameters(self) -> bool:
+        """Levels of a stem have no part in a small budget."""
+        return self.config.num_levels > 1
+
+    @property
+    def stem(self) -> nn.Module:
+        """What makes features of an image, before they are projected to tokens; a convolutional one can be trained alone."""
+        return self.visual_perceiver.embeddings.patch_embeddings.stem
 
     def blocks(self) -> Iterable[nn.Module]:
         """The self-attention blocks."""
         return self.visual_perceiver.layers
+
+    def as_graph(self, budget: Budget | None = None) -> GraphPlan:
+        """A graph with t as an input, and K as another unless the budget fixes it; see `ElasticModel.as_graph`."""
+        config = self.config
+        K, t = config.operating_point()
+        inputs, fixed = {"dqs_threshold": torch.tensor(1.0)}, {}
+        if budget is None:
+            inputs["num_active_queries"] = torch.tensor(config.num_queries)
+        else:
+            knobs = config.resolve(**budget.kwargs)
+            if knobs["dqs_threshold"] != math.inf:
+                raise ValueError(
+                    f"Expected a budget of K, as t is an input of the graph, got {budget.short(config.knobs)}."
+                )
+            K = fixed["num_active_queries"] = knobs["num_active_queries"]
+        facts = {
+            "num_queries": config.num_queries,
+            "num_active_queries": fixed.get("num_active_queries"),
+            "default_num_active_queries": K,
+            "default_dqs_threshold": 1.0 if t is None else t,
+        }
+        module = VisualPerceiverGraph(self, fixed.get("num_active_queries"))
+        return GraphPlan(module, inputs, fixed, ("logits", "active_queries"), facts)
+
+    @torch.inference_mode()
+    def check_budgets(self, pixel_values: torch.Tensor) -> list[Budget]:
+        """Several K, each without and with thresholds that lie clear of these images' cosines."""
+        Q = self.config.num_queries
+        cosines = cosine_similarities(self.visual_perceiver.read(pixel_values, Q))
+        thresholds = [None, *(clear_threshold(cosines, t) for t in (0.6, 0.8, 0.95))]
+        budgets = [*(K for K in (1, 2, 7, 16, 64) if Q > K), Q]
+        return [Budget(num_active_queries=K, dqs_threshold=t) for K in budgets for t in thresholds]
+
+    def look(self, pixel_values: torch.Tensor, budget: Budget | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the first K queries read, (B, K, D), and from where, (B, K, rows, columns): the mean over heads.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+            budget: Sets K; None is all queries.
+        """
+        config = self.config
+        y, weights = self.visual_perceiver.look(
+            pixel_values, config.resolve(**(budget or Budget()).kwargs)["num_active_queries"]
+        )
+        assert weights is not None, "look needs them"
+        rows, columns = (side // config.patch_size for side in config.image_height_width)
+        return y, weights.mean(1).unflatten(-1, (rows, columns))  # (B, H, K, N) -> (B, K, h, w)
 
     def start(self, pixel_values: torch.Tensor) -> IncrementalState:
         """Read images, to answer with few queries first and with more later: `state.extend(K)`.
@@ -1405,6 +1372,69 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
         return OptimizedVisualPerceiver(self.visual_perceiver, self.head, dtype=dtype, **settings)
 
 
+class VisualPerceiverGraph(nn.Module):
+    """A classifier whose knobs are tensors, so that a graph can have them as inputs.
+
+    Args:
+        model: The classifier; a copy of it is kept, in float32 and on the CPU.
+        num_active_queries: K of a graph that has no such input.
+    """
+
+    def __init__(self, model: "VisualPerceiverForImageClassification", num_active_queries: int | None = None):
+        super().__init__()
+        self.model = reference_model(model).requires_grad_(False)
+        # Fused attention cannot be exported with a dynamic number of queries before torch 2.15.
+        self.model.set_attn_implementation("eager")
+        self.num_active_queries = num_active_queries
+
+    def forward(
+        self, pixel_values: torch.Tensor, dqs_threshold: torch.Tensor, num_active_queries: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, labels) and the active queries (B, Q) bool.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+            dqs_threshold: A float32 scalar; 1 keeps all.
+            num_active_queries: An int64 scalar, unless K is fixed.
+        """
+        parts, Q = self.model.visual_perceiver, self.model.config.num_queries
+        K: Any = self.num_active_queries
+        if num_active_queries is not None:
+            K = num_active_queries.clamp(1, Q).item()
+            torch._check(K >= 1)
+            torch._check(K <= Q)
+        if num_active_queries is None or self.model.config.num_levels == 1:
+            y = parts.read(pixel_values, K)  # (B, K, D)
+        else:  # how many levels K asks for is not a fixed piece of graph, so all are computed
+            y = parts.read(pixel_values, Q)[:, :K]
+        too_similar = cosine_similarities(y) > dqs_threshold  # (B, K, K)
+        # To Q, so that the rule is a fixed piece of graph; what is not there is similar to nothing.
+        keep = keep_dissimilar(F.pad(too_similar, (0, Q - K, 0, Q - K)), self.model.config.dqs_reference)[:, :K]
+        active = parts.process(parts.keep_queries(y, keep, masked=True))
+        return self.model.head(parts.decode(active)), parts.active_queries(active)
+
+
+def clear_threshold(cosines: torch.Tensor, threshold: float, reach: float = 0.01) -> float:
+    """The middle of the widest gap between cosines near `threshold`, so that rounding cannot tip a query over it.
+
+    Args:
+        cosines: What is compared with the threshold.
+        threshold: From 1 on it stays as it is.
+        reach: How far from it to look.
+
+    Example:
+        >>> round(clear_threshold(torch.tensor([0.5, 0.795, 0.8, 0.806]), 0.8), 4)
+        0.803
+    """
+    if threshold >= 1:
+        return threshold
+    near = cosines.double().flatten()
+    near = near[(near - threshold).abs() < reach].sort().values
+    edges = torch.cat([near.new_tensor([threshold - reach]), near, near.new_tensor([threshold + reach])])
+    widest = edges.diff().argmax()
+    return ((edges[widest] + edges[widest + 1]) / 2).item()
+
+
 def check_weights(parts: PerceiverParts) -> None:
     """Raise a `ValueError` if weights cannot be copied, or a linear's do not say what it does, as it is of another class."""
     assert isinstance(parts, nn.Module)
@@ -1437,7 +1467,6 @@ def check_labels(labels: torch.Tensor, num_labels: int) -> None:
 
 __all__ = [
     "OptimizedVisualPerceiver",
-    "QuerySubset",
     "VisualPerceiverForImageClassification",
     "VisualPerceiverModel",
     "VisualPerceiverPreTrainedModel",

@@ -12,8 +12,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
-from .configuration_visual_perceiver import default_preprocessing
 from .conv_stem import ConvStem
+from .elastic import default_preprocessing
 
 
 __all__ = ["CifarResNet", "ConvStemClassifier"]

@@ -1,18 +1,20 @@
 """What a recipe trains, and with which optimiser."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
 from hf_visual_perceiver.data.images import seed_everything
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
+from hf_visual_perceiver.modeling import Budget, family_of
 from hf_visual_perceiver.training.recipe import Recipe
 from hf_visual_perceiver.training.schedules import Schedule, step_macs
 from hf_visual_perceiver.training.timm_network import TimmNetwork
 
 
-Network: TypeAlias = VisualPerceiverForImageClassification | TimmNetwork
+# An elastic classifier of one of our families, or of timm.
+Network: TypeAlias = Any
 
 
 def create_model(recipe: Recipe, label_names: list[str]) -> Network:
@@ -23,7 +25,7 @@ def create_model(recipe: Recipe, label_names: list[str]) -> Network:
     config = recipe.model_config(
         id2label=dict(enumerate(label_names)), label2id={name: i for i, name in enumerate(label_names)}
     )
-    model = VisualPerceiverForImageClassification(config)
+    model = family_of(recipe.architecture).classifier(config)
     if recipe.attention is not None:
         try:
             model.set_attn_implementation(recipe.attention)
@@ -38,12 +40,10 @@ class InputFacts(NamedTuple):
     """What a network takes.
 
     Attributes:
-        num_queries: Q; 1 of a network without queries.
         image_size: Height and width.
         preprocessing: `mean`, `std` and `interpolation`, in timm's terms.
     """
 
-    num_queries: int
     image_size: tuple[int, int]
     preprocessing: dict[str, Any]
 
@@ -51,21 +51,28 @@ class InputFacts(NamedTuple):
 def input_facts(model: Network) -> InputFacts:
     """What the network takes."""
     if isinstance(model, TimmNetwork):
-        return InputFacts(model.num_queries, model.image_height_width, model.config.pretrained_cfg)
-    config = model.config
-    return InputFacts(config.num_queries, config.image_height_width, config.timm_pretrained_cfg)
+        return InputFacts(model.image_height_width, model.config.pretrained_cfg)
+    return InputFacts(model.config.image_height_width, model.config.timm_pretrained_cfg)
+
+
+def ladder_of(model: Network) -> list[Budget]:
+    """The budgets that a schedule draws from, ascending."""
+    return [Budget()] if isinstance(model, TimmNetwork) else model.config.ladder()
+
+
+def knobs_of(model: Network) -> Mapping[str, str]:
+    """Short names of the network's knobs."""
+    return {} if isinstance(model, TimmNetwork) else model.config.knobs
 
 
 def block_ends(model: Network) -> list[int] | None:
-    """Where blocks of queries end, if the network's trunk is block-causal."""
-    causal = not isinstance(model, TimmNetwork) and model.config.trunk_attention == "block_causal"
-    return model.config.block_ends if causal else None
+    """Steps of the ladder at all of which one pass answers."""
+    return None if isinstance(model, TimmNetwork) else model.config.nested_steps
 
 
 def compile_blocks(model: Network) -> None:
     """Have torch compile what takes a step's time, for batches of any size."""
-    blocks = [model.timm_model] if isinstance(model, TimmNetwork) else model.visual_perceiver.layers
-    for block in blocks:
+    for block in model.blocks():
         block.compile(dynamic=True)
 
 

@@ -1,17 +1,17 @@
 """Hub-ready folders: what a checkpoint consists of, written so that it is whole or absent."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
 from hf_visual_perceiver.data.image_processor import create_image_processor
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.timm_network import TimmNetwork
 from hf_visual_perceiver.utils.files import folder_written_aside
 
 
 def save_folder(
-    model: VisualPerceiverForImageClassification | TimmNetwork,
+    model: Any,
     folder: str | Path,
     files: dict[str, str] | None = None,
 ) -> Path:
@@ -37,7 +37,7 @@ def save_folder(
         transformers_logging.disable_progress_bar()
         with folder_written_aside(folder) as aside:
             model.save_pretrained(aside)
-            if isinstance(model, VisualPerceiverForImageClassification):
+            if not isinstance(model, TimmNetwork):
                 create_image_processor(model.config).save_pretrained(aside)
             for name, text in (files or {}).items():
                 (aside / name).write_text(text)

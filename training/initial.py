@@ -8,16 +8,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
-
 
 @torch.no_grad()
-def load_initial_weights(model: VisualPerceiverForImageClassification, source: str) -> list[str]:
+def load_initial_weights(model: Any, source: str) -> list[str]:
     """Give `model` the weights of a checkpoint; its head stays fresh if the checkpoint has other labels.
 
     Args:
         model: The network to train, changed in place.
-        source: A folder or Hub id of a Visual Perceiver with a classifier, of the same sizes.
+        source: A folder or Hub id of a classifier of the same family and sizes.
 
     Returns:
         The names of the weights that were not taken: none, or those of the head.
@@ -26,7 +24,7 @@ def load_initial_weights(model: VisualPerceiverForImageClassification, source: s
         ValueError: If there is no such checkpoint, or it is of another kind or size; `model` is then unchanged.
 
     Example:
-        >>> from hf_visual_perceiver import VisualPerceiverConfig
+        >>> from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification
         >>> from hf_visual_perceiver.inference.loading import default_model
         >>> config = VisualPerceiverConfig.from_pretrained(default_model(), num_labels=5)
         >>> load_initial_weights(VisualPerceiverForImageClassification(config), default_model())
@@ -36,11 +34,11 @@ def load_initial_weights(model: VisualPerceiverForImageClassification, source: s
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type != model.config.model_type:
             raise ValueError(f"it is a model of type {config.model_type}")
-        trained = VisualPerceiverForImageClassification.from_pretrained(source, use_safetensors=True)
+        trained = type(model).from_pretrained(source, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"Expected `initial_model` to be a folder or Hub id of a Visual Perceiver, got {source!r}: {reason}"
+            f"Expected `initial_model` to be a folder or Hub id of a model of type {model.config.model_type}, got {source!r}: {reason}"
         ) from error
     weights = trained.state_dict()
     same_labels = trained.config.id2label == model.config.id2label
@@ -59,7 +57,7 @@ def load_initial_weights(model: VisualPerceiverForImageClassification, source: s
 
 
 @torch.no_grad()
-def load_initial_stem(model: VisualPerceiverForImageClassification, source: str) -> None:
+def load_initial_stem(model: Any, source: str) -> None:
     """Give the stem of `model` the weights of a classifier that is a stem with pooling, as `conv_stem_classifier_32` is.
 
     Args:
@@ -69,7 +67,7 @@ def load_initial_stem(model: VisualPerceiverForImageClassification, source: str)
     Raises:
         ValueError: If there is no such classifier, or it has another stem; `model` is then unchanged.
     """
-    own = model.visual_perceiver.embeddings.patch_embeddings.stem
+    own = model.stem
     try:
         classifier = AutoModelForImageClassification.from_pretrained(
             source, use_safetensors=True, trust_remote_code=False

@@ -1,4 +1,4 @@
-"""What a training step minimises: the losses of several subsets of the queries on one batch."""
+"""What a training step minimises: the losses of several passes over one batch."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_visual_perceiver.modeling import QuerySubset
+from hf_visual_perceiver.modeling import Pass
 from hf_visual_perceiver.training.factory import Network
 from hf_visual_perceiver.training.recipe import StudentLoss, TeacherLoss
 
@@ -14,8 +14,8 @@ from hf_visual_perceiver.training.recipe import StudentLoss, TeacherLoss
 class Objective(nn.Module):
     """A network with its loss, as one module, so that whatever wraps it for several processes sees one forward.
 
-    Without students each subset learns from the labels, and an image counts alike in whichever it is. With students the
-    first subset is the full network, which learns from the labels; the others learn from its answer:
+    Without students each pass learns from the labels, and an image counts alike in whichever it is. With students the
+    first pass is the full network, which learns from the labels; the others learn from its answer:
 
         L = L_full + lambda * mean over students of [alpha KL(stop-gradient(full) || student) + (1 - alpha) CE]
 
@@ -26,7 +26,6 @@ class Objective(nn.Module):
         network: The classifier.
         students: Weights of the students' loss.
         teacher: Weights of the frozen teacher's share; None if there is none.
-        packed: Run the trunk once on all subsets rather than once for each.
     """
 
     def __init__(
@@ -34,19 +33,17 @@ class Objective(nn.Module):
         network: Network,
         students: StudentLoss | None = None,
         teacher: TeacherLoss | None = None,
-        packed: bool = False,
     ):
         super().__init__()
         self.network = network
         self.students = students or StudentLoss()
         self.teacher = teacher
-        self.packed = packed
 
     def forward(
         self,
         pixel_values: torch.Tensor,
         targets: torch.Tensor,
-        subsets: Sequence[QuerySubset],
+        passes: Sequence[Pass],
         distils: bool = False,
         teacher_logits: torch.Tensor | None = None,
         averaged_logits: torch.Tensor | None = None,
@@ -56,25 +53,25 @@ class Objective(nn.Module):
         Args:
             pixel_values: (B, C, H, W), normalised.
             targets: (B, labels) probabilities.
-            subsets: Which queries of which images.
-            distils: The first subset is the full network and teaches the others.
+            passes: Which images at which budgets.
+            distils: The first pass is the full network and teaches the others.
             teacher_logits: (B, labels) of the frozen teacher.
             averaged_logits: (B, labels) of the full averaged network, which then teaches the students.
 
         Returns:
             (2,) float32: what learns from the labels, and the students' mean; the step minimises `total_loss` of it.
         """
-        all_logits = [logits.float() for logits in self.network.forward_subsets(pixel_values, subsets, self.packed)]
-        learners = list(zip(subsets, all_logits, strict=True))
+        all_logits = [logits.float() for logits in self.network.forward_budgets(pixel_values, passes)]
+        learners = list(zip(passes, all_logits, strict=True))
         pupils: list[torch.Tensor] = []
         if distils:
             learners, pupils = learners[:1], all_logits[1:]
         labelled = pixel_values.new_zeros((), dtype=torch.float32)
         answers = sum(len(logits) for _, logits in learners)
-        for subset, logits in learners:
-            taught = None if teacher_logits is None else teacher_logits[subset.images]
-            # An answer counts alike, however many share its subset.
-            labelled = labelled + self.labelled_loss(logits, targets[subset.images], taught) * (len(logits) / answers)
+        for p, logits in learners:
+            taught = None if teacher_logits is None else teacher_logits[p.images]
+            # An answer counts alike, however many share its pass.
+            labelled = labelled + self.labelled_loss(logits, targets[p.images], taught) * (len(logits) / answers)
         if not pupils:
             return torch.stack([labelled, torch.zeros_like(labelled)])
         answer = (all_logits[0] if averaged_logits is None else averaged_logits.float()).detach()

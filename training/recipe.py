@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import BeforeValidator, Field
 
-from hf_visual_perceiver.modeling import VisualPerceiverConfig
+from hf_visual_perceiver.modeling import family_of
 from hf_visual_perceiver.training.validation import (
     CHECKED,
     AtLeast0,
@@ -99,7 +99,7 @@ class Recipe:
     `seed` and the step alone.
     """
 
-    architecture: str  # one of modeling.ARCHITECTURES, or timm/NAME of any classifier of timm, to become a teacher
+    architecture: str  # of one of the families, or timm/NAME of any classifier of timm, to become a teacher
     # Overrides of the architecture's config; of a timm network, image_size and arguments of timm.create_model.
     config: dict[str, Any] = field(default_factory=dict)
     initial_model: str | None = None  # a folder or Hub id whose weights the run begins with; None is random weights
@@ -139,14 +139,14 @@ class Recipe:
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no)] = "no"  # no, bf16 or fp16
 
     micro_batch_size: Count | None = None  # images that go forward and backward at a time in each process; None is all
-    # Several subsets go through it together (packed), or one after the other (split); auto: by device.
+    # Several passes go through the network together (packed), or one after the other (split); auto: by device.
     trunk: Literal["auto", "packed", "split"] = "auto"
     compile: Flag = False  # torch.compile the blocks; meant for GPUs
 
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     evaluate_every: Count | None = None  # steps; None is only at the end
-    evaluate_queries: list[Count] | None = None  # the K to evaluate at; None is all queries
+    evaluate_queries: list[Count] | None = None  # the K to evaluate at, see schedules.py; None is the full network
     save_every: Count = 1000  # steps
     keep_checkpoints: Count = 2
     log_every: Count = 10  # steps
@@ -186,14 +186,17 @@ class Recipe:
         if self.timm_name is not None:
             self._check_timm(self.timm_name)
             return
-        unknown = sorted(set(self.config) - set(VisualPerceiverConfig.__dataclass_fields__))
-        require(not unknown, "config", "fields of VisualPerceiverConfig", unknown)
+        kind = family_of(self.architecture).config
+        unknown = sorted(set(self.config) - set(kind.__dataclass_fields__))
+        require(not unknown, "config", f"fields of {kind.__name__}", unknown)
         config = self.model_config(num_labels=2)
         require(config.num_channels == 3, "config.num_channels", "3, as images are read in RGB", config.num_channels)
         if self.initial_stem is not None:
-            require(config.stem == "conv", "config.stem", "conv with `initial_stem`", config.stem)
+            stem = getattr(config, "stem", None)
+            require(stem == "conv", "config.stem", "conv with `initial_stem`", stem)
+        steps = len(config.ladder())
         for K in self.evaluate_queries or []:
-            config.operating_point(K)
+            require(steps >= K, "evaluate_queries", f"an integer in [1, {steps}]", K)
 
     @property
     def warmup(self) -> int:
@@ -204,7 +207,7 @@ class Recipe:
 
     @property
     def timm_name(self) -> str | None:
-        """timm's name of the network to train; None is a Visual Perceiver."""
+        """timm's name of the network to train; None is one of our families."""
         return self.architecture.removeprefix(TIMM) if self.architecture.startswith(TIMM) else None
 
     def _check_timm(self, name: str) -> None:
@@ -221,10 +224,10 @@ class Recipe:
             value = getattr(self, key)
             require(value is None, key, "null for a timm network", value)
 
-    def model_config(self, **fields: Any) -> VisualPerceiverConfig:
+    def model_config(self, **fields: Any) -> Any:
         """The config of the model to train; `fields` adds what the dataset knows, such as the labels."""
         try:
-            return VisualPerceiverConfig.from_architecture(self.architecture, **{**self.config, **fields})
+            return family_of(self.architecture).create_config(self.architecture, **{**self.config, **fields})
         except StrictDataclassError as error:
             raise ValueError(f"`config` does not fit: {' '.join(str(error).split())}") from error
 

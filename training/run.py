@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch.distributed.tensor import DTensor
 
 from hf_visual_perceiver.data.images import ImageDataset, normalise, pixels_of_size, seed_everything, share_of_batch
-from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageClassification
+from hf_visual_perceiver.modeling import Budget, Pass
 from hf_visual_perceiver.training.augmentation import BatchAugmentation
 from hf_visual_perceiver.training.batches import fits_in_memory, open_data
 from hf_visual_perceiver.training.checkpointing import RunFolder
@@ -30,6 +30,8 @@ from hf_visual_perceiver.training.factory import (
     create_model,
     create_optimizer,
     input_facts,
+    knobs_of,
+    ladder_of,
     mean_macs,
 )
 from hf_visual_perceiver.training.folder import save_folder
@@ -90,18 +92,17 @@ class TrainingRun:
             )
         self.source = open_data(recipe, accelerator.device, accelerator.process_index, accelerator.num_processes)
         self.network = create_model(recipe, self.source.label_names)
-        self.num_queries, self.size, self.preprocessing = input_facts(self.network)
+        self.size, self.preprocessing = input_facts(self.network)
+        self.ladder = ladder_of(self.network)
         self.fresh: list[str] = []
         self.earlier: dict[str, Any] | None = None
         if recipe.initial_model is not None and not (resume and folder.saved_steps()):
-            assert isinstance(self.network, VisualPerceiverForImageClassification)  # the recipe has seen to it
             self.fresh = load_initial_weights(self.network, recipe.initial_model)
             self.earlier = earlier_training(recipe.initial_model)
         if recipe.initial_stem is not None and not (resume and folder.saved_steps()):
-            assert isinstance(self.network, VisualPerceiverForImageClassification)  # likewise
             load_initial_stem(self.network, recipe.initial_stem)
         self.schedule = create_schedule(
-            recipe.queries, self.num_queries, recipe.seed, recipe.steps, block_ends(self.network)
+            recipe.queries, self.ladder, recipe.seed, recipe.steps, block_ends(self.network)
         )
         check_batch(recipe, self.schedule, accelerator.num_processes)
         self.augment = BatchAugmentation(
@@ -186,14 +187,12 @@ class TrainingRun:
         accelerator.init_trackers("hf_visual_perceiver", config={"recipe": self.recipe_name, "seed": recipe.seed})
         if recipe.compile:
             compile_blocks(self.network)
-        packed = recipe.trunk == "packed" or (recipe.trunk == "auto" and accelerator.device.type == "cuda")
-        objective = Objective(self.network, recipe.students, recipe.teacher, packed)
+        self.network.packs_passes = {"packed": True, "split": False}.get(recipe.trunk)
+        objective = Objective(self.network, recipe.students, recipe.teacher)
         if accelerator.state.deepspeed_plugin is not None:  # which asks a data loader, of which there is none
             batch = recipe.micro_batch_size or recipe.batch_size // accelerator.num_processes
             accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch
-        if (
-            getattr(self.network.config, "num_levels", 1) > 1
-        ):  # at a small budget, parameters of later levels have no part
+        if self.network.skips_parameters:
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.model, self.optimizer = accelerator.prepare(objective, self.optimizer)
         self.average = ModelEmaV3(self.network, decay=recipe.ema_decay) if recipe.ema_decay else None
@@ -263,15 +262,15 @@ class TrainingRun:
                     pixel_values, targets = self.augment(
                         batch.images, batch.labels, step, positions, recipe.batch_size, batch.indices, batch.epoch
                     )
-                subsets = self.schedule(step)
-                losses = self.update(step, pixel_values, targets, subsets, taught)
+                passes = self.schedule(step)
+                losses = self.update(step, pixel_values, targets, passes, taught)
                 clock.count(recipe.batch_size)
                 if self.done % recipe.log_every == 0 or self.done == recipe.steps:
                     # The one place where the host waits for the device, and where the processes agree on stopping.
                     report = accelerator.reduce(torch.cat([losses, stop.as_tensor(losses.device)]), "mean")
                     labelled, students, asked = report.tolist()
                     stopping = asked > 0
-                    progress.update(task, status=self.log(labelled, students, subsets, clock))
+                    progress.update(task, status=self.log(labelled, students, passes, clock))
                     clock.restart()
                 progress.update(task, completed=self.done)
                 stopping = stopping or (accelerator.num_processes == 1 and stop.requested())
@@ -289,7 +288,7 @@ class TrainingRun:
         step: int,
         pixel_values: torch.Tensor,
         targets: torch.Tensor,
-        subsets: list[QuerySubset],
+        passes: list[Pass],
         taught: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Do one step, `taught` by a teacher's cached logits if there are any; returns the (2,) losses of `Objective`."""
@@ -303,7 +302,7 @@ class TrainingRun:
             self.model,
             pixel_values,
             targets,
-            subsets,
+            passes,
             self.schedule,
             recipe,
             self.teacher,
@@ -319,18 +318,18 @@ class TrainingRun:
             self.average.update(self.network, step=self.done)
         return losses
 
-    def log(self, labelled: float, students: float, subsets: list[QuerySubset], clock: Stopwatch) -> str:
+    def log(self, labelled: float, students: float, passes: list[Pass], clock: Stopwatch) -> str:
         """Log the losses of the step that was done last; returns what to show beside the progress bar."""
         entry: dict[str, Any] = {"loss": labelled + self.recipe.students.weight * students}
         if self.schedule.distils:
             entry |= {"full_loss": labelled, "student_loss": students}
         if not math.isfinite(entry["loss"]):
             self.fail(f"Expected a finite loss, got {entry['loss']}")
-        entry |= {"K": describe(subsets), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        entry |= {"K": describe(passes, knobs_of(self.network)), "learning_rate": self.optimizer.param_groups[0]["lr"]}
         entry |= {"images_per_second": round(clock.rate(), 1), "seconds": round(clock.seconds, 3)}
         scalars = {key: value for key, value in entry.items() if isinstance(value, (int, float))}
         self.accelerator.log(scalars, step=self.done)
-        status = f"loss {entry['loss']:.3f}  K {entry['K']}  {clock.rate():,.0f} images/s"
+        status = f"loss {entry['loss']:.3f}  {entry['K']}  {clock.rate():,.0f} images/s"
         if self.accelerator.is_main_process:
             self.folder.log({"step": self.done, **entry})
         if not console.is_terminal and clock.minute_passed():
@@ -347,9 +346,13 @@ class TrainingRun:
 
     def evaluate(self) -> None:
         """Measure and log the accuracy on the images kept for choosing."""
-        budgets = self.recipe.evaluate_queries or [self.num_queries]
+        steps = self.recipe.evaluate_queries or [len(self.ladder)]
         accuracies = validation_accuracy(
-            self.published(), self.source.validation, budgets, self.accelerator, self.recipe.batch_size
+            self.published(),
+            self.source.validation,
+            {K: self.ladder[K - 1] for K in steps},
+            self.accelerator,
+            self.recipe.batch_size,
         )
         scalars = {f"validation_accuracy/K={K}": accuracy for K, accuracy in accuracies.items()}
         self.accelerator.log(scalars, step=self.done)
@@ -416,7 +419,7 @@ class TrainingRun:
         step = self.done - 1
         report = {
             "step": step,
-            "K": describe(self.schedule(step)),
+            "K": describe(self.schedule(step), knobs_of(self.network)),
             "problem": problem,
             "complete_checkpoints": self.folder.saved_steps(),
         }
@@ -425,7 +428,7 @@ class TrainingRun:
         weights = None if split else self.network.state_dict()
         main_process_alone(self.accelerator, lambda: self.folder.write_failure(report, weights))
         raise FloatingPointError(
-            f"{problem} at step {step} with K = {report['K']}; complete checkpoints: "
+            f"{problem} at step {step} with {report['K']}; complete checkpoints: "
             f"{report['complete_checkpoints'] or 'none'}. Details: {self.folder.failure_file}"
         )
 
@@ -434,7 +437,7 @@ class TrainingRun:
 def validation_accuracy(
     model: Network,
     data: ImageDataset,
-    budgets: list[int],
+    budgets: dict[int, Budget],
     accelerator: Accelerator,
     batch_size: int,
 ) -> dict[int, float]:
@@ -442,15 +445,15 @@ def validation_accuracy(
     if len(data) == 0:
         return {}
     model.eval()
-    _, size, cfg = input_facts(model)
-    subsets = [QuerySubset(K) for K in budgets]
+    size, cfg = input_facts(model)
+    passes = [Pass(budget) for budget in budgets.values()]
     correct = torch.zeros(len(budgets), device=accelerator.device)
     for first in range(accelerator.process_index * batch_size, len(data), accelerator.num_processes * batch_size):
         indices = range(first, min(first + batch_size, len(data)))
         pixels = pixels_of_size(data, indices, size, cfg["interpolation"])
         images = normalise(pixels, cfg["mean"], cfg["std"]).to(accelerator.device)
         with accelerator.autocast():
-            all_logits = torch.stack(model.forward_subsets(images, subsets, together=False))
+            all_logits = torch.stack(model.forward_budgets(images, passes))
         labels = torch.from_numpy(data.labels[indices.start : indices.stop]).to(accelerator.device)
         correct += (all_logits.argmax(-1) == labels).sum(-1)
     accuracies = (accelerator.reduce(correct, "sum") / len(data)).tolist()

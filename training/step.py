@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 
-from hf_visual_perceiver.modeling import QuerySubset
+from hf_visual_perceiver.modeling import Pass
 from hf_visual_perceiver.training.recipe import Recipe
 from hf_visual_perceiver.training.schedules import Schedule
 from hf_visual_perceiver.training.teacher import FrozenTeacher
@@ -18,7 +18,7 @@ def forward_backward(
     model: torch.nn.Module,
     pixel_values: torch.Tensor,
     targets: torch.Tensor,
-    subsets: list[QuerySubset],
+    passes: list[Pass],
     schedule: Schedule,
     recipe: Recipe,
     teacher: FrozenTeacher | None = None,
@@ -41,11 +41,11 @@ def forward_backward(
             if teacher is not None:
                 taught = teacher(pixel_values[part])
             if average is not None and schedule.distils and recipe.students.teacher == "ema":
-                averaged = average.module(pixel_values[part], num_active_queries=subsets[0].num_active_queries).logits
+                averaged = average.module.forward_budgets(pixel_values[part], passes[:1])[0]
         # Processes exchange gradients once, with the last part.
         last = part.stop == B
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            parts = model(pixel_values[part], targets[part], subsets, schedule.distils, taught, averaged)
+            parts = model(pixel_values[part], targets[part], passes, schedule.distils, taught, averaged)
             share = (part.stop - first) / B
             accelerator.backward(objective.total_loss(parts) * share)
         losses += parts.detach() * share

@@ -8,22 +8,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from hf_visual_perceiver.modeling import QuerySubset
-from hf_visual_perceiver.modeling.configuration_visual_perceiver import default_preprocessing
+from hf_visual_perceiver.modeling import ElasticModel, Pass
+from hf_visual_perceiver.modeling.elastic import default_preprocessing
 
 
-class TimmNetwork(TimmWrapperForImageClassification):
+class TimmNetwork(ElasticModel, TimmWrapperForImageClassification):
     """A timm classifier with what a training step asks of a network. It is saved as transformers' wrapper of timm's models.
 
-    It has no queries: its one budget counts as K = 1.
+    It has one budget, which counts as K = 1.
 
     Example:
         >>> network = TimmNetwork.create("resnet18", {"channels": [8, 8, 8, 8]}, ["cat", "dog"])
-        >>> network.forward_subsets(torch.zeros(2, 3, 32, 32), [QuerySubset(1)])[0].shape
+        >>> network.forward_budgets(torch.zeros(2, 3, 32, 32), [Pass()])[0].shape
         torch.Size([2, 2])
     """
-
-    num_queries = 1
 
     @classmethod
     def create(cls, name: str, arguments: dict[str, Any], label_names: list[str]) -> "TimmNetwork":
@@ -60,20 +58,13 @@ class TimmNetwork(TimmWrapperForImageClassification):
             ) from error
         return network.train()
 
-    def forward_subsets(
-        self, pixel_values: torch.Tensor, subsets: Sequence[QuerySubset], together: bool = True
-    ) -> list[torch.Tensor]:
-        """Logits of the images of each subset, as `VisualPerceiverForImageClassification.forward_subsets`.
+    def forward_budgets(self, pixel_values: torch.Tensor, passes: Sequence[Pass]) -> list[torch.Tensor]:
+        """The logits (n, labels) of each pass's n images; there is one budget."""
+        return [self(pixel_values[p.images]).logits for p in passes]
 
-        Args:
-            pixel_values: (B, 3, H, W), normalised.
-            subsets: Which images; their queries mean nothing here.
-            together: Likewise.
-
-        Returns:
-            For each subset (n, labels), n being its images.
-        """
-        return [self(pixel_values[subset.images]).logits for subset in subsets]
+    def blocks(self) -> list[Any]:
+        """The whole network."""
+        return [self.timm_model]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save, as `TimmWrapperForImageClassification` does, and under its name, so that transformers alone loads it."""

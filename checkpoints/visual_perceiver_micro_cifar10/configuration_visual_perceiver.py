@@ -2,7 +2,8 @@
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -12,12 +13,9 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .conv_stem import check_stem
 from .elastic import Budget, ElasticConfig
-from .macs import count_macs
+from .macs import count_decoder_macs, count_extension_macs, count_macs, count_trunk_macs
 from .query_selection import as_number, checked_threshold
 
-
-CIFAR_STATISTICS = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2470, 0.2435, 0.2616]}
-IMAGENET_STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 # timm name -> what differs from the paper's model. Widths of the 224 models are DeiT's.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -129,6 +127,18 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
     model_type = "visual_perceiver"
     unit: ClassVar[str] = "queries"
     knobs: ClassVar[Mapping[str, str]] = {"K": "num_active_queries", "t": "dqs_threshold"}
+    title: ClassVar[str] = "Visual Perceiver"
+    about: ClassVar[str] = (
+        "`num_active_queries` (K) uses the first K of its learned queries, `dqs_threshold` (t) drops, per image, the queries "
+        "that read nearly the same as an earlier one (Dynamic Query Selection, Dancette & Cord 2022). Fewer queries are less "
+        "work and less time. MACs with t include reading and comparing all queries before some are dropped."
+    )
+    citation: ClassVar[str] = """@inproceedings{dancette2022dynamic,
+  title={Dynamic Query Selection for Fast Visual Perceiver},
+  author={Dancette, Corentin and Cord, Matthieu},
+  booktitle={CVPR Workshops},
+  year={2022}
+}"""
     # Written to config.json for timm, and rebuilt from the fields below.
     timm_keys: ClassVar[tuple[str, ...]] = ("architecture", "model_args", "num_classes", "num_features")
     # transformers' Trainer hands every other output to `compute_metrics`, which expects the logits.
@@ -287,25 +297,9 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
             )
 
     @property
-    def image_height_width(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
-        return height, width
-
-    @property
-    def label_names(self) -> list[str]:
-        """Names of the classes, in the order of the logits.
-
-        Raises:
-            ValueError: If the keys of `id2label` are not the indices of the logits, as numbers or as text.
-        """
-        names = {str(key): name for key, name in (self.id2label or {}).items()}
-        indices = [str(i) for i in range(len(names))]
-        if names.keys() != set(indices):
-            raise ValueError(
-                f"Expected the keys of `id2label` to be 0 to {len(names) - 1}, got {', '.join(list(names)[:10])}."
-            )
-        return [names[i] for i in indices]
+    def summary(self) -> str:
+        """Blocks, width and queries."""
+        return f"{self.num_hidden_layers} blocks of width {self.hidden_size}, {self.num_queries} queries"
 
     @property
     def block_ends(self) -> list[int]:
@@ -366,6 +360,34 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         powers = [2**i for i in range((self.num_queries - 1).bit_length())]
         return [*(Budget(num_active_queries=K) for K in powers), Budget()]
 
+    def ladder(self) -> list[Budget]:
+        """Every K."""
+        return [*(Budget(num_active_queries=K) for K in range(1, self.num_queries)), Budget()]
+
+    def adaptive_budgets(self) -> list[Budget]:
+        """The thresholds of the paper's Table 3, with all queries."""
+        return [Budget(dqs_threshold=t) for t in (0.6, 0.65, 0.7, 0.8, 0.9, 0.99)]
+
+    def candidates(self, knobs: Sequence[str] = ()) -> list[Budget]:
+        """Budgets K, thresholds t, or thresholds at several K; see `ElasticConfig.candidates`.
+
+        Example:
+            >>> [budget.short({"K": "num_active_queries"}) for budget in VisualPerceiverConfig(num_queries=6).candidates()]
+            ['K=1', 'K=2', 'K=3', 'K=4', 'K=5', 'full']
+        """
+        names, Q = set(self.knob_names(knobs)), self.num_queries
+        thresholds = [*(round(0.5 + 0.05 * i, 2) for i in range(10)), 0.98, 0.99]
+        found, K = [], 1
+        while "num_active_queries" in names and K < Q:
+            found.append(Budget(num_active_queries=K))
+            K += max(1, K // 8)  # each K up to 8, then steps of about an eighth
+        if len(names) == 2:
+            caps = sorted({max(1, Q * eighths // 8) for eighths in (1, 2, 3, 4, 6, 8)})
+            found += [Budget(num_active_queries=K, dqs_threshold=t) for K in caps for t in thresholds[4:]]
+        elif "dqs_threshold" in names:
+            found += [Budget(dqs_threshold=t) for t in thresholds]
+        return [*found, Budget()]
+
     def resolve(self, **knobs: Any) -> dict[str, Any]:
         """Both knobs as `forward` takes them; K left out is Q, t left out infinity, which is no selection.
 
@@ -404,6 +426,48 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         kinds, which = pairs.unique(dim=0, return_inverse=True)
         macs = [count_macs(self, k, c if selects else None) for k, c in kinds.tolist()]
         return torch.tensor(macs)[which]
+
+    def count_passes(self, budgets: Sequence[Budget], shared: bool) -> float:
+        """Images are read once, and with a block-causal trunk and ends of blocks the trunk runs once too."""
+        K = [self.resolve(**budget.kwargs)["num_active_queries"] for budget in budgets]
+        if not shared:
+            return sum(count_macs(self, k) for k in K) / len(K)
+        largest = max(K)
+        others = sorted(K)[:-1]
+        total = count_macs(self, largest)
+        if self.trunk_attention == "block_causal" and set(others) <= set(self.block_ends):
+            return total + sum(count_decoder_macs(self, k) for k in others)
+        D, M = self.hidden_size, self.intermediate_size
+        return total + sum(count_trunk_macs(self, k) + k * (D**2 + 2 * D * M) for k in others)
+
+    @property
+    def nested_steps(self) -> list[int] | None:
+        """Ends of blocks of a block-causal trunk."""
+        return self.block_ends if self.trunk_attention == "block_causal" else None
+
+    def count_stages(self, budgets: Sequence[Budget]) -> list[int]:
+        """Multiply-accumulates of an image that is answered with K queries, then with more, by `start` and `extend`.
+
+        Reading is paid once, for the queries of the last stage reached, and so is the trunk if it is block-causal and the
+        stages are ends of blocks. Otherwise the trunk is paid once per stage, as the decoder and head always are.
+
+        Example:
+            >>> config = VisualPerceiverConfig(num_labels=10)
+            >>> few, full = Budget(num_active_queries=8), Budget()
+            >>> config.count_stages([few])[0] == config.count_macs(few)
+            True
+            >>> config.count_stages([few, full])[1] > config.count_macs(full)
+            True
+        """
+        stages = [self.resolve(**budget.kwargs)["num_active_queries"] for budget in budgets]
+        if self.trunk_attention == "block_causal":
+            ends = [0, *self.block_ends]
+            starts = [max(end for end in ends if end <= K) for K in [0, *stages[:-1]]]
+            added = [count_extension_macs(self, start, K) for start, K in zip(starts, stages, strict=True)]
+        else:
+            added = [count_trunk_macs(self, K) for K in stages]
+        trunks = accumulate(added)
+        return [count_macs(self, K) - count_trunk_macs(self, K) + paid for K, paid in zip(stages, trunks, strict=True)]
 
     def operating_point(self, num_active_queries: Any = None, dqs_threshold: float | None = None) -> tuple[Any, Any]:
         """The (K, t) that these arguments of `forward` mean for this config; t is None without selection.
@@ -469,26 +533,7 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         return {**arguments, "mlp_ratio": self.intermediate_size / self.hidden_size}
 
     @property
-    def timm_pretrained_cfg(self) -> dict[str, Any]:
-        """timm's `pretrained_cfg` of a checkpoint with this config."""
-        height, width = self.image_height_width
-        cfg = default_preprocessing(max(height, width))
-        cfg.update(self.pretrained_cfg or {})
-        cfg.pop("label_names", None)  # may be those of the checkpoint that this one was fine-tuned from
-        cfg.update(
-            input_size=[self.num_channels, height, width],
-            num_classes=self.num_labels,
-            fixed_input_size=True,
-            first_conv=self._first_conv,
-            classifier="head",
-        )
-        labels = self.label_names
-        if labels != [f"LABEL_{i}" for i in range(len(labels))]:
-            cfg["label_names"] = labels
-        return cfg
-
-    @property
-    def _first_conv(self) -> str:
+    def first_conv(self) -> str:
         """Name of the convolution that reads the image's channels."""
         if self.stem == "patch":
             return "embeddings.patch_embeddings.projection"
@@ -515,12 +560,6 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
                 "AutoModelForImageClassification": f"{modeling}ForImageClassification",
             }
         return output
-
-
-def default_preprocessing(image_size: int) -> dict[str, Any]:
-    """How an image becomes `pixel_values`, in timm's terms: whole image, bicubic, normalised per channel."""
-    statistics = CIFAR_STATISTICS if image_size <= 64 else IMAGENET_STATISTICS
-    return {**statistics, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
 
 
 __all__ = ["VisualPerceiverConfig"]

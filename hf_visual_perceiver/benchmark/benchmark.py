@@ -1,5 +1,6 @@
 """Time and memory of a checkpoint on this machine: every budget, in each form of the model, side by side."""
 
+import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,9 @@ from hf_visual_perceiver.benchmark.timing import (
     page_faults,
     peak_memory,
 )
-from hf_visual_perceiver.evaluation.evaluate import PAPER_QUERIES, OperatingPoint
+from hf_visual_perceiver.evaluation.evaluate import output_at
 from hf_visual_perceiver.evaluation.plots import save_figure
-from hf_visual_perceiver.inference.onnx_perceiver import OnnxPerceiver
-from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling import Budget, ElasticConfig
 from hf_visual_perceiver.utils.choices import FORMS
 from hf_visual_perceiver.utils.memory import fitting
 
@@ -41,7 +41,7 @@ class Rival:
 
 
 @torch.no_grad()
-def timm_rival(name: str, config: VisualPerceiverConfig, device: torch.device, dtype: torch.dtype) -> Rival:
+def timm_rival(name: str, config: Any, device: torch.device, dtype: torch.dtype) -> Rival:
     """A classifier of timm, of random weights, for the images and classes of a config.
 
     Args:
@@ -54,6 +54,7 @@ def timm_rival(name: str, config: VisualPerceiverConfig, device: torch.device, d
         ValueError: If timm has no such classifier, or it does not take images of this size.
 
     Example:
+        >>> from hf_visual_perceiver import VisualPerceiverConfig
         >>> config = VisualPerceiverConfig(num_labels=10)
         >>> rival = timm_rival("resnet10t", config, torch.device("cpu"), torch.float32)
         >>> rival.run(torch.zeros(2, 3, 32, 32)).shape
@@ -83,15 +84,17 @@ class BenchmarkRow:
     batch_size: int
     form: str  # of FORMS, with its dtype; or a rival
     setting: str
-    queries: float | None  # mean over the batch
+    used: float | None  # such as queries: mean over the batch
     macs: float | None  # mean per image, by `count_macs`, also where folding spares some
     ms: float  # of the batch, median
     p50_ms: float | None  # of single calls, as `ms`; of larger batches None
     p95_ms: float | None
     images_per_second: float
-    relative_time: float | None  # to all queries in the same form
-    relative_to_fixed: float | None  # of selection, to the nearest fixed K in the same form
-    relative_to_first: float  # to the first form at the same setting; a rival to all queries of the first form
+    relative_time: float | None  # to the full network in the same form
+    relative_to_fixed: (
+        float | None
+    )  # of an adaptive budget, to the largest fixed one that costs no more, in the same form
+    relative_to_first: float  # to the first form at the same setting; a rival to the full network in the first form
     share_of_peak: float | None  # of the machine's measured matrix products in the dtype of the images
     peak_mb: float | None  # of the tensors made in the forward; ONNX Runtime does not say
     page_faults: int | None  # in one forward
@@ -99,27 +102,22 @@ class BenchmarkRow:
 
 @dataclass(frozen=True)
 class Setting:
-    """An operating point on a given batch."""
+    """A budget on a given batch."""
 
-    point: OperatingPoint
-    queries: float
+    budget: Budget
+    used: float
     macs: float
-    nearest: OperatingPoint | None = None  # of selection: the fixed K that is nearest to what it keeps
+    nearest: Budget | None = None  # of an adaptive budget: the largest at which all images cost alike, and no more
 
     @classmethod
-    def fixed(cls, config: VisualPerceiverConfig, K: int) -> "Setting":
-        """The first K queries of every image."""
-        return cls(OperatingPoint(K), K, count_macs(config, K))
-
-    @classmethod
-    @torch.inference_mode()
-    def selected(cls, model: VisualPerceiverForImageClassification, pixels: torch.Tensor, t: float) -> "Setting":
-        """What the threshold keeps of these images."""
-        Q = model.config.num_queries
-        counts = model(pixels, num_active_queries=Q, dqs_threshold=t).active_queries.sum(1).tolist()
-        mean = statistics.fmean(counts)
-        macs = statistics.fmean(count_macs(model.config, k, Q) for k in counts)
-        return cls(OperatingPoint(None, t), mean, macs, OperatingPoint(max(1, round(mean))))
+    def of(cls, model: Any, pixels: torch.Tensor, budget: Budget) -> "Setting":
+        """What the budget means for these images."""
+        config: ElasticConfig = model.config
+        output = output_at(model, pixels, budget)
+        macs = config.count_macs(budget, output).double().mean().item()
+        share = min(1.0, macs / config.count_macs(Budget()))
+        nearest = config.budget_for(share) if config.is_adaptive(budget) else None
+        return cls(budget, output.used.double().mean().item(), macs, nearest)
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ class Run:
     call: Callable[[], Any]
     dtype: torch.dtype
     first: str
-    queries: float | None = None
+    used: float | None = None
     macs: float | None = None
     full: str | None = None
     fixed: str | None = None
@@ -142,9 +140,7 @@ class Run:
         return f"{self.form}, {self.setting}"
 
 
-def forms_of(
-    model: VisualPerceiverForImageClassification, forms: Sequence[str], dtypes: Sequence[torch.dtype]
-) -> dict[str, tuple[Any, torch.dtype]]:
+def forms_of(model: Any, forms: Sequence[str], dtypes: Sequence[torch.dtype]) -> dict[str, tuple[Any, torch.dtype]]:
     """The model in several forms and dtypes, by name.
 
     Raises:
@@ -155,6 +151,9 @@ def forms_of(
         for form in forms:
             if form not in FORMS:
                 raise ValueError(f"Expected forms among {', '.join(FORMS)}, got {form!r}.")
+            needed = {"optimized": "optimize_for_inference", "int8": "optimize_for_inference"}
+            if not hasattr(model, {**needed, "grouped": "set_ragged_backend"}.get(form, "forward")):
+                raise ValueError(f"Expected a form that a {model.config.model_type} has, got {form!r}.")
             if form != "int8":
                 result[f"{form} {str(dtype).removeprefix('torch.')}"] = (form_of(model, form, dtype), dtype)
             elif form not in result:  # it has a dtype of its own, and takes images in float32
@@ -164,28 +163,25 @@ def forms_of(
     return result
 
 
-def form_of(model: VisualPerceiverForImageClassification, form: str, dtype: torch.dtype) -> Any:
+def form_of(model: Any, form: str, dtype: torch.dtype) -> Any:
     """The model in one form and dtype."""
     if form == "optimized":
         return model.optimize_for_inference(dtype)
-    copy = VisualPerceiverForImageClassification(model.config)
-    copy.load_state_dict(model.state_dict())
-    copy = copy.to(model.device, dtype).eval()
+    other = copy.deepcopy(model).to(dtype)
     if form == "grouped":
-        copy.set_ragged_backend("grouped")
-    return torch.compile(copy) if form == "compiled" else copy
+        other.set_ragged_backend("grouped")
+    return torch.compile(other) if form == "compiled" else other
 
 
 def benchmark(
-    model: VisualPerceiverForImageClassification,
+    model: Any,
     images: torch.Tensor,
     batch_sizes: Sequence[int],
-    thresholds: Sequence[float] = (),
+    budgets: Sequence[Budget] | None = None,
     forms: Sequence[str] = ("eager", "optimized"),
     dtypes: Sequence[torch.dtype] = (torch.float32,),
     repetitions: int = 7,
     rivals: dict[str, Rival] | None = None,
-    budgets: Sequence[int] | None = None,
     progress: bool = True,
     single_calls: int | None = None,
 ) -> list[BenchmarkRow]:
@@ -195,12 +191,12 @@ def benchmark(
         model: In float32, on the device to measure.
         images: (n, C, H, W), normalised; repeated for larger batches.
         batch_sizes: Each is measured by itself.
-        thresholds: t to measure, each beside the fixed K that is nearest to what it keeps on the batch.
+        budgets: What to measure, beside the full network; None is the config's `budgets`. An adaptive one is measured beside
+            the largest at which all images cost alike and no more than its mean on the batch.
         forms: Of `FORMS`.
         dtypes: Each form is measured in each.
-        repetitions: Of all settings.
+        repetitions: How often all settings are run.
         rivals: Other networks, by name.
-        budgets: K to measure, beside all queries; None is the paper's.
         progress: Say on stderr how far it is.
         single_calls: Repetitions of a batch of one image, of which the median and the 95th percentile are reported; None is
             `repetitions`, without percentiles.
@@ -219,8 +215,7 @@ def benchmark(
             plan,
             model,
             contenders=contenders,
-            budgets=budgets or PAPER_QUERIES,
-            thresholds=thresholds,
+            budgets=model.config.budgets() if budgets is None else budgets,
             rivals=rivals or {},
         )
         with fitting(lambda part: [run.call() for run in planned(part)], pixels):  # noqa: B023
@@ -234,7 +229,7 @@ def benchmark(
         measured.append((batch_size, runs, times, memory, faults))
     # Last, because its large products would change how the allocator treats what comes after.
     used = {run.dtype for _, runs, *_ in measured for run in runs}
-    peaks = {dtype: matmul_peak(model.config, device, dtype) for dtype in used}
+    peaks = {dtype: matmul_peak(model, device, dtype) for dtype in used}
     return [
         _row(
             batch_size,
@@ -264,7 +259,7 @@ def _row(
         batch_size=batch_size,
         form=run.form,
         setting=run.setting,
-        queries=run.queries,
+        used=run.used,
         macs=run.macs,
         ms=1000 * seconds,
         p50_ms=1000 * seconds if percentiles else None,
@@ -280,30 +275,31 @@ def _row(
 
 
 def plan(
-    model: VisualPerceiverForImageClassification,
+    model: Any,
     pixels: torch.Tensor,
     contenders: dict[str, tuple[Any, torch.dtype]],
-    budgets: Sequence[int],
-    thresholds: Sequence[float],
+    budgets: Sequence[Budget],
     rivals: dict[str, Rival],
 ) -> list[Run]:
     """What is to be timed on a batch: all settings of each form, then the rivals."""
     config = model.config
-    Q = config.num_queries
-    settings = {str(OperatingPoint(K)): Setting.fixed(config, K) for K in sorted({*(K for K in budgets if K < Q), Q})}
-    for t in thresholds:
-        selection = Setting.selected(model, pixels, t)
-        assert selection.nearest is not None
-        K = selection.nearest.num_active_queries or Q
-        settings.setdefault(str(selection.nearest), Setting.fixed(config, K))
-        settings[str(selection.point)] = selection
-    full, first = str(OperatingPoint(Q)), next(iter(contenders))
+    found = [Setting.of(model, pixels, budget) for budget in dict.fromkeys([*budgets, Budget()])]
+    known = {setting.budget for setting in found}
+    found += [
+        Setting.of(model, pixels, near)
+        for near in dict.fromkeys(s.nearest for s in found)
+        if near and near not in known
+    ]
+    # Those at which all images cost alike first, ascending.
+    found.sort(key=lambda setting: (setting.nearest is not None, setting.macs))
+    settings = {setting.budget.short(config.knobs): setting for setting in found}
+    full, first = Budget().short(config.knobs), next(iter(contenders))
     runs = []
     for form, (network, dtype) in contenders.items():
         converted = pixels.to(dtype)
-        torch_allocates = not isinstance(getattr(network, "engine", None), OnnxPerceiver)
+        torch_allocates = getattr(getattr(network, "engine", None), "torch_allocates", True)
         for name, setting in settings.items():
-            call = partial(network, converted, **setting.point.knobs(config))
+            call = partial(network, converted, **config.resolve(**setting.budget.kwargs))
             runs.append(
                 Run(
                     form,
@@ -311,10 +307,10 @@ def plan(
                     call,
                     dtype,
                     f"{first}, {name}",
-                    setting.queries,
+                    setting.used,
                     setting.macs,
                     full=f"{form}, {full}",
-                    fixed=None if setting.nearest is None else f"{form}, {setting.nearest}",
+                    fixed=None if setting.nearest is None else f"{form}, {setting.nearest.short(config.knobs)}",
                     torch_allocates=torch_allocates,
                 )
             )
@@ -325,19 +321,19 @@ def plan(
     return runs
 
 
-def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
+def benchmark_table(rows: Sequence[BenchmarkRow], unit: str) -> Table:
     """The rows of one batch size, for the terminal."""
     table = Table(title=f"batch {rows[0].batch_size}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     percentiles = rows[0].p95_ms is not None
     headers = (
         "form",
         "setting",
-        "queries",
+        unit,
         "MACs (M)",
         *(("p50 (ms)", "p95 (ms)") if percentiles else ("ms",)),
         "images/s",
         "relative",
-        "to fixed K",
+        "to fixed",
         "to the first form",
     )
     for header in (*headers, "of peak", "MB", "page faults"):
@@ -348,7 +344,7 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
         table.add_row(
             row.form,
             row.setting,
-            _number(row.queries, ".1f"),
+            _number(row.used, ".1f"),
             _number(None if row.macs is None else row.macs / 1e6, ".1f"),
             f"{row.ms:.2f}",
             *([_number(row.p95_ms, ".2f")] if percentiles else []),
@@ -368,9 +364,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def plot_benchmark(rows: Sequence[BenchmarkRow], path: str | Path) -> None:
-    """Plot time against multiply-accumulates, both relative to all queries, a panel for each batch size.
+    """Plot time against multiply-accumulates, both relative to the full network, a panel for each batch size.
 
-    A rival's are relative to all queries of the first form.
+    A rival's are relative to the full network in the first form.
     """
     sizes = list(dict.fromkeys(row.batch_size for row in rows))
     figure = Figure(figsize=(max(4 * len(sizes), 6), 5), layout="constrained")
@@ -387,15 +383,15 @@ def plot_benchmark(rows: Sequence[BenchmarkRow], path: str | Path) -> None:
                     if (row.relative_to_fixed is not None) == selected and row.macs and row.relative_time
                 )
                 if chosen:
-                    label = f"{form}, per image (t)" if selected else form
+                    label = f"{form}, per image" if selected else form
                     axes.plot(*zip(*chosen, strict=True), style, color=f"C{number}", label=label, markersize=5)
         full = max(row.macs or 0 for row in of_size if row.form == of_size[0].form and row.relative_to_fixed is None)
         for row in rows:
             if row.batch_size == size and row.relative_time is None and row.macs:
                 axes.plot(row.macs / full, row.relative_to_first, "k*", label=f"{row.form}, to {of_size[0].form}")
         axes.set_title(f"batch {size}", fontsize=10)
-        axes.set_xlabel("MACs, relative to all queries")
-        axes.set_ylabel("time, relative to all queries")
+        axes.set_xlabel("MACs, relative to the full network")
+        axes.set_ylabel("time, relative to the full network")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)

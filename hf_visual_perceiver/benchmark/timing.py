@@ -11,7 +11,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_visual_perceiver.modeling import VisualPerceiverConfig
 from hf_visual_perceiver.utils.console import tracked
 
 
@@ -87,16 +86,18 @@ def median_ratio(seconds: list[float], reference: list[float]) -> float:
 
 
 @torch.inference_mode()
-def matmul_peak(config: VisualPerceiverConfig, device: torch.device, dtype: torch.dtype) -> float:
-    """The most multiply-accumulates/s that any linear of the trunk's shapes reaches.
+def matmul_peak(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> float:
+    """The most multiply-accumulates/s that any linear of a network's shapes reaches.
 
-    Of products of 256 to 4,096 tokens (4,096 to 32,768 on a GPU) with the weights of a block's four linears, and of a
-    large square one.
+    Of products of 256 to 4,096 tokens (4,096 to 32,768 on a GPU) with the weights of its larger linears, and of a large
+    square one.
     """
-    D, M, best = config.hidden_size, config.intermediate_size, 0.0
+    best = 0.0
     large, launches = (2048, 1) if device.type == "cpu" else (8192, 20)  # launching a product may take longer than it
     rows_of = (256, 1024, 4096) if device.type == "cpu" else (4096, 16384, 32768)
-    shapes = [(rows, *weight) for rows in rows_of for weight in ((D, 3 * D), (D, D), (D, M), (M, D))]
+    weights = {(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    largest = max((a * b for a, b in weights), default=0)
+    shapes = [(rows, a, b) for rows in rows_of for a, b in sorted(weights) if 8 * a * b > largest]
     for rows, width, out in [*shapes, (large, large, large)]:
         x, weight, bias = (torch.randn(s, device=device, dtype=dtype) for s in ((rows, width), (out, width), (out,)))
         repeated = {"torch": partial(_repeat, partial(F.linear, x, weight, bias), launches)}

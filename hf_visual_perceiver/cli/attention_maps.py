@@ -12,6 +12,7 @@ from hf_visual_perceiver.cli.options import (
     JsonOption,
     MaxImagesOption,
     ModelOption,
+    OneBudgetOption,
     SplitOption,
     chosen_model,
     output_console,
@@ -35,12 +36,12 @@ def attention_maps_command(
     split: SplitOption = "test",
     max_images: MaxImagesOption = None,
     output: Annotated[Path, picture_option("The picture to write: .png, .svg or .pdf.")] = Path("attention_maps.png"),
-    num_active_queries: Annotated[int | None, typer.Option(help="K: draw the first K queries.")] = None,
+    budget: OneBudgetOption = None,
     batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
-    """What each query reads, as a picture: cross-attention averaged over a dataset, or over given images."""
+    """What each token or query reads, as a picture: cross-attention averaged over a dataset, or over given images."""
     from hf_visual_perceiver.data.image_files import list_images, read_image
     from hf_visual_perceiver.data.image_processor import create_image_processor
     from hf_visual_perceiver.data.images import load_images
@@ -53,8 +54,7 @@ def attention_maps_command(
         raise ValueError("Expected either images or --dataset, got both.")
     name = chosen_model(None, model)
     network = load_model(name, choose_device(device))
-    if num_active_queries is not None:
-        network.config.operating_point(num_active_queries)
+    chosen = None if budget is None else network.config.parse_budget(budget)
     batches: Iterable[torch.Tensor]
     if images:
         pictures = [read_image(file) for file in list_images(images)][:max_images]
@@ -64,11 +64,13 @@ def attention_maps_command(
     else:
         data = at_most(load_images(dataset or default_dataset(), split), max_images)
         batches, count = (pixels for _, pixels in pixel_batches(network, data, batch_size, "averaging")), len(data)
-    maps = average_attention(network, batches, num_active_queries)
-    plot_attention_maps(maps, output, f"{Path(name).name}: cross-attention of each query, {count:,} images")
+    maps = average_attention(network, batches, chosen)
+    plot_attention_maps(
+        maps, output, f"{Path(name).name}: what each of the {network.config.unit} reads, {count:,} images"
+    )
     write_result(json_file, {"images": count, "maps": maps.tolist()})
     output_console(json_file).print(
-        f"Attention of {len(maps)} queries over {count:,} images: {output}",
+        f"Attention of {len(maps)} {network.config.unit} over {count:,} images: {output}",
         highlight=False,
         markup=False,
         soft_wrap=True,

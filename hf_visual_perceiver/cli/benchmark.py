@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from hf_visual_perceiver.cli.options import (
+    BudgetOption,
     DeviceOption,
     JsonOption,
     ModelArgument,
@@ -14,6 +15,7 @@ from hf_visual_perceiver.cli.options import (
     chosen_model,
     model_label,
     output_console,
+    parsed_budgets,
     picture_option,
     write_result,
 )
@@ -24,11 +26,11 @@ def benchmark_command(
     checkpoint: ModelArgument = None,
     model: ModelOption = None,
     batch_size: Annotated[list[int], typer.Option(help="Repeat for several.")] = [1, 64],  # noqa: B006
-    num_active_queries: Annotated[
-        list[int] | None, typer.Option(help="K to measure beside all queries; repeat. By default the paper's.")
+    budget: BudgetOption = None,
+    form: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(FORMS)}; repeat. By default eager, and optimized if there is such a form."),
     ] = None,
-    dqs_threshold: Annotated[list[float], typer.Option(help="t to measure; repeat for several.")] = [0.8],  # noqa: B006
-    form: Annotated[list[str], typer.Option(help=f"{', '.join(FORMS)}; repeat.")] = ["eager", "optimized"],  # noqa: B006
     dtype: Annotated[
         list[str] | None,
         typer.Option(help="float32, bfloat16 or float16; repeat. By default float32, and bfloat16 where it is fast."),
@@ -60,8 +62,10 @@ def benchmark_command(
         check_dtype(name)
     name = chosen_model(checkpoint, model)
     network = load_model(name, place)
-    for K in num_active_queries or ():
-        network.config.operating_point(K)
+    config = network.config
+    adaptive = config.adaptive_budgets()
+    budgets = parsed_budgets(config, budget) or [*config.budgets(), *adaptive[len(adaptive) // 2 :][:1]]
+    forms = form or ["eager", *(["optimized"] if hasattr(network, "optimize_for_inference") else [])]
     rivals = {
         f"timm's {rival}, eager {dtypes[0]}": timm_rival(
             rival, network.config, network.device, getattr(torch, dtypes[0])
@@ -75,16 +79,15 @@ def benchmark_command(
         network,
         pixels,
         batch_size,
-        dqs_threshold,
-        form,
+        budgets,
+        forms,
         [getattr(torch, name) for name in dtypes],
         repetitions,
         rivals,
-        num_active_queries,
         single_calls=single_calls,
     )
     for size in batch_size:
-        console.print(benchmark_table([row for row in rows if row.batch_size == size]))
+        console.print(benchmark_table([row for row in rows if row.batch_size == size], config.unit))
     counts = {"repetitions": repetitions, **({"single_calls": single_calls} if 1 in batch_size else {})}
     conditions = measurement_conditions(place, model=model_label(name), **counts)
     console.print(", ".join(f"{key} {value}" for key, value in conditions.items()), style="dim", highlight=False)

@@ -1,13 +1,14 @@
 """`visual-perceiver calibrate`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from hf_visual_perceiver.cli.options import (
     BatchSizeOption,
+    BudgetOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -19,6 +20,7 @@ from hf_visual_perceiver.cli.options import (
     dataset_label,
     model_label,
     output_console,
+    parsed_budgets,
     write_result,
 )
 from hf_visual_perceiver.utils.tables import terminal_table
@@ -33,23 +35,19 @@ if TYPE_CHECKING:
 def calibrate_command(
     checkpoint: ModelArgument = None,
     target_macs: Annotated[
-        float | None, typer.Option(help="At most this fraction of the MACs that all queries take.")
+        float | None, typer.Option(help="At most this fraction of the MACs of the full network.")
     ] = None,
     target_ms: Annotated[
         float | None, typer.Option(help="At most this many ms per image, here and at --batch-size.")
     ] = None,
     max_accuracy_drop: Annotated[
-        float | None, typer.Option(help="At most this many percentage points below all queries.")
+        float | None, typer.Option(help="At most this many percentage points below the full network.")
     ] = None,
     search: Annotated[
-        str, typer.Option(help="What to choose: queries (K), threshold (t), or both (t among the first K).")
-    ] = "queries",
-    num_active_queries: Annotated[
-        list[int] | None, typer.Option(help="K to try instead of --search's own; repeat for several.")
+        str | None,
+        typer.Option(help='Knobs to choose, such as "K", "t" or "K,t"; by default the first of the model\'s.'),
     ] = None,
-    dqs_threshold: Annotated[
-        list[float] | None, typer.Option(help="t to try, at every K given; repeat for several.")
-    ] = None,
+    budget: BudgetOption = None,
     write: Annotated[
         bool, typer.Option("--write", help="Make it the default in the model folder's config.json.")
     ] = False,
@@ -68,17 +66,16 @@ def calibrate_command(
     dtype: DtypeOption = "float32",
     json_file: JsonOption = None,
 ) -> None:
-    """Choose K or t for a budget or an accuracy, and report what it does on images that it was not chosen on."""
+    """Choose a budget for a cost or an accuracy, and report what it does on images that it was not chosen on."""
     from hf_visual_perceiver.data.images import load_images
     from hf_visual_perceiver.data.parts import at_most
     from hf_visual_perceiver.evaluation.calibration import (
         FEW_IMAGES,
         Target,
         calibrate,
-        candidate_points,
-        write_operating_point,
+        candidate_budgets,
+        write_budget,
     )
-    from hf_visual_perceiver.evaluation.evaluate import OperatingPoint
     from hf_visual_perceiver.inference.loading import choose_device, default_dataset, load_model
     from hf_visual_perceiver.utils.conditions import measurement_conditions
 
@@ -89,16 +86,13 @@ def calibrate_command(
     if write and not (Path(name) / "config.json").is_file():
         raise ValueError(f"Expected --write to go with a model folder, got {name!r}.")
     network = load_model(name, choose_device(device), dtype)
-    points = candidate_points(network.config, search, target)
-    if num_active_queries or dqs_threshold:
-        budgets: list[int | None] = [*num_active_queries] if num_active_queries else [None]
-        thresholds: list[float | None] = [*dqs_threshold] if dqs_threshold else [None]
-        points = [OperatingPoint(K, t) for K in budgets for t in thresholds]
+    knobs = [knob.strip() for knob in search.split(",")] if search else []
+    budgets = parsed_budgets(network.config, budget) or candidate_budgets(network.config, knobs, target)
     data = at_most(load_images(dataset or default_dataset(), split), max_images)
     if len(data) < FEW_IMAGES:
         few = f"warning: calibrating on {len(data)} images, fewer than {FEW_IMAGES}: the intervals are wide"
         messages.print(few, style="yellow", highlight=False, soft_wrap=True)
-    result = calibrate(network, data, target, points, batch_size)
+    result = calibrate(network, data, target, budgets, batch_size)
     conditions = measurement_conditions(
         next(network.parameters()).device,
         dtype=dtype,
@@ -109,28 +103,33 @@ def calibrate_command(
         dataset=dataset_label(dataset),
         split=split,
     )
-    console.print(calibration_table(result))
+    console.print(calibration_table(result, network.config))
     if not result.met:
         messages.print("warning: the target is missed on the held-out images", style="yellow", highlight=False)
     write_result(json_file, {"conditions": conditions, **result.to_dict()})
     if write:
-        write_operating_point(name, result.point)
-        console.print(f"Written to {Path(name) / 'config.json'}: {result.point}", highlight=False, markup=False)
+        write_budget(name, result.budget)
+        console.print(
+            f"Written to {Path(name) / 'config.json'}: {result.budget.short(network.config.knobs)}",
+            highlight=False,
+            markup=False,
+        )
 
 
-def calibration_table(result: "Calibration") -> "Table":
-    """What the chosen point did where it was chosen and elsewhere, beside all queries."""
+def calibration_table(result: "Calibration", config: Any) -> "Table":
+    """What the chosen budget did where it was chosen and elsewhere, beside the full network."""
+    chosen = result.budget.short(config.knobs)
     low, high = (100 * x for x in result.accuracy_interval)
     drop = f"{result.drop:.2f} ({result.drop_interval[0]:.2f} to {result.drop_interval[1]:.2f})"
     settings = [
-        ([str(result.point), "it was chosen on"], result.chosen_on, "", ""),
-        ([str(result.point), "held out"], result.achieved, f" ({low:.2f} to {high:.2f})", drop),
-        (["all queries", "held out"], result.full, "", ""),
+        ([chosen, "it was chosen on"], result.chosen_on, "", ""),
+        ([chosen, "held out"], result.achieved, f" ({low:.2f} to {high:.2f})", drop),
+        (["full", "held out"], result.full, "", ""),
     ]
     rows = [
         [
             *names,
-            f"{row.queries_mean:.2f}",
+            f"{row.used_mean:.2f}",
             f"{row.macs / 1e6:.2f}",
             f"{row.macs / result.full.macs:.3f}",
             f"{row.ms_per_image:.3f}",
@@ -139,5 +138,5 @@ def calibration_table(result: "Calibration") -> "Table":
         ]
         for names, row, interval, lost in settings
     ]
-    headers = ("setting", "images", "queries", "MACs (M)", "of all", "ms/image", "accuracy (%)", "points below all")
-    return terminal_table(f"{result.point}: {result.target}; 95 % intervals in brackets", headers, rows, left=2)
+    headers = ("setting", "images", config.unit, "MACs (M)", "of full", "ms/image", "accuracy (%)", "points below full")
+    return terminal_table(f"{chosen}: {result.target}; 95 % intervals in brackets", headers, rows, left=2)

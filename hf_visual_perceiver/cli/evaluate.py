@@ -8,6 +8,7 @@ import typer
 
 from hf_visual_perceiver.cli.options import (
     BatchSizeOption,
+    BudgetOption,
     DatasetNameOption,
     DatasetOption,
     DeviceOption,
@@ -22,6 +23,7 @@ from hf_visual_perceiver.cli.options import (
     dataset_label,
     model_label,
     output_console,
+    parsed_budgets,
     picture_option,
     write_result,
 )
@@ -41,12 +43,7 @@ def evaluate_command(
     dataset_name: DatasetNameOption = None,
     split: SplitOption = "test",
     max_images: MaxImagesOption = None,
-    num_active_queries: Annotated[
-        list[int] | None, typer.Option(help="K to measure; repeat for several. By default the paper's K and t.")
-    ] = None,
-    dqs_threshold: Annotated[
-        list[float] | None, typer.Option(help="t to measure, at every K given; repeat for several.")
-    ] = None,
+    budget: BudgetOption = None,
     batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -57,14 +54,13 @@ def evaluate_command(
         bool, typer.Option("--write-card", help="Write the result and a model card into the model's folder.")
     ] = False,
 ) -> None:
-    """Accuracy, active queries, MACs and time at every budget K and threshold t."""
+    """Accuracy, what images use, MACs and time at every budget."""
     from hf_visual_perceiver.data.images import load_images
     from hf_visual_perceiver.data.parts import at_most
-    from hf_visual_perceiver.evaluation.evaluate import OperatingPoint, default_points, evaluate
+    from hf_visual_perceiver.evaluation.evaluate import evaluate
     from hf_visual_perceiver.evaluation.plots import plot_tradeoff
     from hf_visual_perceiver.hub.card import write_card
     from hf_visual_perceiver.inference.loading import choose_device, default_dataset, load_model, load_optimized
-    from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
     from hf_visual_perceiver.utils.conditions import command_line, conditions_line
 
     console, name = output_console(json_file), chosen_model(checkpoint, model)
@@ -73,15 +69,10 @@ def evaluate_command(
     if card and fast:
         raise ValueError("Expected --write-card without --fast: a card is of the model as it is loaded.")
     network = (load_optimized if fast else load_model)(name, choose_device(device), dtype)
-    points = default_points(network.config.num_queries)
-    if num_active_queries or dqs_threshold:
-        budgets: list[int | None] = [*num_active_queries] if num_active_queries else [None]
-        thresholds: list[float | None] = [*dqs_threshold] if dqs_threshold else [None]
-        points = [OperatingPoint(K, t) for K in budgets for t in thresholds]
     result = evaluate(
         network,
         at_most(load_images(dataset or default_dataset(), split), max_images),
-        points,
+        parsed_budgets(network.config, budget),
         batch_size,
         conditions={
             "model": model_label(name),
@@ -98,7 +89,6 @@ def evaluate_command(
         plot_tradeoff(result, plot)
         console.print(f"Plot: {plot}")
     if card:
-        assert isinstance(network, VisualPerceiverForImageClassification)
         console.print(f"Card: {write_card(Path(name), network, result)}")
 
 
@@ -106,10 +96,10 @@ def evaluation_table(evaluation: "Evaluation") -> "Table":
     """The rows of a sweep, for the terminal."""
     rows = [
         [
-            str(row.point),
-            f"{row.queries_mean:.2f}",
-            f"{row.queries_std:.2f}",
-            f"{row.queries_min}-{row.queries_max}",
+            evaluation.name(row.budget),
+            f"{row.used_mean:.2f}",
+            f"{row.used_std:.2f}",
+            f"{row.used_min}-{row.used_max}",
             f"{row.macs / 1e6:.2f}",
             f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}",
             f"{row.ms_per_image:.3f}",
@@ -117,13 +107,14 @@ def evaluation_table(evaluation: "Evaluation") -> "Table":
         ]
         for row in evaluation.rows
     ]
-    headers = ("setting", "queries", "std", "min-max", "MACs (M)", "accuracy (%)", "ms/image", "time")
-    selects = [row.dqs_threshold is not None for row in evaluation.rows]
-    ends = [i for i, (one, other) in enumerate(pairwise(selects)) if one != other]
+    headers = ("setting", evaluation.unit, "std", "min-max", "MACs (M)", "accuracy (%)", "ms/image", "time")
+    # A line where other knobs are turned; the full network turns none.
+    turned = [row.budget.kwargs.keys() for row in evaluation.rows]
+    ends = [i for i, (one, other) in enumerate(pairwise(turned)) if other and one != other]
     return terminal_table("one network, every budget", headers, rows, ends=ends)
 
 
 def errors_line(evaluation: "Evaluation") -> str:
-    """What all queries get wrong, in one line."""
+    """What the full network gets wrong, in one line."""
     confusion = evaluation.confusion
-    return "Errors by class were not measured." if confusion is None else f"All queries: {confusion.sentence()}"
+    return "Errors by class were not measured." if confusion is None else f"Full network: {confusion.sentence()}"

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from hf_visual_perceiver.cli.options import (
     BatchSizeOption,
+    BudgetOption,
     DatasetNameOption,
     DatasetOption,
     JsonOption,
@@ -19,6 +20,7 @@ from hf_visual_perceiver.cli.options import (
     model_label,
     one_of,
     output_console,
+    parsed_budgets,
     write_result,
 )
 from hf_visual_perceiver.utils.choices import FORMATS
@@ -37,39 +39,35 @@ def export_command(
     output: Annotated[
         Path | None, typer.Option(help="File (timm: folder) to write; by default named after the checkpoint, here.")
     ] = None,
-    num_active_queries: Annotated[
-        int | None, typer.Option(help="K, fixed in the graph, which is then as small as K; by default K is an input.")
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help='A budget to fix in the graph, such as "K=16"; by default knobs are inputs of the graph where the model has such '
+            "a graph, and else the model's own budget is fixed."
+        ),
     ] = None,
-    dynamic_queries: Annotated[
-        bool, typer.Option("--dynamic-queries", help="K as an input of the graph, also where it would be by default.")
-    ] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise the linears to 8 bits (onnx).")] = False,
 ) -> None:
-    """Write a checkpoint for other runtimes, compared with PyTorch at several K and thresholds before the file is kept.
+    """Write a checkpoint for other runtimes, compared with PyTorch at several budgets before the file is kept.
 
-    A graph takes pixel_values (B, C, H, W), dqs_threshold (float32; 1 keeps all queries) and num_active_queries (int64) and
-    gives logits (B, labels) and active_queries (B, Q). The batch is dynamic.
+    A graph takes pixel_values (B, C, H, W) and gives logits (B, labels), and what images used. A Visual Perceiver's also takes
+    dqs_threshold (float32; 1 keeps all queries) and num_active_queries (int64). The batch is dynamic.
     """
     from hf_visual_perceiver.export.graph import check_output, export_onnx, export_program, export_timm
     from hf_visual_perceiver.inference.loading import load_config, load_model
 
     console, folder = output_console(), chosen_model(checkpoint, model)
-    if num_active_queries is not None and dynamic_queries:
-        raise ValueError(
-            f"Expected --num-active-queries (K fixed in the graph) or --dynamic-queries (K as an input), got both "
-            f"(K = {num_active_queries})."
-        )
-    if format == "safetensors-timm" and (num_active_queries is not None or dynamic_queries):
-        raise ValueError(
-            "Expected --num-active-queries and --dynamic-queries with a graph, got --format safetensors-timm."
-        )
+    if format == "safetensors-timm" and budget is not None:
+        raise ValueError("Expected --budget with a graph, got --format safetensors-timm.")
     if int8 and format != "onnx":
         raise ValueError(f"Expected --int8 with --format onnx, got {format!r}.")
     if format == "onnx":
         require_extra("export")
     # What could fail at the end fails now.
-    load_config(folder).operating_point(num_active_queries)
-    variant = ("" if num_active_queries is None else f"-k{num_active_queries}") + ("-int8" if int8 else "")
+    config = load_config(folder)
+    fixed = None if budget is None else config.parse_budget(budget)
+    called = "" if fixed is None else "-" + "-".join(fixed.short(config.knobs).lower().replace("=", "").split(", "))
+    variant = called + ("-int8" if int8 else "")
     output = output or Path(f"{Path(folder).resolve().name}{variant}{FORMATS[format]}")
     if format != "safetensors-timm":
         if output.suffix != FORMATS[format]:
@@ -80,9 +78,9 @@ def export_command(
     network = load_model(folder)
     with Console(stderr=True).status(f"{format}: tracing, writing, comparing with PyTorch"):
         if format == "onnx":
-            difference = export_onnx(network, output, num_active_queries, int8)
+            difference = export_onnx(network, output, fixed, int8)
         elif format == "torch-export":
-            difference = export_program(network, output, num_active_queries)
+            difference = export_program(network, output, fixed)
         else:
             difference = export_timm(network, output)
     size = sum(path.stat().st_size for path in (output.rglob("*") if output.is_dir() else [output]))
@@ -100,11 +98,7 @@ def compare_exports_command(
     dataset: DatasetOption = None,
     dataset_name: DatasetNameOption = None,
     split: Annotated[str, typer.Option(help='Split of the dataset, or a part of it such as "train[-5000:]".')] = "test",
-    num_active_queries: Annotated[
-        list[int] | None,
-        typer.Option(help="K to measure; repeat. By default 8, 16, 32 and all, or what a file has fixed."),
-    ] = None,
-    dqs_threshold: Annotated[list[float] | None, typer.Option(help="t to measure with all queries; repeat.")] = None,
+    budget: BudgetOption = None,
     max_images: MaxImagesOption = None,
     batch_size: BatchSizeOption = 64,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in markdown.")] = False,
@@ -122,12 +116,13 @@ def compare_exports_command(
 
     console = output_console(json_file)
     name = chosen_model(None, model)
+    network = load_model(name)
+    config = network.config
     result = compare_exports(
-        load_model(name),
+        network,
         files,
         at_most(load_images(dataset or default_dataset(), split), max_images),
-        num_active_queries,
-        dqs_threshold,
+        parsed_budgets(config, budget),
         batch_size,
         conditions={
             "model": model_label(name),
@@ -135,30 +130,25 @@ def compare_exports_command(
             "split": split,
         },
     )
-    rows = [comparison_cells(row) for row in result.rows]
+    rows = [[row.budget.short(config.knobs), *comparison_cells(row)] for row in result.rows]
+    columns = ("setting", "form", "MB", "accuracy (%)", "same answer (%)", config.unit, "ms/image", "time")
     if markdown:
-        console.print(markdown_table(COLUMNS, rows, left=2), markup=False, highlight=False, soft_wrap=True)
+        console.print(markdown_table(columns, rows, left=2), markup=False, highlight=False, soft_wrap=True)
     else:
-        ends = range(len(files), len(rows), 1 + len(files))  # of each operating point
-        console.print(terminal_table("exported, side by side", COLUMNS, rows, left=2, ends=ends))
+        ends = range(len(files), len(rows), 1 + len(files))  # of each budget
+        console.print(terminal_table("exported, side by side", columns, rows, left=2, ends=ends))
     console.print(conditions_line(result.conditions), style="dim", highlight=False)
     write_result(json_file, result.to_dict())
 
 
-COLUMNS = ("setting", "form", "MB", "accuracy (%)", "same answer (%)", "queries", "ms/image", "time")
-
-
 def comparison_cells(row: "ExportRow") -> list[str]:
-    """What `COLUMNS` name, of one row."""
-    from hf_visual_perceiver.evaluation.evaluate import OperatingPoint
-
+    """The cells of one row, after its budget."""
     return [
-        str(OperatingPoint(row.num_active_queries, row.dqs_threshold)),
         row.form,
         f"{row.megabytes:.2f}",
         f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}",
         f"{100 * row.same_answer:.2f}",
-        f"{row.queries_mean:.2f}",
+        f"{row.used_mean:.2f}",
         f"{row.ms_per_image:.3f}",
         f"{row.relative_time:.2f}",
     ]

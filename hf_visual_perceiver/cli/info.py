@@ -17,33 +17,31 @@ from hf_visual_perceiver.utils.files import read_json
 
 
 def info_command(checkpoint: ModelArgument = None, model: ModelOption = None, json_file: JsonOption = None) -> None:
-    """A checkpoint at a glance: architecture, operating point, cost at every budget, measured accuracy."""
-    from hf_visual_perceiver.evaluation.evaluate import default_points, read_evaluation
+    """A checkpoint at a glance: architecture, default budget, cost at every budget, measured accuracy."""
+    from hf_visual_perceiver.evaluation.evaluate import read_evaluation
     from hf_visual_perceiver.hub.card import training_lines
     from hf_visual_perceiver.inference.loading import load_model
-    from hf_visual_perceiver.modeling import count_macs
     from hf_visual_perceiver.utils.conditions import conditions_line
 
     console, name = output_console(json_file), chosen_model(checkpoint, model)
     network = load_model(name)
     config = network.config
     height, width = config.image_height_width
-    K, t = config.operating_point()
+    default = config.default_budget
     facts = {
-        "architecture": config.architecture,
+        "family": config.title,
+        "architecture": getattr(config, "architecture", config.model_type),
         "parameters": sum(p.numel() for p in network.parameters()),
-        "images": f"{height}x{width}, {config.num_channels} channels, {config.num_patches} patches",
-        "trunk": f"{config.num_hidden_layers} blocks of width {config.hidden_size}, {config.num_attention_heads} heads",
-        "queries": config.num_queries,
-        "operating point": f"K = {K}, " + (f"t = {t:g} ({config.dqs_reference})" if t is not None else "no selection"),
+        "images": f"{height}x{width}, {config.num_channels} channels",
+        "network": config.summary,
+        "default budget": default.short(config.knobs),
         "labels": ", ".join(config.label_names),
     }
     summary = Table(show_header=False, title=name)
     for key, value in facts.items():
         summary.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
     console.print(summary)
-    budgets = [point.num_active_queries for point in default_points(config.num_queries) if point.num_active_queries]
-    macs = {budget: count_macs(config, budget) for budget in budgets}
+    macs = {budget.short(config.knobs): config.count_macs(budget) for budget in config.budgets()}
     measured, training = Path(name) / "evaluation.json", Path(name) / "training.json"
     evaluation = read_evaluation(measured) if measured.is_file() else None
     for line in read_json(training, training_lines) if training.is_file() else []:
@@ -53,7 +51,7 @@ def info_command(checkpoint: ModelArgument = None, model: ModelOption = None, js
         console.print(conditions_line(evaluation.conditions), style="dim", highlight=False)
         console.print(errors_line(evaluation), markup=False, highlight=False)
     else:
-        table = Table("K", "MACs (M)", title="cost of one image")
+        table = Table("budget", "MACs (M)", title="cost of one image")
         for budget, count in macs.items():
             table.add_row(f"{budget}", f"{count / 1e6:.2f}")
         console.print(table)

@@ -1,11 +1,12 @@
 """`visual-perceiver knn`."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hf_visual_perceiver.cli.options import (
     BatchSizeOption,
+    BudgetOption,
     DatasetNameOption,
     DatasetOption,
     DeviceOption,
@@ -18,6 +19,7 @@ from hf_visual_perceiver.cli.options import (
     dataset_label,
     model_label,
     output_console,
+    parsed_budgets,
     write_result,
 )
 from hf_visual_perceiver.utils.choices import FEATURES
@@ -40,12 +42,7 @@ def knn_command(
     ] = "train",
     split: Annotated[str, typer.Option(help='Images to search for, such as "test" or "train[-5000:]".')] = "test",
     max_images: MaxImagesOption = None,
-    num_active_queries: Annotated[
-        list[int] | None, typer.Option(help="K to measure; repeat for several. By default 4, 16 and all.")
-    ] = None,
-    dqs_threshold: Annotated[
-        list[float] | None, typer.Option(help="t to measure with all queries; repeat for several.")
-    ] = None,
+    budget: BudgetOption = None,
     feature: Annotated[str, typer.Option(help=f"{' or '.join(FEATURES)}.")] = "pooled",
     neighbours: Annotated[int, typer.Option(help="k.")] = 20,
     temperature: Annotated[float, typer.Option(help="A neighbour votes with exp(cosine / this).")] = 0.07,
@@ -59,22 +56,20 @@ def knn_command(
     The checkpoint's own classes play no part, so the dataset may have others.
     """
     from hf_visual_perceiver.data.parts import at_most, load_splits
-    from hf_visual_perceiver.evaluation.retrieval import measure_retrieval, retrieval_points
+    from hf_visual_perceiver.evaluation.retrieval import measure_retrieval
     from hf_visual_perceiver.inference.loading import choose_device, default_dataset, load_model
     from hf_visual_perceiver.utils.conditions import conditions_line
 
     console, name = output_console(json_file), chosen_model(checkpoint, model)
-    network = load_model(name, choose_device(device), dtype).visual_perceiver
-    points = retrieval_points(network.config.num_queries, num_active_queries, dqs_threshold)
-    for point in points:
-        network.config.operating_point(point.num_active_queries, point.dqs_threshold)
+    network = load_model(name, choose_device(device), dtype).base_model
+    budgets = parsed_budgets(network.config, budget)
     parts = load_splits(dataset or default_dataset(), gallery_split, split, apart=True)
     gallery, queried = (at_most(part, max_images) for part in parts)
     result = measure_retrieval(
         network,
         gallery,
         queried,
-        points,
+        budgets,
         feature=feature,
         neighbours=neighbours,
         temperature=temperature,
@@ -87,24 +82,22 @@ def knn_command(
             "queried": split,
         },
     )
-    console.print(retrieval_table(result))
+    console.print(retrieval_table(result, network.config))
     console.print(conditions_line(result.conditions), style="dim", highlight=False, markup=False)
     write_result(json_file, result.to_dict())
 
 
-def retrieval_table(result: "Retrieval") -> "Table":
-    """One line for each operating point."""
-    from hf_visual_perceiver.evaluation.evaluate import OperatingPoint
-
+def retrieval_table(result: "Retrieval", config: Any) -> "Table":
+    """One line for each budget."""
     rows = [
         [
-            str(OperatingPoint(row.num_active_queries, row.dqs_threshold)),
-            f"{row.queries_mean:.2f}",
+            row.budget.short(config.knobs),
+            f"{row.used_mean:.2f}",
             f"{row.macs / 1e6:.2f}",
             f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}",
             f"{100 * row.full_gallery_accuracy:.2f} ± {100 * row.full_gallery_standard_error:.2f}",
         ]
         for row in result.rows
     ]
-    headers = ("setting", "queries", "MACs (M)", "gallery alike (%)", "gallery at all queries (%)")
+    headers = ("setting", config.unit, "MACs (M)", "gallery alike (%)", "gallery of full (%)")
     return terminal_table("nearest neighbours", headers, rows)

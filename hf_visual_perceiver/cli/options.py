@@ -94,6 +94,16 @@ SplitOption = Annotated[
 MaxImagesOption = Annotated[
     int | None, typer.Option("--max-images", min=1, help="At most so many images of a split, evenly spaced in it.")
 ]
+BudgetOption = Annotated[
+    list[str] | None,
+    typer.Option("--budget", help='What images may use, such as "K=16", "K=16, t=0.8" or "full"; repeat for several.'),
+]
+OneBudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", help='What images may use, such as "K=16", "K=16, t=0.8" or "full"; by default the model\'s own.'
+    ),
+]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images of a batch.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option("--dtype", callback=_dtype, help="float32, bfloat16 or float16.")]
@@ -106,6 +116,15 @@ JsonOption = Annotated[
         help="Also write the result to this file; - is stdout, and everything else then goes to stderr.",
     ),
 ]
+
+
+def parsed_budgets(config: Any, texts: Collection[str] | None) -> list[Any] | None:
+    """What `--budget` was given, for a model with this config; None if it was not.
+
+    Raises:
+        ValueError: If a text is no budget, or out of the model's range.
+    """
+    return [config.parse_budget(text) for text in texts] if texts else None
 
 
 def picture_option(help: str) -> Any:

@@ -11,6 +11,7 @@ from hf_visual_perceiver.cli.options import (
     FastOption,
     JsonOption,
     ModelOption,
+    OneBudgetOption,
     chosen_model,
     output_console,
     write_result,
@@ -22,8 +23,7 @@ from hf_visual_perceiver.utils.tables import terminal_table
 def predict_command(
     images: Annotated[list[str], typer.Argument(help="Image files, folders of them, or - for an image on stdin.")],
     model: ModelOption = None,
-    num_active_queries: Annotated[int | None, typer.Option(help="K: use the first K queries.")] = None,
-    dqs_threshold: Annotated[float | None, typer.Option(help="t: drop queries more similar than this.")] = None,
+    budget: OneBudgetOption = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels to show of each image.")] = 3,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
@@ -31,7 +31,7 @@ def predict_command(
     fast: FastOption = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Labels with probabilities, and the number of queries that each image used.
+    """Labels with probabilities, and what each image used and cost.
 
     Unreadable files are named, the others classified; the exit status is then 1.
     """
@@ -41,7 +41,7 @@ def predict_command(
 
     files = list_images(images)
     network = (load_optimized if fast else load_model)(chosen_model(None, model), choose_device(device), dtype)
-    network.config.operating_point(num_active_queries, dqs_threshold)
+    chosen = None if budget is None else network.config.parse_budget(budget)
     results, unreadable = [], []
     for first in range(0, len(files), batch_size):
         readable = []
@@ -52,7 +52,7 @@ def predict_command(
                 unreadable.append(str(error))
         if readable:
             named, pictures = zip(*readable, strict=True)
-            outputs = classify(network, pictures, num_active_queries, dqs_threshold, top_k)
+            outputs = classify(network, pictures, chosen, top_k)
             results += [{"file": file, **output} for file, output in zip(named, outputs, strict=True)]
 
     if results:
@@ -60,9 +60,9 @@ def predict_command(
         for result in results:
             (label, p), *others = result["labels"].items()
             also = ", ".join(f"{name} {q:.1%}" for name, q in others)
-            cost = [f"{result['queries_used']}", f"{result['macs'] / 1e6:.1f}"]
+            cost = [f"{result['used']}", f"{result['macs'] / 1e6:.1f}"]
             rows.append([result["file"], label, also, f"{p:.1%}", *cost])
-        headers = ("image", "label", "also", "p", "queries", "MACs (M)")
+        headers = ("image", "label", "also", "p", network.config.unit, "MACs (M)")
         output_console(json_file).print(terminal_table(None, headers, rows, left=3))
     write_result(json_file, {"images": results, "unreadable": unreadable})
     for message in unreadable:

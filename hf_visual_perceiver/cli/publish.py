@@ -38,9 +38,11 @@ def publish_command(
     private: Annotated[bool, typer.Option("--private", help="Create the repository for its owner's eyes.")] = False,
     revision: Annotated[str, typer.Option(help="Branch to commit to; created if it is not there.")] = "main",
     tag: Annotated[str | None, typer.Option(help="Tag of the commit; by default the next of v1, v2, ...")] = None,
-    operating_point: Annotated[
+    budget: Annotated[
         str | None,
-        typer.Option(help='What the published model does unless told otherwise: "k=16", "dqs=0.8", "k=32,dqs=0.8".'),
+        typer.Option(
+            help='What the published model uses unless told otherwise: "K=16", "t=0.8", "K=32, t=0.8", "full".'
+        ),
     ] = None,
     space: Annotated[
         str | None,
@@ -70,7 +72,7 @@ def publish_command(
         with tempfile.TemporaryDirectory(prefix="visual-perceiver-publish-") as scratch:
             stage = Path(scratch, "repository")
             stage.mkdir()
-            plan = prepare(folder, repo_id, stage, operating_point=operating_point, space=space, endpoint=api.endpoint)
+            plan = prepare(folder, repo_id, stage, budget=budget, space=space, endpoint=api.endpoint)
             _show_plan(console, plan)
             _show_files(console, repo_id, plan.sizes)
             if space:
@@ -96,11 +98,11 @@ def publish_command(
 
 
 def _show_plan(console: Console, plan: "Plan") -> None:
-    from hf_visual_perceiver.hub.page import describe_point
-
     ways = ", ".join(f"{way} ({difference:.1g})" for way, difference in plan.differences.items())
     console.print(f"Loads alike everywhere; largest difference of a logit: {ways}.", highlight=False)
-    console.print(f"By default it uses {describe_point(plan.config)}.", highlight=False)
+    console.print(
+        f"By default it uses the budget {plan.config.default_budget.short(plan.config.knobs)}.", highlight=False
+    )
 
 
 def _show_files(console: Console, where: str, sizes: dict[str, int]) -> None:

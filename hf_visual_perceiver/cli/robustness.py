@@ -7,6 +7,7 @@ import typer
 
 from hf_visual_perceiver.cli.options import (
     BatchSizeOption,
+    BudgetOption,
     DatasetNameOption,
     DatasetOption,
     DeviceOption,
@@ -21,6 +22,7 @@ from hf_visual_perceiver.cli.options import (
     dataset_label,
     model_label,
     output_console,
+    parsed_budgets,
     write_result,
 )
 from hf_visual_perceiver.utils.files import write_json, write_text
@@ -49,12 +51,7 @@ def robustness_command(
     ] = None,
     corruption: Annotated[list[str] | None, typer.Option(help="Repeat for several; by default all.")] = None,
     severity: Annotated[list[int] | None, typer.Option(help="1 to 5; repeat for several; by default all.")] = None,
-    num_active_queries: Annotated[
-        list[int] | None, typer.Option(help="K to measure beside all queries; repeat. By default 8, 16, 32, 64.")
-    ] = None,
-    dqs_threshold: Annotated[
-        list[float] | None, typer.Option(help="t to measure; repeat for several. By default 0.7, 0.8, 0.9.")
-    ] = None,
+    budget: BudgetOption = None,
     max_images: MaxImagesOption = None,
     seed: Annotated[int, typer.Option(help="Of the corruptions.")] = 0,
     batch_size: BatchSizeOption = 256,
@@ -66,22 +63,24 @@ def robustness_command(
         Path | None, typer.Option(help="Write robustness.md, its pictures and robustness.json into this folder.")
     ] = None,
 ) -> None:
-    """Accuracy and queries kept under common corruptions; whether selection spends more on harder images."""
+    """Accuracy and what images use under common corruptions; whether harder images get more."""
     from hf_visual_perceiver.data.images import load_images
     from hf_visual_perceiver.evaluation.corruptions import SEVERITIES
-    from hf_visual_perceiver.evaluation.robustness import BUDGETS, THRESHOLDS, measure_robustness, robustness_points
+    from hf_visual_perceiver.evaluation.robustness import measure_robustness
     from hf_visual_perceiver.evaluation.robustness_report import difficulty_rows, robustness_section
     from hf_visual_perceiver.inference.loading import choose_device, default_dataset, load_model, load_optimized
+    from hf_visual_perceiver.modeling import Budget
     from hf_visual_perceiver.utils.conditions import command_line
 
     console, name = output_console(json_file), chosen_model(checkpoint, model)
     if output_dir:  # what could fail at the end fails now
         output_dir.mkdir(parents=True, exist_ok=True)
     network = (load_optimized if fast else load_model)(name, choose_device(device), dtype)
+    budgets = parsed_budgets(network.config, budget)
     result = measure_robustness(
         network,
         load_images(dataset or default_dataset(), split),
-        robustness_points(network.config.num_queries, num_active_queries or BUDGETS, dqs_threshold or THRESHOLDS),
+        budgets and list(dict.fromkeys([*budgets, Budget()])),
         corruption or None,
         severity or SEVERITIES,
         max_images,
@@ -98,7 +97,7 @@ def robustness_command(
     console.print(robustness_table(result))
     if result.difficulty:
         headers, *rows = difficulty_rows(result)
-        console.print(terminal_table("rank correlation of queries kept, clean images", headers, rows))
+        console.print(terminal_table(f"rank correlation of {result.unit} used, clean images", headers, rows))
     write_result(json_file, result.to_dict())
     if output_dir:
         write_json(output_dir / "robustness.json", result.to_dict())
@@ -107,16 +106,16 @@ def robustness_command(
 
 
 def robustness_table(result: "Robustness") -> "Table":
-    """Accuracy by corruption, mean over severities, for the terminal; with selection, the mean queries in brackets."""
+    """Accuracy by corruption, mean over severities, for the terminal; where images use different numbers, the mean in brackets."""
     from hf_visual_perceiver.evaluation.robustness import ALL, CLEAN
     from hf_visual_perceiver.evaluation.robustness_report import severities_in_words
 
     rows = []
     for name, severity in ((CLEAN, 0), *((c, None) for c in result.corruptions), (ALL, None)):
         cells = (
-            f"{100 * o.accuracy:.2f}" + ("" if o.dqs_threshold is None else f" ({o.queries_mean:.1f})")
+            f"{100 * o.accuracy:.2f}" + (f" ({o.used_mean:.1f})" if o.adaptive else "")
             for o in result.cell(name, severity)
         )
         rows.append([name.replace("_", " "), *cells])
-    title = f"accuracy (%), mean over {severities_in_words(result)}; queries kept in brackets"
-    return terminal_table(title, ["corruption", *map(str, result.points)], rows, ends=(0, len(rows) - 2))
+    title = f"accuracy (%), mean over {severities_in_words(result)}; {result.unit} used in brackets"
+    return terminal_table(title, ["corruption", *result.names], rows, ends=(0, len(rows) - 2))

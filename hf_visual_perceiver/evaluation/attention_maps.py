@@ -1,33 +1,32 @@
-"""What each query reads: its cross-attention over the patches, averaged over images (the paper's Figures 3, 4, 5 and 9)."""
+"""What each latent token reads: its attention over the image, averaged over images (the paper's Figures 3, 4, 5 and 9)."""
 
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from hf_visual_perceiver.evaluation.plots import save_figure
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
+from hf_visual_perceiver.modeling import Budget
 
 
 @torch.inference_mode()
-def average_attention(
-    model: VisualPerceiverForImageClassification, batches: Iterable[torch.Tensor], num_active_queries: int | None = None
-) -> np.ndarray:
-    """The cross-attention of each query, averaged over images and heads.
+def average_attention(model: Any, batches: Iterable[torch.Tensor], budget: Budget | None = None) -> np.ndarray:
+    """What each latent token reads of an image, averaged over images and heads.
 
     Args:
-        model: In eval mode.
+        model: In eval mode; it has to have a `look`.
         batches: Of `pixel_values`, (B, C, H, W) each.
-        num_active_queries: K, the queries to look at; None is all.
+        budget: Whose tokens to look at; None is the full network.
 
     Returns:
-        (K, rows, columns) float64: of each query a distribution over the grid of patches.
+        (K, rows, columns) float64: of each token a distribution over the grid of the image.
 
     Raises:
-        ValueError: If there is no image, or K is out of its range.
+        ValueError: If there is no image, the budget is out of its range, or the model has nothing to show.
 
     Example:
         >>> import torch
@@ -36,17 +35,16 @@ def average_attention(
         >>> average_attention(model, [torch.zeros(2, 3, 32, 32)]).shape
         (64, 8, 8)
     """
-    config, parts = model.config, model.visual_perceiver
-    K = config.num_queries if num_active_queries is None else config.operating_point(num_active_queries)[0]
-    total, images = torch.zeros(K, config.num_patches, dtype=torch.float64), 0
+    if not hasattr(model, "look"):
+        raise ValueError(f"Expected a model whose attention can be shown, got one of type {model.config.model_type}.")
+    total, images = 0, 0
     for pixels in batches:
-        _, weights = parts.look(pixels, K)  # (B, H, K, N)
-        total += weights.double().mean(1).sum(0).cpu()
+        _, attention = model.look(pixels, budget)  # (B, K, rows, columns)
+        total = total + attention.double().sum(0).cpu()
         images += len(pixels)
     if not images:
         raise ValueError("Expected at least one image to average over, got none.")
-    height, width = config.image_height_width
-    return (total / images).numpy().reshape(K, height // config.patch_size, width // config.patch_size)
+    return (total / images).numpy()
 
 
 def plot_attention_maps(maps: np.ndarray, path: str | Path, title: str = "") -> None:

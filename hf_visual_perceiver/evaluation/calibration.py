@@ -1,32 +1,31 @@
-"""Calibration: the operating point (K, t) that meets a target, chosen on one half of a set and reported on the other."""
+"""Calibration: the budget that meets a target, chosen on one half of a set and reported on the other."""
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import binomtest, norm
 
 from hf_visual_perceiver.data.images import ImageDataset
-from hf_visual_perceiver.evaluation.evaluate import Measurement, OperatingPoint, Row, measure_points
-from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
-from hf_visual_perceiver.utils.files import write_json
+from hf_visual_perceiver.evaluation.evaluate import Measurement, Row, measure_budgets, plain
+from hf_visual_perceiver.inference.loading import config_from_dict
+from hf_visual_perceiver.modeling import Budget, ElasticConfig
+from hf_visual_perceiver.utils.files import read_json, write_json
 
 
 KINDS = ("macs", "ms", "accuracy_drop")
-SEARCHES = ("queries", "threshold", "both")
 # Below this a 95 % interval is wider than about 8 points at 70 % accuracy.
 FEW_IMAGES = 500
 
 
 @dataclass(frozen=True)
 class Target:
-    """What an operating point has to meet.
+    """What a budget has to meet.
 
     Attributes:
-        kind: `"macs"`, at most this fraction of the network's multiply-accumulates with all queries; `"ms"`, at most
+        kind: `"macs"`, at most this fraction of the network's multiply-accumulates; `"ms"`, at most
             this many milliseconds per image; `"accuracy_drop"`, at most this many percentage points below all queries.
         value: The bound.
 
@@ -41,7 +40,9 @@ class Target:
         if self.kind not in KINDS:
             raise ValueError(f"Expected the target's kind to be one of {', '.join(KINDS)}, got {self.kind!r}.")
         if self.kind == "macs" and not 0 < self.value <= 1:
-            raise ValueError(f"Expected a target of MACs in (0, 1], a fraction of all queries', got {self.value}.")
+            raise ValueError(
+                f"Expected a target of MACs in (0, 1], a fraction of the full network's, got {self.value}."
+            )
         if self.kind == "ms" and not 0 < self.value < math.inf:
             raise ValueError(f"Expected a target of more than 0 ms per image, got {self.value}.")
         if self.kind == "accuracy_drop" and not 0 <= self.value <= 100:
@@ -70,32 +71,32 @@ class Target:
 
     def __str__(self) -> str:
         forms = {
-            "macs": f"at most {self.value:g} of the MACs of all queries",
+            "macs": f"at most {self.value:g} of the MACs of the full network",
             "ms": f"at most {self.value:g} ms per image",
-            "accuracy_drop": f"at most {self.value:g} points below all queries",
+            "accuracy_drop": f"at most {self.value:g} points below the full network",
         }
         return forms[self.kind]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """An operating point, what it is expected to do, and the curve that it was chosen from.
+    """A budget, what it is expected to do, and the curve that it was chosen from.
 
     Attributes:
         target: What was asked for.
-        point: What was chosen.
-        chosen_on: What the point did on the images that it was chosen on; too good, because it was chosen there.
+        budget: What was chosen.
+        chosen_on: What the budget did on the images that it was chosen on; too good, because it was chosen there.
         achieved: What it did on the other images.
-        full: What all queries did on the other images.
+        full: What the full network did on the other images.
         accuracy_interval: 95 % (Wilson) around the accuracy of `achieved`.
-        drop: Percentage points of accuracy below all queries, on the other images.
+        drop: Percentage points of accuracy below the full network, on the other images.
         drop_interval: 95 %, paired: both ran on the same images.
         met: Whether the target also holds on the other images.
-        curve: All points measured on the images that it was chosen on.
+        curve: All budgets measured on the images that it was chosen on.
     """
 
     target: Target
-    point: OperatingPoint
+    budget: Budget
     chosen_on: Row
     achieved: Row
     full: Row
@@ -107,15 +108,15 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        return plain(self)
 
 
 def reference_row(rows: Sequence[Row]) -> Row:
-    """The row of all queries: of those without a threshold, the one with the most."""
-    fixed = [row for row in rows if row.dqs_threshold is None]
-    if not fixed:
-        raise ValueError("Expected a row without a threshold among the rows, as the reference; got none.")
-    return max(fixed, key=lambda row: row.queries_mean)
+    """The row of the full network."""
+    row = next((row for row in rows if row.budget == Budget()), None)
+    if row is None:
+        raise ValueError("Expected a row of the full network among the rows, as the reference; got none.")
+    return row
 
 
 def target_value(row: Row, reference: Row, kind: str) -> float:
@@ -133,33 +134,32 @@ def meets(row: Row, reference: Row, target: Target) -> bool:
     return target_value(row, reference, target.kind) <= target.value + 1e-9
 
 
-def choose_operating_point(rows: Sequence[Row], target: Target) -> Row:
+def choose_budget(rows: Sequence[Row], target: Target, knobs: Mapping[str, str] | None = None) -> Row:
     """The row to run: for a cost, the most accurate that is cheap enough; for a drop, the cheapest accurate enough.
 
     Ties go to the cheaper one in MACs, or the more accurate one.
 
     Args:
-        rows: Measured operating points, that of all queries among them.
+        rows: Of measured budgets, the full network among them.
         target: What to meet.
+        knobs: Names of the knobs by their short names, for the message.
 
     Raises:
         ValueError: If no row meets the target; the message says which comes nearest.
 
     Example:
         >>> def row(K, accuracy, macs):
-        ...     return Row(K, None, K, 0.0, K, K, macs, accuracy, 0.01, macs, macs)
-        >>> rows = [row(8, 0.6, 1.0), row(32, 0.72, 5.0), row(64, 0.74, 10.0)]
-        >>> choose_operating_point(rows, Target("macs", 0.5)).num_active_queries
-        32
-        >>> choose_operating_point(rows, Target("accuracy_drop", 0.5)).num_active_queries
-        64
+        ...     return Row(Budget(num_active_queries=K), 8.0, 0.0, 8, 8, macs, accuracy, 0.01, macs, macs)
+        >>> rows = [row(8, 0.6, 1.0), row(32, 0.72, 5.0), row(None, 0.74, 10.0)]
+        >>> choose_budget(rows, Target("macs", 0.5)).budget, choose_budget(rows, Target("accuracy_drop", 0.5)).budget
+        (Budget(num_active_queries=32), Budget())
     """
     reference = reference_row(rows)
     fitting = [row for row in rows if meets(row, reference, target)]
     if not fitting:
         nearest = min(rows, key=lambda row: target_value(row, reference, target.kind))
         raise ValueError(
-            f"Expected a target that can be met, got {target}; of what was measured, {nearest.point} comes nearest "
+            f"Expected a target that can be met, got {target}; of what was measured, {nearest.budget.short(knobs or {})} comes nearest "
             f"with {target_value(nearest, reference, target.kind):.3g}."
         )
     if target.kind == "accuracy_drop":
@@ -167,59 +167,35 @@ def choose_operating_point(rows: Sequence[Row], target: Target) -> Row:
     return min(fitting, key=lambda row: (-row.accuracy, row.macs))
 
 
-def candidate_points(
-    config: VisualPerceiverConfig, search: str = "queries", target: Target | None = None
-) -> list[OperatingPoint]:
-    """What calibration tries: budgets K, thresholds t, or thresholds at several K; all queries are always among them.
+def candidate_budgets(config: ElasticConfig, search: Sequence[str] = (), target: Target | None = None) -> list[Budget]:
+    """What calibration tries: `candidates` of the config; with a target of MACs, also the largest budget that meets it.
 
-    With a target of MACs, the largest K that meets it is tried too.
-
-    Example:
-        >>> [p.num_active_queries for p in candidate_points(VisualPerceiverConfig(num_queries=8))]
-        [1, 2, 3, 4, 5, 6, 7, 8]
+    Args:
+        config: Of the model.
+        search: The knobs to turn, by short or long names; none is the first that the family has.
+        target: What to meet.
     """
-    if search not in SEARCHES:
-        raise ValueError(f"Expected the search to be one of {', '.join(SEARCHES)}, got {search!r}.")
-    Q = config.num_queries
-    points = [OperatingPoint(Q)]
-    if search in ("queries", "both"):
-        # Each K up to 8, then steps of about an eighth.
-        budgets, K = [], 1
-        while K < Q:
-            budgets.append(K)
-            K += max(1, K // 8)
-        if target is not None and target.kind == "macs":
-            full = count_macs(config, Q)
-            budgets += [K for K in range(1, Q + 1) if count_macs(config, K) <= target.value * full][-1:]
-        points += [OperatingPoint(K) for K in sorted(set(budgets))]
-    thresholds = [round(0.5 + 0.05 * i, 2) for i in range(10)] + [0.98, 0.99]
-    if search == "threshold":
-        points += [OperatingPoint(None, t) for t in thresholds]
-    if search == "both":
-        caps = sorted({max(1, Q * eighths // 8) for eighths in (1, 2, 3, 4, 6, 8)})
-        points += [OperatingPoint(K, t) for K in caps for t in thresholds[4:]]
-    # Ascending K, all queries last: as a curve is read.
-    return sorted(
-        dict.fromkeys(points),
-        key=lambda p: (p.dqs_threshold or 0, Q if p.num_active_queries is None else p.num_active_queries),
-    )
+    budgets = config.candidates(search)
+    if target is not None and target.kind == "macs" and config.knob_names(search) == config.knob_names():
+        budgets.append(config.budget_for(target.value))
+    return sorted(dict.fromkeys(budgets), key=config.count_macs)
 
 
 def calibrate(
-    model: VisualPerceiverForImageClassification,
+    model: Any,
     data: ImageDataset,
     target: Target,
-    points: Sequence[OperatingPoint] | None = None,
+    budgets: Sequence[Budget] | None = None,
     batch_size: int = 256,
     progress: bool = True,
 ) -> Calibration:
-    """Choose an operating point on every other image, and report what it does on the rest.
+    """Choose a budget on every other image, and report what it does on the rest.
 
     Args:
         model: In eval mode, on the device and in the dtype to run.
         data: Labelled images that the model was not trained on, at least two.
         target: What to meet.
-        points: What to try beside all queries; `candidate_points` if None.
+        budgets: What to try beside the full network; `candidate_budgets` if None.
         batch_size: Images of a batch; matters to a target of time.
         progress: Say on stderr how far it is.
 
@@ -230,29 +206,28 @@ def calibrate(
         >>> from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
         >>> from hf_visual_perceiver.data.images import load_images
         >>> model, data = load_model(default_model()), load_images(default_dataset(), "test").subset(slice(0, 100))
-        >>> points = [OperatingPoint(4), OperatingPoint(16)]
-        >>> calibrate(model, data, Target("macs", 0.1), points, progress=False).point
-        OperatingPoint(num_active_queries=4, dqs_threshold=None)
+        >>> budgets = [Budget(num_active_queries=4), Budget(num_active_queries=16)]
+        >>> calibrate(model, data, Target("macs", 0.1), budgets, progress=False).budget
+        Budget(num_active_queries=4)
     """
     if len(data) < 2:
         raise ValueError(
             f"Expected at least 2 images to calibrate on, half to choose and half to report, got {len(data)}."
         )
-    everything = OperatingPoint(model.config.num_queries)
-    points = candidate_points(model.config, "queries", target) if points is None else points
+    budgets = candidate_budgets(model.config, target=target) if budgets is None else budgets
     # Every other image, so that both halves have all classes of a sorted set.
     halves = data.subset(slice(0, None, 2)), data.subset(slice(1, None, 2))
-    measured = measure_points(model, halves[0], list(dict.fromkeys([*points, everything])), batch_size, progress)
-    curve = [m.row(model) for m in measured]
-    chosen = choose_operating_point(curve, target)
-    others = measure_points(model, halves[1], [chosen.point, everything], batch_size, progress)
-    achieved, full = (m.row(model) for m in others)
+    measured = measure_budgets(model, halves[0], list(dict.fromkeys([*budgets, Budget()])), batch_size, progress)
+    curve = [m.row() for m in measured]
+    chosen = choose_budget(curve, target, model.config.knobs)
+    others = measure_budgets(model, halves[1], [chosen.budget, Budget()], batch_size, progress)
+    achieved, full = (m.row() for m in others)
     drop, drop_interval = accuracy_drop(others[1], others[0])
     # Wilson's stays inside [0, 1] for few images.
     interval = binomtest(int(others[0].correct.sum()), len(halves[1])).proportion_ci(method="wilson")
     return Calibration(
         target=target,
-        point=chosen.point,
+        budget=chosen.budget,
         chosen_on=chosen,
         achieved=achieved,
         full=full,
@@ -264,10 +239,10 @@ def calibrate(
     )
 
 
-def accuracy_drop(full: Measurement, point: Measurement) -> tuple[float, tuple[float, float]]:
-    """Percentage points that `point` loses to `full` on the same images, and the paired 95 % interval."""
-    lost = int((full.correct & ~point.correct).sum())
-    won = int((~full.correct & point.correct).sum())
+def accuracy_drop(full: Measurement, other: Measurement) -> tuple[float, tuple[float, float]]:
+    """Percentage points that `other` loses to `full` on the same images, and the paired 95 % interval."""
+    lost = int((full.correct & ~other.correct).sum())
+    won = int((~full.correct & other.correct).sum())
     n = len(full.labels)
     return 100 * (lost - won) / n, paired_interval(lost, won, n)
 
@@ -295,30 +270,33 @@ def paired_interval(lost: int, won: int, images: int) -> tuple[float, float]:
     return 100 * (difference - half), 100 * (difference + half)
 
 
-def write_operating_point(folder: str | Path, point: OperatingPoint) -> None:
-    """Make a point the default of a checkpoint: `num_active_queries` and `dqs_threshold` of its config.json.
+def write_budget(folder: str | Path, budget: Budget) -> None:
+    """Make a budget the default of a checkpoint: the knobs in its config.json.
 
     Both loading libraries read it; all other keys stay as they are. The file is written aside and renamed.
 
     Raises:
-        ValueError: If the folder has no readable config.json of this model, or the point is out of its range.
+        ValueError: If the folder has no readable config.json of a known model, or the budget is out of its range.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"Expected a model folder with a config.json to write to, got {str(folder)!r}.")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"Expected {path} to be JSON, got {error}.") from error
-    if values.get("model_type") != VisualPerceiverConfig.model_type:
-        raise ValueError(f"Expected a model of type visual_perceiver in {path}, got {values.get('model_type')!r}.")
-    K = point.num_active_queries
-    operating_point = {
-        "num_active_queries": None if values["num_queries"] == K else K,
-        "dqs_threshold": point.dqs_threshold,
-    }
-    values |= operating_point
+    write_json(path, with_default(read_json(path, dict), budget, str(path)))
+
+
+def with_default(values: dict[str, Any], budget: Budget, source: str = "config.json") -> dict[str, Any]:
+    """The values of a config.json with another default budget, for transformers and for timm.
+
+    Raises:
+        ValueError: If they are not of a known model, or the budget is out of its range.
+    """
+    config = config_from_dict(values, source)
+    config.resolve(**budget.kwargs)
+    if config.resolve(**budget.kwargs) == config.resolve():
+        budget = Budget()
+    knobs = {name: budget.kwargs.get(name) for name in config.knobs.values()}
+    values = {**values, **knobs}
     if "model_args" in values:  # timm's copy
-        values["model_args"] |= operating_point
-    VisualPerceiverConfig.from_dict(values)  # raises for what cannot be loaded
-    write_json(path, values)
+        values["model_args"] = {**values["model_args"], **knobs}
+    config_from_dict(values, source)  # raises for what cannot be loaded
+    return values

@@ -1,4 +1,4 @@
-"""Does selection spend more queries on harder images? Queries kept against the full network's confidence and error."""
+"""Do harder images get more? What images use at an adaptive budget, against the full network's confidence and error."""
 
 import warnings
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import DegenerateDataWarning, bootstrap, rankdata
+
+from hf_visual_perceiver.modeling import Budget
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,21 @@ class Correlation:
 
 @dataclass(frozen=True)
 class Bin:
-    """Images that keep about as many queries.
+    """Images that use about as much.
 
     Attributes:
-        queries_min: The fewest kept in the bin.
-        queries_max: The most.
-        queries_mean: Mean over the bin.
+        used_min: The least in the bin, such as queries.
+        used_max: The most.
+        used_mean: Mean over the bin.
         images: How many.
         accuracy: Accuracy of the full network on them.
         standard_error: Standard error of that accuracy.
         confidence: Mean probability of the full network's answer.
     """
 
-    queries_min: int
-    queries_max: int
-    queries_mean: float
+    used_min: int
+    used_max: int
+    used_mean: float
     images: int
     accuracy: float
     standard_error: float
@@ -55,22 +57,22 @@ class Bin:
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How the queries kept at a threshold go with the full network's confidence and error.
+    """How what images use at a budget goes with the full network's confidence and error.
 
     Attributes:
-        dqs_threshold: t.
-        with_confidence: Rank correlation of queries kept with the probability of the full network's answer.
+        budget: At which each image takes what it needs.
+        with_confidence: Rank correlation of what is used with the probability of the full network's answer.
         with_error: The same with 1 where the full network is wrong, 0 where it is right.
-        queries_right: Mean kept where the full network is right; None if it never is.
-        queries_wrong: Mean kept where it is wrong; None if it never is.
-        bins: From few queries to many.
+        used_right: Mean used where the full network is right; None if it never is.
+        used_wrong: Mean used where it is wrong; None if it never is.
+        bins: From little to much.
     """
 
-    dqs_threshold: float
+    budget: Budget
     with_confidence: Correlation
     with_error: Correlation
-    queries_right: float | None
-    queries_wrong: float | None
+    used_right: float | None
+    used_wrong: float | None
     bins: list[Bin]
 
     @classmethod
@@ -81,13 +83,13 @@ class Difficulty:
 
 
 def measure_difficulty(
-    dqs_threshold: float, queries: np.ndarray, confidence: np.ndarray, right: np.ndarray, bins: int = 5
+    budget: Budget, used: np.ndarray, confidence: np.ndarray, right: np.ndarray, bins: int = 5
 ) -> Difficulty:
-    """Relate queries kept to difficulty.
+    """Relate what is used to difficulty.
 
     Args:
-        dqs_threshold: t.
-        queries: Queries that each image keeps, (n,).
+        budget: At which each image takes what it needs.
+        used: What each image uses, such as queries, (n,).
         confidence: Probability of the full network's answer, (n,).
         right: Whether that answer is right, (n,) bool.
         bins: At most so many, of about equally many images.
@@ -95,20 +97,20 @@ def measure_difficulty(
     Raises:
         ValueError: If the three have different lengths, or none.
     """
-    if not len(queries) == len(confidence) == len(right) > 0:
+    if not len(used) == len(confidence) == len(right) > 0:
         raise ValueError(
-            f"Expected queries, confidence and right of the same images, got {len(queries)}, {len(confidence)} and {len(right)}."
+            f"Expected used, confidence and right of the same images, got {len(used)}, {len(confidence)} and {len(right)}."
         )
     # An edge belongs to the bin below it.
-    edges = np.unique(np.quantile(queries, np.linspace(0, 1, bins + 1)[1:-1], method="lower"))
-    places = np.searchsorted(edges, queries)
+    edges = np.unique(np.quantile(used, np.linspace(0, 1, bins + 1)[1:-1], method="lower"))
+    places = np.searchsorted(edges, used)
     return Difficulty(
-        dqs_threshold,
-        correlate(queries, confidence),
-        correlate(queries, ~right),
-        float(queries[right].mean()) if right.any() else None,
-        float(queries[~right].mean()) if not right.all() else None,
-        [_bin(queries[here], confidence[here], right[here]) for here in (places == i for i in np.unique(places))],
+        budget,
+        correlate(used, confidence),
+        correlate(used, ~right),
+        float(used[right].mean()) if right.any() else None,
+        float(used[~right].mean()) if not right.all() else None,
+        [_bin(used[here], confidence[here], right[here]) for here in (places == i for i in np.unique(places))],
     )
 
 
@@ -138,8 +140,8 @@ def _spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
     return (x * y).sum(axis) / np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
 
 
-def _bin(queries: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> Bin:
+def _bin(used: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> Bin:
     accuracy, images = float(right.mean()), len(right)
     error = float(np.sqrt(accuracy * (1 - accuracy) / images))
-    reach = int(queries.min()), int(queries.max()), float(queries.mean())
+    reach = int(used.min()), int(used.max()), float(used.mean())
     return Bin(*reach, images, accuracy, error, float(confidence.mean()))

@@ -4,26 +4,19 @@ Results can be read without the packages that measuring takes (extra `cli`), as 
 """
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from hf_visual_perceiver.evaluation.confusion import Confusion
-from hf_visual_perceiver.modeling import (
-    OptimizedVisualPerceiver,
-    VisualPerceiverConfig,
-    VisualPerceiverForImageClassification,
-    VisualPerceiverModel,
-    count_macs,
-)
-from hf_visual_perceiver.modeling.query_selection import as_number
+from hf_visual_perceiver.modeling import Budget, ElasticConfig
 from hf_visual_perceiver.utils.conditions import measurement_conditions
 from hf_visual_perceiver.utils.console import tracked
 from hf_visual_perceiver.utils.files import read_json
@@ -35,79 +28,45 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The budgets and thresholds of the paper's Tables 1 to 3.
-PAPER_QUERIES = (1, 2, 4, 8, 16, 32, 48, 64)
-PAPER_THRESHOLDS = (0.6, 0.65, 0.7, 0.8, 0.9, 0.99)
-
-
-@dataclass(frozen=True)
-class OperatingPoint:
-    """A setting of the two knobs; None leaves K at all queries and t off, whatever the checkpoint's default."""
-
-    num_active_queries: int | None = None
-    dqs_threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_active_queries", "dqs_threshold"):
-            object.__setattr__(self, name, as_number(getattr(self, name)))
-
-    def knobs(self, config: VisualPerceiverConfig) -> dict[str, Any]:
-        """The arguments of `forward` that mean this point; to it None would be the checkpoint's default.
-
-        Example:
-            >>> OperatingPoint(8).knobs(VisualPerceiverConfig(dqs_threshold=0.8))
-            {'num_active_queries': 8, 'dqs_threshold': inf}
-        """
-        K, t = self.num_active_queries, self.dqs_threshold
-        return {
-            "num_active_queries": config.num_queries if K is None else K,
-            "dqs_threshold": math.inf if t is None else t,
-        }
-
-    def __str__(self) -> str:
-        parts = [f"K = {self.num_active_queries}"] if self.num_active_queries is not None else []
-        parts += [f"t = {self.dqs_threshold:g}"] if self.dqs_threshold is not None else []
-        return ", ".join(parts) or "all queries"
+# Results from before there were several families do not say which it is.
+FORMER_UNIT, FORMER_KNOBS = "queries", {"K": "num_active_queries", "t": "dqs_threshold"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one operating point was measured to do."""
+    """What one budget was measured to do."""
 
-    num_active_queries: int | None
-    dqs_threshold: float | None
-    queries_mean: float
-    queries_std: float
-    queries_min: int
-    queries_max: int
+    budget: Budget
+    used_mean: float  # of what the images of a batch use different numbers of, such as queries
+    used_std: float
+    used_min: int
+    used_max: int
     macs: float  # mean per image
     accuracy: float
     standard_error: float
     ms_per_image: float  # median over batches
-    relative_time: float  # to all queries on the same batch, median over batches
-
-    @property
-    def point(self) -> OperatingPoint:
-        return OperatingPoint(self.num_active_queries, self.dqs_threshold)
+    relative_time: float  # to the full network on the same batch, median over batches
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one operating point did to each of n images.
+    """What one budget did to each of n images.
 
     Attributes:
-        point: The setting.
+        budget: What the images might use.
         predictions: (n,) class indices.
         labels: (n,) the right ones.
-        queries: (n,) active queries.
+        used: (n,) what each used, such as queries.
+        macs: (n,) what each cost.
         seconds: Per image, one value for each batch.
-        reference_seconds: The same of all queries on the same batches.
+        reference_seconds: The same of the full network on the same batches.
     """
 
-    point: OperatingPoint
+    budget: Budget
     predictions: np.ndarray
     labels: np.ndarray
-    queries: np.ndarray
+    used: np.ndarray
+    macs: np.ndarray
     seconds: np.ndarray
     reference_seconds: np.ndarray
 
@@ -116,19 +75,18 @@ class Measurement:
         """(n,) bool: which images were classified as labelled."""
         return self.predictions == self.labels
 
-    def row(self, model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver) -> Row:
+    def row(self) -> Row:
         """The summary over images; times are medians over batches."""
         from hf_visual_perceiver.evaluation.metrics import Accuracy
 
         score = Accuracy(keep_in_memory=True).compute(predictions=self.predictions, references=self.labels)
         return Row(
-            num_active_queries=self.point.num_active_queries,
-            dqs_threshold=self.point.dqs_threshold,
-            queries_mean=float(self.queries.mean()),
-            queries_std=float(self.queries.std()),
-            queries_min=int(self.queries.min()),
-            queries_max=int(self.queries.max()),
-            macs=mean_macs(model.config, self.queries, self.point),
+            budget=self.budget,
+            used_mean=float(self.used.mean()),
+            used_std=float(self.used.std()),
+            used_min=int(self.used.min()),
+            used_max=int(self.used.max()),
+            macs=float(self.macs.mean()),
             accuracy=score["accuracy"],
             standard_error=score["standard_error"],
             ms_per_image=1000 * float(np.median(self.seconds)),
@@ -141,25 +99,68 @@ class Evaluation:
     """The rows of a sweep and the conditions that they were measured under.
 
     Attributes:
-        rows: One for each operating point.
+        rows: One for each budget.
         conditions: Hardware, versions, data.
-        confusion: Of all queries; None in results from before it was measured.
+        confusion: Of the full network; None in results from before it was measured.
+        unit: What the images use different numbers of; see `ElasticConfig`.
+        knobs: The names of the knobs, by their short names.
     """
 
     rows: list[Row]
     conditions: dict[str, Any]
     confusion: Confusion | None = None
+    unit: str = FORMER_UNIT
+    knobs: dict[str, str] = field(default_factory=lambda: dict(FORMER_KNOBS))
+
+    def name(self, budget: Budget) -> str:
+        """What tables call a budget."""
+        return budget.short(self.knobs)
+
+    def series(self) -> dict[str, list[Row]]:
+        """The rows by the knobs that they set, each ascending in cost; the full network is with those of the first knob."""
+        short = {name: knob for knob, name in self.knobs.items()}
+        first = next(iter(self.knobs), "")
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(", ".join(short.get(name, name) for name in row.budget.kwargs) or first, []).append(row)
+        return {name: sorted(rows, key=lambda row: row.macs) for name, rows in found.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         confusion = {} if self.confusion is None else {"confusion": self.confusion.counts}
-        return {"conditions": self.conditions, "rows": [asdict(row) for row in self.rows], **confusion}
+        naming = {"unit": self.unit, "knobs": self.knobs}
+        return {**naming, "conditions": self.conditions, "rows": [plain(row) for row in self.rows], **confusion}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`, also of what earlier versions wrote."""
         confusion = Confusion(values["confusion"]) if "confusion" in values else None
-        return cls([Row(**row) for row in values["rows"]], values["conditions"], confusion)
+        naming = {key: values[key] for key in ("unit", "knobs") if key in values}
+        rows = [Row(**with_budget(row)) for row in values["rows"]]
+        return cls(rows, values["conditions"], confusion, **naming)
+
+
+def plain(result: Any) -> dict[str, Any]:
+    """A dataclass as plain values, budgets as the values of their knobs."""
+    return asdict(
+        result,
+        dict_factory=lambda pairs: {key: value.kwargs if isinstance(value, Budget) else value for key, value in pairs},
+    )
+
+
+def with_budget(values: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `plain` for what has a budget, also for what earlier versions wrote of the Visual Perceiver.
+
+    Example:
+        >>> with_budget({"num_active_queries": 8, "dqs_threshold": None, "queries_mean": 8.0})
+        {'budget': Budget(num_active_queries=8), 'used_mean': 8.0}
+    """
+    if "budget" in values:
+        return {**values, "budget": Budget(**values["budget"])}
+    others = {
+        key.replace("queries_", "used_"): value for key, value in values.items() if key not in FORMER_KNOBS.values()
+    }
+    return {"budget": Budget(**{name: values[name] for name in FORMER_KNOBS.values()}), **others}
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -171,39 +172,38 @@ def read_evaluation(path: Path) -> Evaluation:
     return read_json(path, Evaluation.from_dict)
 
 
-def default_points(num_queries: int) -> list[OperatingPoint]:
-    """The paper's budgets that a model with Q queries has, all Q, and the paper's thresholds."""
-    budgets = [*(K for K in PAPER_QUERIES if num_queries > K), num_queries]
-    return [*(OperatingPoint(K) for K in budgets), *(OperatingPoint(None, t) for t in PAPER_THRESHOLDS)]
+def default_budgets(config: ElasticConfig) -> list[Budget]:
+    """What is measured by default: budgets at which all images cost alike, then those at which each takes what it needs."""
+    return [*config.budgets(), *config.adaptive_budgets()]
 
 
 def evaluate(
-    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
+    model: Any,
     data: "ImageDataset",
-    points: Sequence[OperatingPoint] | None = None,
+    budgets: Sequence[Budget] | None = None,
     batch_size: int = 256,
     progress: bool = True,
     conditions: dict[str, Any] | None = None,
 ) -> Evaluation:
-    """Measure accuracy, active queries, MACs and time at several operating points, and what is taken for what.
+    """Measure accuracy, what images use, MACs and time at several budgets, and the confusion matrix.
 
-    Every batch goes through all points in turn, after a warm-up on the first one, so that times are compared on the same
+    Every batch goes through all budgets in turn, after a warm-up on the first one, so that times are compared on the same
     images within moments of each other. Times are of the model alone, on images that are ready on its device.
 
     Args:
         model: In eval mode, on the device and in the dtype to measure.
         data: Images that the model has labels for.
-        points: What to measure; `default_points` if None.
+        budgets: What to measure, whatever the model does by default; `default_budgets` if None.
         batch_size: Images of a batch.
         progress: Say on stderr how far it is.
         conditions: More facts to keep with the result, such as the names of model and dataset.
 
     Raises:
-        ValueError: If the dataset's labels are not the model's, or a point is out of the model's range.
+        ValueError: If the dataset's labels are not the model's, or a budget is out of the model's range.
     """
-    config, all_queries = model.config, OperatingPoint(model.config.num_queries)
-    points = list(dict.fromkeys(points)) if points is not None else default_points(config.num_queries)
-    measured = measure_points(model, data, list(dict.fromkeys([*points, all_queries])), batch_size, progress)
+    config = model.config
+    budgets = list(dict.fromkeys(budgets)) if budgets is not None else default_budgets(config)
+    measured = measure_budgets(model, data, list(dict.fromkeys([*budgets, Budget()])), batch_size, progress)
     measured_under = measurement_conditions(
         model.device,
         **form_of(model),
@@ -211,70 +211,67 @@ def evaluate(
         images=len(data),
         **(conditions or {}),
     )
-    full = next(m for m in measured if m.point == all_queries)
+    full = next(m for m in measured if m.budget == Budget())
     confusion = Confusion.of(config.label_names, full.labels, full.predictions)
-    return Evaluation([m.row(model) for m in measured if m.point in points], measured_under, confusion)
+    rows = [m.row() for m in measured if m.budget in budgets]
+    return Evaluation(rows, measured_under, confusion, config.unit, dict(config.knobs))
 
 
-def form_of(model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver) -> dict[str, str]:
+def form_of(model: Any) -> dict[str, str]:
     """The dtype, and attention or "optimized", of a model, for the conditions of a measurement."""
-    optimized = isinstance(model, OptimizedVisualPerceiver)
-    form = {"form": "optimized"} if optimized else {"attention": str(model.config._attn_implementation)}
+    attention = {"attention": str(getattr(model.config, "_attn_implementation", None))}
+    form = attention if isinstance(model, PreTrainedModel) else {"form": "optimized"}
     return {"dtype": str(model.dtype).removeprefix("torch."), **form}
 
 
-def measure_points(
-    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
-    data: "ImageDataset",
-    points: Sequence[OperatingPoint],
-    batch_size: int = 256,
-    progress: bool = True,
+def measure_budgets(
+    model: Any, data: "ImageDataset", budgets: Sequence[Budget], batch_size: int = 256, progress: bool = True
 ) -> list[Measurement]:
-    """What `evaluate` is made of: what every image did at each of `points`, which are taken as they come.
+    """What `evaluate` is made of: what every image did at each of `budgets`, which are taken as they come.
 
     Raises:
-        ValueError: As `evaluate`.
+        ValueError: If `evaluate` raises it.
     """
     config = model.config
     all_labels = labels_of_model(model, data)
-    all_queries = OperatingPoint(config.num_queries)
-    for point in points:
-        config.operating_point(point.num_active_queries, point.dqs_threshold)
+    for budget in budgets:
+        config.resolve(**budget.kwargs)
     if batch_size < 1:
         raise ValueError(f"Expected a batch size of at least 1, got {batch_size}.")
 
-    # The reference of relative times runs too, if it is not among the points.
-    measured = list(dict.fromkeys([*points, all_queries]))
-    predictions: dict[OperatingPoint, list[np.ndarray]] = {point: [] for point in measured}
-    queries: dict[OperatingPoint, list[np.ndarray]] = {point: [] for point in measured}
-    seconds: dict[OperatingPoint, list[float]] = {point: [] for point in measured}
+    # The reference of relative times runs too, if it is not among them.
+    measured = list(dict.fromkeys([*budgets, Budget()]))
+    found: dict[Budget, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {budget: [] for budget in measured}
+    seconds: dict[Budget, list[float]] = {budget: [] for budget in measured}
     batches = pixel_batches(model, data, batch_size, "evaluating" if progress else None)
     for number, (indices, pixels) in enumerate(batches):
         if number == 0:
-            for point in measured:
-                _timed_forward(model, pixels, point)
-        for point in measured:
-            elapsed, logits, active = _timed_forward(model, pixels, point)
-            predictions[point].append(logits.argmax(-1).cpu().numpy())
-            queries[point].append(active.sum(1).cpu().numpy())
-            seconds[point].append(elapsed / len(indices))
+            for budget in measured:
+                _timed_forward(model, pixels, budget)
+        for budget in measured:
+            elapsed, output = _timed_forward(model, pixels, budget)
+            predictions, used = output.logits.argmax(-1).cpu().numpy(), output.used.cpu().numpy()
+            found[budget].append((predictions, used, config.count_macs(budget, output).numpy()))
+            seconds[budget].append(elapsed / len(indices))
 
-    reference = np.asarray(seconds[all_queries])
+    reference = np.asarray(seconds[Budget()])
     return [
         Measurement(
-            point,
-            np.concatenate(predictions[point]),
-            all_labels,
-            np.concatenate(queries[point]),
-            np.asarray(seconds[point]),
-            reference,
+            budget=budget,
+            predictions=predictions,
+            labels=all_labels,
+            used=used,
+            macs=macs,
+            seconds=np.asarray(seconds[budget]),
+            reference_seconds=reference,
         )
-        for point in points
+        for budget in budgets
+        for predictions, used, macs in [map(np.concatenate, zip(*found[budget], strict=True))]
     ]
 
 
 def pixel_batches(
-    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver | VisualPerceiverModel,
+    model: Any,
     data: "ImageDataset",
     batch_size: int,
     description: str | None = None,
@@ -294,9 +291,7 @@ def pixel_batches(
         yield indices, pixels.to(model.device, model.dtype)
 
 
-def labels_of_model(
-    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver, data: "ImageDataset"
-) -> np.ndarray:
+def labels_of_model(model: Any, data: "ImageDataset") -> np.ndarray:
     """The dataset's labels as indices of the model's classes, (n,).
 
     Classes are matched by name. If the dataset's names are numbers (or LABEL_n) that the model does not have, they are
@@ -328,10 +323,8 @@ def labels_of_model(
     return indices[data.labels]
 
 
-def _timed_forward(
-    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver, pixels: torch.Tensor, point: OperatingPoint
-) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """Seconds, logits (B, labels) and active queries (B, Q)."""
+def _timed_forward(model: Any, pixels: torch.Tensor, budget: Budget) -> tuple[float, Any]:
+    """Seconds, and what the model returned."""
 
     def synchronise() -> None:
         if pixels.device.type == "cuda":
@@ -339,39 +332,20 @@ def _timed_forward(
 
     synchronise()
     began = time.perf_counter()
-    logits, active = forward_at(model, pixels, point)
+    output = output_at(model, pixels, budget)
     synchronise()
-    return time.perf_counter() - began, logits, active
+    return time.perf_counter() - began, output
 
 
-def forward_at(model: Any, pixels: torch.Tensor, point: OperatingPoint) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, labels) and active queries (B, Q) at an operating point, whatever the checkpoint's own.
+@torch.inference_mode()
+def output_at(model: Any, pixels: torch.Tensor, budget: Budget) -> Any:
+    """What a model, with or without a head, returns at a budget, whatever its config's own.
 
     Raises:
         ValueError: If the batch does not fit in memory; the message has a size that does.
     """
-    output = output_at(model, pixels, point)
-    return output.logits, output.active_queries
-
-
-@torch.inference_mode()
-def output_at(model: Any, pixels: torch.Tensor, point: OperatingPoint) -> Any:
-    """What a model, with or without a head, returns at an operating point, whatever the checkpoint's own.
-
-    Raises:
-        ValueError: As `forward_at`.
-    """
     from hf_visual_perceiver.utils.memory import fitting
 
-    run = partial(model, **point.knobs(model.config))
+    run = partial(model, **model.config.resolve(**budget.kwargs))
     with fitting(run, pixels):
         return run(pixels)
-
-
-def mean_macs(config: VisualPerceiverConfig, counts: np.ndarray, point: OperatingPoint) -> float:
-    """Mean over images that used `counts` queries; with selection, reading and comparing all candidates counts too."""
-    K = config.num_queries if point.num_active_queries is None else point.num_active_queries
-    candidates = None if point.dqs_threshold is None else K
-    values, images = np.unique(counts, return_counts=True)
-    macs = [count_macs(config, int(k), candidates) for k in values]
-    return float(np.average(macs, weights=images))

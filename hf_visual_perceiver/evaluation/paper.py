@@ -49,3 +49,7 @@ TRAINING_IMAGES = 350_000 * 512  # steps times batch
 
 # Section 3.1: "we run the evaluation 5 times, with each time K random tokens".
 RANDOM_DRAWS = 5
+
+# Tables 1 to 3.
+QUERIES = (1, 2, 4, 8, 16, 32, 48, 64)
+THRESHOLDS = (0.6, 0.65, 0.7, 0.8, 0.9, 0.99)

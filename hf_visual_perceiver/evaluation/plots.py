@@ -1,6 +1,7 @@
 """Pictures of what was measured."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,7 +11,7 @@ from hf_visual_perceiver.utils.files import check_picture, written_aside
 
 
 def plot_tradeoff(evaluation: Evaluation, path: str | Path) -> None:
-    """Plot accuracy against mean MACs: one curve for Query Masking, one for Dynamic Query Selection."""
+    """Plot accuracy against mean MACs: one curve for each knob, or set of knobs, that the budgets turn."""
     save_figure(tradeoff_figure(evaluation), path)
 
 
@@ -18,32 +19,25 @@ def tradeoff_figure(evaluation: Evaluation) -> Figure:
     """The figure of `plot_tradeoff`."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    masking, selection = (
-        sorted((row for row in evaluation.rows if (row.dqs_threshold is not None) == selects), key=lambda row: row.macs)
-        for selects in (False, True)
-    )
-    for rows, others, label, marker in (
-        (masking, selection, "first K queries (Query Masking)", "o"),
-        (selection, masking, "Dynamic Query Selection, threshold t", "s"),
-    ):
-        if not rows:
-            continue
+    series = evaluation.series()
+    for number, (name, rows) in enumerate(series.items()):
         axes.errorbar(
             [row.macs / 1e6 for row in rows],
             [100 * row.accuracy for row in rows],
             yerr=[100 * row.standard_error for row in rows],
-            marker=marker,
+            marker="os^vD"[number % 5],
             capsize=2,
-            label=label,
+            label=name or "the network",
         )
+        others = [row for other, rows_of_other in series.items() if other != name for row in rows_of_other]
+        others.sort(key=lambda row: row.macs)
         for row in rows:
-            text = f"{row.dqs_threshold:g}" if row.dqs_threshold is not None else f"{row.num_active_queries}"
             # On the side that the other curve is not on.
             above = bool(others) and row.accuracy > np.interp(
                 row.macs, [other.macs for other in others], [other.accuracy for other in others]
             )
             axes.annotate(
-                text,
+                ", ".join(map(_value, row.budget.kwargs.values())) or "full",
                 (row.macs / 1e6, 100 * row.accuracy),
                 xytext=(-4, 5) if above else (4, -5),
                 textcoords="offset points",
@@ -60,6 +54,10 @@ def tradeoff_figure(evaluation: Evaluation) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

@@ -4,7 +4,7 @@ Shapes: n queried images, m images of the gallery, k neighbours, D width, C clas
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,11 @@ import torch
 from torch.nn import functional as F
 
 from hf_visual_perceiver.data.images import ImageDataset
-from hf_visual_perceiver.evaluation.evaluate import OperatingPoint, mean_macs, output_at, pixel_batches
+from hf_visual_perceiver.evaluation.evaluate import output_at, pixel_batches, plain
 from hf_visual_perceiver.evaluation.metrics import Accuracy
-from hf_visual_perceiver.modeling import VisualPerceiverModel
+from hf_visual_perceiver.modeling import Budget, ElasticConfig
 from hf_visual_perceiver.utils.choices import FEATURES
 from hf_visual_perceiver.utils.conditions import measurement_conditions
-
-
-BUDGETS = (4, 16)  # and all
 
 
 def knn_classify(
@@ -74,22 +71,20 @@ def check_vote(neighbours: int, temperature: float, images: int) -> None:
 
 @dataclass(frozen=True)
 class RetrievalRow:
-    """What one operating point was measured to do.
+    """What one budget was measured to do.
 
     Attributes:
-        num_active_queries: K.
-        dqs_threshold: t, or None without selection.
-        queries_mean: Queries that a queried image used.
+        budget: What the images might use.
+        used_mean: Of what a queried image used, such as queries.
         macs: Of one queried image, mean.
-        accuracy: With a gallery at the same point.
+        accuracy: With a gallery at the same budget.
         standard_error: Of that accuracy.
-        full_gallery_accuracy: With a gallery at all queries.
+        full_gallery_accuracy: With a gallery by the full network.
         full_gallery_standard_error: Of that accuracy.
     """
 
-    num_active_queries: int
-    dqs_threshold: float | None
-    queries_mean: float
+    budget: Budget
+    used_mean: float
     macs: float
     accuracy: float
     standard_error: float
@@ -99,80 +94,74 @@ class RetrievalRow:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Rows by operating point, and the conditions of the measurement."""
+    """Rows by budget, and the conditions of the measurement."""
 
     rows: list[RetrievalRow]
     conditions: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"conditions": self.conditions, "rows": [asdict(row) for row in self.rows]}
+        return {"conditions": self.conditions, "rows": [plain(row) for row in self.rows]}
 
 
-def retrieval_points(
-    num_queries: int, budgets: Sequence[int] | None = None, thresholds: Sequence[float] | None = None
-) -> list[OperatingPoint]:
-    """What to measure: every K given, and every t with all queries; 4, 16 and all queries if nothing is given.
+def retrieval_budgets(config: ElasticConfig) -> list[Budget]:
+    """What is measured by default: a small budget, a middle one and the full network.
 
     Example:
-        >>> [str(point) for point in retrieval_points(64)]
-        ['K = 4', 'K = 16', 'K = 64']
+        >>> from hf_visual_perceiver import VisualPerceiverConfig
+        >>> [str(budget) for budget in retrieval_budgets(VisualPerceiverConfig())]
+        ['num_active_queries=4', 'num_active_queries=16', '']
     """
-    if not budgets and not thresholds:
-        budgets = [*(K for K in BUDGETS if num_queries > K), num_queries]
-    return list(
-        dict.fromkeys(
-            [*map(OperatingPoint, budgets or ()), *(OperatingPoint(num_queries, t) for t in thresholds or ())]
-        )
-    )
+    budgets = config.budgets()
+    return list(dict.fromkeys(budgets[i] for i in (len(budgets) // 3, 2 * len(budgets) // 3, -1)))
 
 
 def compute_features(
-    model: VisualPerceiverModel,
+    model: Any,
     data: ImageDataset,
-    points: Sequence[OperatingPoint],
+    budgets: Sequence[Budget],
     feature: str = "pooled",
     batch_size: int = 256,
     description: str | None = None,
-) -> tuple[dict[OperatingPoint, torch.Tensor], dict[OperatingPoint, np.ndarray]]:
-    """Features of all images at each operating point, (n, D) on the CPU, and the queries that each used, (n,).
+) -> tuple[dict[Budget, torch.Tensor], dict[Budget, np.ndarray], dict[Budget, np.ndarray]]:
+    """Features of all images at each budget, (n, D) on the CPU, and what each used and cost, (n,).
 
     Args:
-        model: In eval mode.
+        model: In eval mode, without a head.
         data: Images; labels play no part.
-        points: The operating points.
-        feature: `"pooled"`, what the output query reads, or `"mean"`, the mean of the active queries' tokens.
+        budgets: What the images may use.
+        feature: `"pooled"`, what the head would read, or `"mean"`, the mean of the tokens.
         batch_size: Images of a batch.
         description: What stderr calls it while it says how far it is; None says nothing.
 
     Raises:
-        ValueError: If the feature is unknown or a point out of the model's range.
+        ValueError: If the feature is unknown or a budget out of the model's range.
     """
     if feature not in FEATURES:
         raise ValueError(f"Expected a feature among {', '.join(FEATURES)}, got {feature!r}.")
-    for point in points:
-        model.config.operating_point(point.num_active_queries, point.dqs_threshold)
-    features: dict[OperatingPoint, list[torch.Tensor]] = {point: [] for point in points}
-    counts: dict[OperatingPoint, list[np.ndarray]] = {point: [] for point in points}
+    for budget in budgets:
+        model.config.resolve(**budget.kwargs)
+    found: dict[Budget, list[tuple[torch.Tensor, ...]]] = {budget: [] for budget in budgets}
     for _, pixels in pixel_batches(model, data, batch_size, description):
-        for point in points:
-            output = output_at(model, pixels, point)
-            used = output.active_queries.sum(1)
-            # Rows of removed queries are zero.
-            mean = output.last_hidden_state.sum(1) / used[:, None]
-            features[point].append((output.pooler_output if feature == "pooled" else mean).float().cpu())
-            counts[point].append(used.cpu().numpy())
-    return (
-        {point: torch.cat(parts) for point, parts in features.items()},
-        {point: np.concatenate(parts) for point, parts in counts.items()},
+        for budget in budgets:
+            output = output_at(model, pixels, budget)
+            features = output.pooler_output
+            if feature == "mean":
+                tokens = output.last_hidden_state  # (B, K, D), rows of removed tokens zero
+                features = tokens.sum(1) / tokens.ne(0).any(-1).sum(1, keepdim=True)
+            macs = model.config.count_macs(budget, output)
+            found[budget].append((features.float().cpu(), output.used.cpu(), macs))
+    features, used, macs = (
+        {budget: torch.cat([parts[i] for parts in found[budget]]) for budget in budgets} for i in range(3)
     )
+    return features, {b: x.numpy() for b, x in used.items()}, {b: x.numpy() for b, x in macs.items()}
 
 
 def measure_retrieval(
-    model: VisualPerceiverModel,
+    model: Any,
     gallery: ImageDataset,
     queried: ImageDataset,
-    points: Sequence[OperatingPoint] | None = None,
+    budgets: Sequence[Budget] | None = None,
     *,
     feature: str = "pooled",
     neighbours: int = 20,
@@ -181,13 +170,13 @@ def measure_retrieval(
     progress: bool = True,
     conditions: dict[str, Any] | None = None,
 ) -> Retrieval:
-    """Classify images by their nearest neighbours in a gallery, at several operating points.
+    """Classify images by their nearest neighbours in a gallery, at several budgets.
 
     Args:
         model: In eval mode, as `AutoModel` loads it.
         gallery: Labelled images to search in.
         queried: Labelled images to search for.
-        points: What to measure; `retrieval_points` if None.
+        budgets: What to measure; `retrieval_budgets` if None.
         feature: See `compute_features`.
         neighbours: See `knn_classify`.
         temperature: See `knn_classify`.
@@ -198,34 +187,32 @@ def measure_retrieval(
     Raises:
         ValueError: If the two sets have other classes, or an argument is not as described.
     """
-    config, full = model.config, OperatingPoint(model.config.num_queries)
-    points = retrieval_points(config.num_queries) if points is None else points
+    budgets = retrieval_budgets(model.config) if budgets is None else budgets
     if gallery.label_names != queried.label_names:
         raise ValueError(
             f"Expected the same classes in gallery and queried images, got {', '.join(gallery.label_names[:10])} "
             f"and {', '.join(queried.label_names[:10])}."
         )
     check_vote(neighbours, temperature, len(gallery))
-    both = list(dict.fromkeys([*points, full]))
-    known, _ = compute_features(model, gallery, both, feature, batch_size, "gallery" if progress else None)
-    asked, counts = compute_features(
-        model, queried, points, feature, batch_size, "queried images" if progress else None
+    both = list(dict.fromkeys([*budgets, Budget()]))
+    known, _, _ = compute_features(model, gallery, both, feature, batch_size, "gallery" if progress else None)
+    asked, used, macs = compute_features(
+        model, queried, budgets, feature, batch_size, "queried images" if progress else None
     )
     labels = torch.from_numpy(gallery.labels)
 
-    def score(point: OperatingPoint, searched: OperatingPoint) -> dict[str, float]:
-        found = knn_classify(asked[point], known[searched], labels, len(gallery.label_names), neighbours, temperature)
+    def score(budget: Budget, searched: Budget) -> dict[str, float]:
+        found = knn_classify(asked[budget], known[searched], labels, len(gallery.label_names), neighbours, temperature)
         return Accuracy(keep_in_memory=True).compute(predictions=found.numpy(), references=queried.labels)
 
     rows = []
-    for point in points:
-        alike, against_full = score(point, point), score(point, full)
+    for budget in budgets:
+        alike, against_full = score(budget, budget), score(budget, Budget())
         rows.append(
             RetrievalRow(
-                num_active_queries=config.operating_point(point.num_active_queries)[0],
-                dqs_threshold=point.dqs_threshold,
-                queries_mean=float(counts[point].mean()),
-                macs=mean_macs(config, counts[point], point),
+                budget=budget,
+                used_mean=float(used[budget].mean()),
+                macs=float(macs[budget].mean()),
                 accuracy=alike["accuracy"],
                 standard_error=alike["standard_error"],
                 full_gallery_accuracy=against_full["accuracy"],

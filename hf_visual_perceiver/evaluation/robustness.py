@@ -1,7 +1,7 @@
-"""Accuracy and queries kept under common corruptions, at several operating points."""
+"""Accuracy and what images use under common corruptions, at several budgets."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +11,41 @@ from hf_visual_perceiver.data.images import ImageDataset, normalise, pixels_of_s
 from hf_visual_perceiver.data.parts import evenly_spaced
 from hf_visual_perceiver.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Cifar10C, corrupt
 from hf_visual_perceiver.evaluation.difficulty import Difficulty, measure_difficulty
-from hf_visual_perceiver.evaluation.evaluate import OperatingPoint, form_of, forward_at, labels_of_model
-from hf_visual_perceiver.modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification
+from hf_visual_perceiver.evaluation.evaluate import (
+    FORMER_KNOBS,
+    FORMER_UNIT,
+    form_of,
+    labels_of_model,
+    output_at,
+    plain,
+    with_budget,
+)
+from hf_visual_perceiver.modeling import Budget, ElasticConfig
 from hf_visual_perceiver.utils.conditions import measurement_conditions
 from hf_visual_perceiver.utils.console import tracked
 from hf_visual_perceiver.utils.files import read_json
 
 
-BUDGETS = (8, 16, 32, 64)
-THRESHOLDS = (0.7, 0.8, 0.9)
 CLEAN, ALL = "clean", "all"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one operating point did on the images of a cell.
+    """What one budget did on the images of a cell.
 
     Attributes:
-        num_active_queries: K; None with selection among all queries.
-        dqs_threshold: t; None without selection.
+        budget: What the images might use.
         accuracy: Mean over images, and over corruptions and severities where the cell has several.
         standard_error: Of `accuracy`, over images; the corruptions are taken as given.
-        queries_mean: Mean number of queries used.
+        used_mean: Mean of what an image used, such as queries.
+        adaptive: Whether each image takes what it needs.
     """
 
-    num_active_queries: int | None
-    dqs_threshold: float | None
+    budget: Budget
     accuracy: float
     standard_error: float
-    queries_mean: float
-
-    @property
-    def point(self) -> OperatingPoint:
-        return OperatingPoint(self.num_active_queries, self.dqs_threshold)
+    used_mean: float
+    adaptive: bool
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Cell:
     Attributes:
         corruption: Its name, `"clean"` or `"all"`.
         severity: 0 for clean images; None is the mean over the severities measured.
-        outcomes: One per operating point, in the order of the result.
+        outcomes: One per budget, in the order of the result.
     """
 
     corruption: str
@@ -67,23 +69,38 @@ class Robustness:
 
     Attributes:
         cells: Clean images; each corruption at each severity and their mean; all corruptions at each severity and their mean.
-        difficulty: For each t, on clean images.
+        difficulty: For each adaptive budget, on clean images.
         conditions: What was measured on what.
+        unit: What the images use different numbers of; see `ElasticConfig`.
+        knobs: The names of the knobs, by their short names.
     """
 
     cells: list[Cell]
     difficulty: list[Difficulty]
     conditions: dict[str, Any]
+    unit: str = FORMER_UNIT
+    knobs: dict[str, str] = field(default_factory=lambda: dict(FORMER_KNOBS))
 
     @property
-    def points(self) -> list[OperatingPoint]:
-        """The operating points, in the order of every cell's outcomes."""
-        return [outcome.point for outcome in self.cells[0].outcomes]
+    def budgets(self) -> list[Budget]:
+        """The budgets, in the order of every cell's outcomes."""
+        return [outcome.budget for outcome in self.cells[0].outcomes]
 
     @property
-    def full(self) -> OperatingPoint:
-        """All queries, which is always measured."""
-        return max((p for p in self.points if p.dqs_threshold is None), key=lambda p: p.num_active_queries or 0)
+    def names(self) -> list[str]:
+        """What tables call the budgets."""
+        return [budget.short(self.knobs) for budget in self.budgets]
+
+    @property
+    def adaptive(self) -> list[int]:
+        """The places of the budgets at which each image takes what it needs."""
+        return [i for i, outcome in enumerate(self.cells[0].outcomes) if outcome.adaptive]
+
+    @property
+    def full(self) -> Budget:
+        """The full network, which is always measured."""
+        fixed = [outcome for outcome in self.cells[0].outcomes if not outcome.adaptive]
+        return max(fixed, key=lambda outcome: (outcome.budget == Budget(), outcome.used_mean)).budget
 
     @property
     def corruptions(self) -> list[str]:
@@ -109,16 +126,30 @@ class Robustness:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        return plain(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Robustness":
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`, also of what earlier versions wrote."""
         cells = [
-            Cell(cell["corruption"], cell["severity"], [Outcome(**outcome) for outcome in cell["outcomes"]])
+            Cell(cell["corruption"], cell["severity"], [_outcome(outcome) for outcome in cell["outcomes"]])
             for cell in values["cells"]
         ]
-        return cls(cells, [Difficulty.from_dict(d) for d in values["difficulty"]], values["conditions"])
+        naming = {key: values[key] for key in ("unit", "knobs") if key in values}
+        difficulty = [_difficulty(d) for d in values["difficulty"]]
+        return cls(cells, difficulty, values["conditions"], **naming)
+
+
+def _outcome(values: dict[str, Any]) -> Outcome:
+    selects = values.get("dqs_threshold") is not None  # in results of earlier versions
+    return Outcome(**{"adaptive": selects, **with_budget(values)})
+
+
+def _difficulty(values: dict[str, Any]) -> Difficulty:
+    if "budget" in values:
+        return Difficulty.from_dict({**values, "budget": Budget(**values["budget"])})
+    bins = [{key.replace("queries_", "used_"): value for key, value in b.items()} for b in values["bins"]]
+    return Difficulty.from_dict(with_budget({"num_active_queries": None, **values, "bins": bins}))
 
 
 def read_robustness(path: Path) -> Robustness:
@@ -130,23 +161,23 @@ def read_robustness(path: Path) -> Robustness:
     return read_json(path, Robustness.from_dict)
 
 
-def robustness_points(
-    num_queries: int, budgets: Sequence[int] = BUDGETS, thresholds: Sequence[float] = THRESHOLDS
-) -> list[OperatingPoint]:
-    """The budgets that a model with Q queries has, all Q, and the thresholds.
+def robustness_budgets(config: ElasticConfig) -> list[Budget]:
+    """What is measured by default: four budgets at which images cost alike, the last the full network, and three adaptive.
 
     Example:
-        >>> [str(point) for point in robustness_points(32, thresholds=[0.8])]
-        ['K = 8', 'K = 16', 'K = 32', 't = 0.8']
+        >>> from hf_visual_perceiver import VisualPerceiverConfig
+        >>> config = VisualPerceiverConfig(num_queries=32)
+        >>> [budget.short(config.knobs) for budget in robustness_budgets(config)]
+        ['K=4', 'K=8', 'K=16', 'full', 't=0.7', 't=0.8', 't=0.9']
     """
-    budgets = [*sorted({K for K in budgets if num_queries > K}), num_queries]
-    return [*map(OperatingPoint, budgets), *(OperatingPoint(None, t) for t in sorted(set(thresholds)))]
+    adaptive = config.adaptive_budgets()
+    return [*config.budgets()[-4:], *(adaptive[-4:-1] or adaptive)]
 
 
 def measure_robustness(
-    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
+    model: Any,
     data: ImageDataset,
-    points: Sequence[OperatingPoint] | None = None,
+    budgets: Sequence[Budget] | None = None,
     corruptions: Sequence[str] | None = None,
     severities: Sequence[int] = SEVERITIES,
     max_images: int | None = None,
@@ -156,18 +187,18 @@ def measure_robustness(
     conditions: dict[str, Any] | None = None,
     cifar10_c: Path | None = None,
 ) -> Robustness:
-    """Measure accuracy and queries used on clean and corrupted images.
+    """Measure accuracy and what images use on clean and corrupted images.
 
     Our own corruptions are applied to images of the network's size; those of CIFAR-10-C are read, then brought to that size.
 
     Args:
         model: In eval mode, on the device and in the dtype to measure.
         data: Images that the model has labels for.
-        points: What to measure, all queries among it; `robustness_points` if None.
+        budgets: What to measure, the full network among it; `robustness_budgets` if None.
         corruptions: Keys of `CORRUPTIONS`, or names of files of CIFAR-10-C; None is all.
         severities: Some of 1 to 5.
         max_images: At most so many, evenly spaced in the dataset; None for all.
-        seed: Of the corruptions.
+        seed: Random seed of the corruptions.
         batch_size: Images of a batch.
         progress: Say on stderr how far it is.
         conditions: More facts to keep with the result, such as the names of model and dataset.
@@ -177,21 +208,21 @@ def measure_robustness(
         ValueError: If the dataset's labels are not the model's, or an argument is out of its range.
     """
     config = model.config
-    points = robustness_points(config.num_queries) if points is None else list(dict.fromkeys(points))
+    budgets = robustness_budgets(config) if budgets is None else list(dict.fromkeys(budgets))
     published = None if cifar10_c is None else Cifar10C(cifar10_c, data)
     known = list(CORRUPTIONS) if published is None else published.corruptions
     corruptions = known if corruptions is None else list(dict.fromkeys(corruptions))
     severities = sorted(set(severities))
-    _check(model, points, corruptions, known, severities, batch_size)
+    _check(config, budgets, corruptions, known, severities, batch_size)
     places_in_data = evenly_spaced(len(data), max_images)
     chosen, count = data if max_images is None else data.subset(places_in_data), len(places_in_data)
     labels = labels_of_model(model, chosen)
 
     kinds = [(CLEAN, 0), *((c, s) for c in corruptions for s in severities)]
-    right = np.zeros((len(kinds), len(points), count), dtype=bool)
-    queries = np.zeros((len(kinds), len(points), count), dtype=np.int32)
+    right = np.zeros((len(kinds), len(budgets), count), dtype=bool)
+    used = np.zeros((len(kinds), len(budgets), count), dtype=np.int32)
     confidence = np.zeros(count)
-    full = points.index(OperatingPoint(config.num_queries))
+    full = budgets.index(Budget())
     cfg = config.timm_pretrained_cfg
     size, interpolation = config.image_height_width, cfg["interpolation"]
     batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
@@ -206,19 +237,21 @@ def measure_robustness(
         else:
             images = corrupt(clean, corruption, severity, seed, places_in_data[here].tolist())
         pixels = normalise(images, cfg["mean"], cfg["std"]).to(model.device, model.dtype)
-        for number, point in enumerate(points):
-            logits, active = forward_at(model, pixels, point)
-            right[kind, number, here] = logits.argmax(-1).cpu().numpy() == labels[here]
-            queries[kind, number, here] = active.sum(1).cpu().numpy()
+        for number, budget in enumerate(budgets):
+            output = output_at(model, pixels, budget)
+            right[kind, number, here] = output.logits.argmax(-1).cpu().numpy() == labels[here]
+            used[kind, number, here] = output.used.cpu().numpy()
             if corruption == CLEAN and number == full:
-                confidence[here] = logits.float().softmax(-1).amax(-1).cpu().numpy()
+                confidence[here] = output.logits.float().softmax(-1).amax(-1).cpu().numpy()
+
+    adaptive = [config.is_adaptive(budget) for budget in budgets]
 
     def cell(corruption: str, severity: int | None, members: list[int]) -> Cell:
-        scores = right[members].mean(0)  # (points, images)
+        scores = right[members].mean(0)  # (budgets, images)
         errors = scores.std(1) / np.sqrt(count)
-        used = queries[members].mean((0, 2))
-        rows = zip(points, scores.mean(1).tolist(), errors.tolist(), used.tolist(), strict=True)
-        return Cell(corruption, severity, [Outcome(p.num_active_queries, p.dqs_threshold, *row) for p, *row in rows])
+        means = used[members].mean((0, 2))
+        rows = zip(budgets, scores.mean(1).tolist(), errors.tolist(), means.tolist(), adaptive, strict=True)
+        return Cell(corruption, severity, [Outcome(*row) for row in rows])
 
     cells = [cell(CLEAN, 0, [0])]
     for corruption in [*corruptions, ALL]:
@@ -227,9 +260,9 @@ def measure_robustness(
             cells.append(cell(corruption, severity, [i for i in members if kinds[i][1] == severity]))
         cells.append(cell(corruption, None, members))
     difficulty = [
-        measure_difficulty(point.dqs_threshold, queries[0, number], confidence, right[0, full])
-        for number, point in enumerate(points)
-        if point.dqs_threshold is not None and point.num_active_queries is None
+        measure_difficulty(budget, used[0, number], confidence, right[0, full])
+        for number, budget in enumerate(budgets)
+        if adaptive[number]
     ]
     measured_under = measurement_conditions(
         model.device,
@@ -241,23 +274,22 @@ def measure_robustness(
         corrupted_by="this package" if published is None else "CIFAR-10-C",
         **(conditions or {}),
     )
-    return Robustness(cells, difficulty, measured_under)
+    return Robustness(cells, difficulty, measured_under, config.unit, dict(config.knobs))
 
 
 def _check(
-    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
-    points: list[OperatingPoint],
+    config: ElasticConfig,
+    budgets: list[Budget],
     corruptions: list[str],
     known: list[str],
     severities: list[int],
     batch_size: int,
 ) -> None:
-    for point in points:
-        model.config.operating_point(point.num_active_queries, point.dqs_threshold)
-    if OperatingPoint(model.config.num_queries) not in points:
-        raise ValueError(
-            f"Expected all {model.config.num_queries} queries among the points, got {', '.join(map(str, points))}."
-        )
+    for budget in budgets:
+        config.resolve(**budget.kwargs)
+    if Budget() not in budgets:
+        names = ", ".join(budget.short(config.knobs) for budget in budgets)
+        raise ValueError(f"Expected the full network among the budgets, got {names}.")
     unknown = [c for c in corruptions if c not in known]
     if unknown or not corruptions:
         raise ValueError(f"Expected corruptions among {', '.join(known)}, got {', '.join(unknown) or 'none'}.")

@@ -36,23 +36,23 @@ def robustness_section(result: Robustness, folder: Path) -> str:
         "## Robustness to common corruptions",
         "Accuracy (%), mean over severities; ± is one standard error over images, the corruptions taken as given.",
         accuracy_table(result),
-        "![Accuracy and queries kept against severity](robustness_severity.png)",
-        "![Accuracy and queries kept by corruption](robustness_corruptions.png)",
+        f"![Accuracy and {result.unit} used against severity](robustness_severity.png)",
+        f"![Accuracy and {result.unit} used by corruption](robustness_corruptions.png)",
     ]
     if set(result.corruptions) <= set(CORRUPTIONS):
         plot_contact_sheet(folder / "robustness_corrupted.png")
         parts.insert(1, "![One image under every corruption](robustness_corrupted.png)")
-    if _thresholds(result):
-        parts += ["Mean queries that selection keeps, by corruption (mean over severities).", queries_table(result)]
+    if result.adaptive:
+        parts += [f"Mean {result.unit} used, by corruption (mean over severities).", used_table(result)]
     if result.difficulty:
         plot_difficulty(result, folder / "robustness_difficulty.png")
         parts += [
-            "### Does selection spend more queries on harder images?",
+            f"### Do harder images get more {result.unit}?",
             "On the clean images; harder means that the full network is less sure of its answer, or that the answer is wrong. "
-            "Rank correlations of queries kept are Spearman's, their errors and intervals from a bootstrap over images.",
+            f"Rank correlations of {result.unit} used are Spearman's, their errors and intervals from a bootstrap over images.",
             difficulty_table(result),
-            "![Full network's accuracy and confidence against queries kept](robustness_difficulty.png)",
-            *(bins_table(difficulty) for difficulty in result.difficulty),
+            f"![Full network's accuracy and confidence against {result.unit} used](robustness_difficulty.png)",
+            *(bins_table(result, difficulty) for difficulty in result.difficulty),
         ]
     if "command" in result.conditions:
         parts += ["Measured by", f"    {result.conditions['command']}"]
@@ -60,27 +60,27 @@ def robustness_section(result: Robustness, folder: Path) -> str:
 
 
 def accuracy_table(result: Robustness) -> str:
-    """Accuracy per corruption and operating point, mean over severities, as Markdown."""
+    """Accuracy per corruption and budget, mean over severities, as Markdown."""
     rows = [
         [name, *(f"{100 * o.accuracy:.2f} ± {100 * o.standard_error:.2f}" for o in outcomes)]
         for name, outcomes in _table_rows(result)
     ]
-    return markdown_table(["corruption", *map(str, result.points)], rows)
+    return markdown_table(["corruption", *result.names], rows)
 
 
-def queries_table(result: Robustness) -> str:
-    """Mean queries kept per corruption and threshold, mean over severities, as Markdown."""
-    places = _thresholds(result)
-    rows = [[name, *(f"{outcomes[i].queries_mean:.2f}" for i in places)] for name, outcomes in _table_rows(result)]
-    return markdown_table(["corruption", *(str(result.points[i]) for i in places)], rows)
+def used_table(result: Robustness) -> str:
+    """Mean of what is used per corruption and adaptive budget, mean over severities, as Markdown."""
+    places = result.adaptive
+    rows = [[name, *(f"{outcomes[i].used_mean:.2f}" for i in places)] for name, outcomes in _table_rows(result)]
+    return markdown_table(["corruption", *(result.names[i] for i in places)], rows)
 
 
 def difficulty_rows(result: Robustness) -> list[list[str]]:
-    """Headers and cells: what `Difficulty` has of each threshold."""
-    rows = [["t", "with confidence", "with error", "queries where right", "where wrong"]]
+    """Headers and cells: what `Difficulty` has of each adaptive budget."""
+    rows = [["setting", "with confidence", "with error", f"{result.unit} where right", "where wrong"]]
     for d in result.difficulty:
-        means = ("-" if mean is None else f"{mean:.2f}" for mean in (d.queries_right, d.queries_wrong))
-        rows.append([f"{d.dqs_threshold:g}", str(d.with_confidence), str(d.with_error), *means])
+        means = ("-" if mean is None else f"{mean:.2f}" for mean in (d.used_right, d.used_wrong))
+        rows.append([d.budget.short(result.knobs), str(d.with_confidence), str(d.with_error), *means])
     return rows
 
 
@@ -90,54 +90,54 @@ def difficulty_table(result: Robustness) -> str:
     return markdown_table(headers, rows)
 
 
-def bins_table(difficulty: Difficulty) -> str:
-    """The full network on images by the queries that selection keeps of them, as Markdown."""
+def bins_table(result: Robustness, difficulty: Difficulty) -> str:
+    """The full network on images by what they use, as Markdown."""
     rows = [
         [
-            f"{b.queries_min} to {b.queries_max}",
+            f"{b.used_min} to {b.used_max}",
             f"{b.images:,}",
             f"{100 * b.accuracy:.2f} ± {100 * b.standard_error:.2f}",
             f"{100 * b.confidence:.2f}",
         ]
         for b in difficulty.bins
     ]
-    first = f"queries kept at t = {difficulty.dqs_threshold:g}"
+    first = f"{result.unit} used at {difficulty.budget.short(result.knobs)}"
     return markdown_table([first, "images", "full network's accuracy (%)", "its mean confidence (%)"], rows)
 
 
 def plot_severities(result: Robustness, path: Path) -> None:
-    """Plot accuracy against severity at each operating point, and the queries kept at each t; mean over corruptions."""
-    thresholds = _thresholds(result)
-    figure = Figure(figsize=(11 if thresholds else 6, 4.5), layout="constrained")
-    axes, *others = figure.subplots(1, 2 if thresholds else 1, squeeze=False)[0]
+    """Plot accuracy against severity at each budget, and what is used at each adaptive one; mean over corruptions."""
+    adaptive = result.adaptive
+    figure = Figure(figsize=(11 if adaptive else 6, 4.5), layout="constrained")
+    axes, *others = figure.subplots(1, 2 if adaptive else 1, squeeze=False)[0]
     severities = [0, *result.severities]
     columns = [result.cell(ALL, s) if s else result.cell(CLEAN, 0) for s in severities]
-    for i, point in enumerate(result.points):
+    for i, name in enumerate(result.names):
         axes.errorbar(
             severities,
             [100 * outcomes[i].accuracy for outcomes in columns],
             yerr=[100 * outcomes[i].standard_error for outcomes in columns],
             color=_colours(result)[i],
-            linestyle="-" if point.dqs_threshold is None else "--",
-            marker="o" if point.dqs_threshold is None else "s",
+            linestyle="--" if i in adaptive else "-",
+            marker="s" if i in adaptive else "o",
             markersize=4,
             capsize=2,
-            label=str(point),
+            label=name,
         )
     axes.set_ylabel("accuracy (%)")
     axes.set_title("accuracy, ±1 standard error", fontsize=10)
     for kept in others:
-        for i in thresholds:
+        for i in adaptive:
             kept.plot(
                 severities,
-                [outcomes[i].queries_mean for outcomes in columns],
+                [outcomes[i].used_mean for outcomes in columns],
                 "s--",
                 color=_colours(result)[i],
                 markersize=4,
-                label=str(result.points[i]),
+                label=result.names[i],
             )
-        kept.set_ylabel("mean queries kept")
-        kept.set_title("queries that selection keeps", fontsize=10)
+        kept.set_ylabel(f"mean {result.unit} used")
+        kept.set_title(f"{result.unit} used", fontsize=10)
         kept.set_ylim(bottom=0)
     for one in (axes, *others):
         one.set_xlabel("severity (0: clean)")
@@ -149,48 +149,48 @@ def plot_severities(result: Robustness, path: Path) -> None:
 
 
 def plot_corruptions(result: Robustness, path: Path) -> None:
-    """Plot accuracy by corruption and operating point, and how many queries more or fewer than on clean images are kept."""
-    thresholds = _thresholds(result)
+    """Plot accuracy by corruption and budget, and how much more or less than on clean images is used."""
+    adaptive = result.adaptive
     names = result.corruptions
     accuracy = np.array([[100 * o.accuracy for o in result.cell(name, None)] for name in names])
-    kept = np.array([[o.queries_mean for o in result.cell(name, None)] for name in names])
-    change = (kept - [o.queries_mean for o in result.cell(CLEAN, 0)])[:, thresholds]
-    size = (3.2 + 0.8 * (len(result.points) + len(thresholds)), 1.8 + 0.3 * len(names))
+    kept = np.array([[o.used_mean for o in result.cell(name, None)] for name in names])
+    change = (kept - [o.used_mean for o in result.cell(CLEAN, 0)])[:, adaptive]
+    size = (3.2 + 0.8 * (len(result.budgets) + len(adaptive)), 1.8 + 0.3 * len(names))
     figure = Figure(figsize=size, layout="constrained")
-    ratios = [len(result.points), *([len(thresholds)] if thresholds else [])]
+    ratios = [len(result.budgets), *([len(adaptive)] if adaptive else [])]
     axes = figure.subplots(1, len(ratios), sharey=True, squeeze=False, gridspec_kw={"width_ratios": ratios})[0]
     # The scales go on beyond the values, so that black digits can be read on the colours.
     low, high = float(accuracy.min()), float(accuracy.max())
     reach = (low, high + 0.6 * (high - low) + 1)
-    _heat_map(axes[0], accuracy, ".1f", "YlGn", reach, [str(p) for p in result.points])
+    _heat_map(axes[0], accuracy, ".1f", "YlGn", reach, result.names)
     axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes[0].set_title("accuracy (%)", fontsize=10)
-    if thresholds:
+    if adaptive:
         most = 1.6 * max(float(np.abs(change).max()), 1e-9)
-        _heat_map(axes[1], change, "+.1f", "RdBu_r", (-most, most), [str(result.points[i]) for i in thresholds])
-        axes[1].set_title("queries kept, less those on clean images", fontsize=10)
+        _heat_map(axes[1], change, "+.1f", "RdBu_r", (-most, most), [result.names[i] for i in adaptive])
+        axes[1].set_title(f"{result.unit} used, less those on clean images", fontsize=10)
     figure.suptitle(f"{_name(result)}, mean over {severities_in_words(result)}", fontsize=10)
     save_figure(figure, path)
 
 
 def plot_difficulty(result: Robustness, path: Path) -> None:
-    """Plot the full network's accuracy and confidence against the queries that selection keeps, one panel for each t."""
+    """Plot the full network's accuracy and confidence against what images use, one panel for each adaptive budget."""
     figure = Figure(figsize=(1 + 3.4 * len(result.difficulty), 4), layout="constrained")
     panels = figure.subplots(1, len(result.difficulty), sharey=True, squeeze=False)[0]
     for axes, difficulty in zip(panels, result.difficulty, strict=True):
-        x = [b.queries_mean for b in difficulty.bins]
-        spread = [[a - b.queries_min for a, b in zip(x, difficulty.bins, strict=True)]]
-        spread.append([b.queries_max - a for a, b in zip(x, difficulty.bins, strict=True)])
+        x = [b.used_mean for b in difficulty.bins]
+        spread = [[a - b.used_min for a, b in zip(x, difficulty.bins, strict=True)]]
+        spread.append([b.used_max - a for a, b in zip(x, difficulty.bins, strict=True)])
         accuracy = [100 * b.accuracy for b in difficulty.bins]
         errors = [100 * b.standard_error for b in difficulty.bins]
         axes.errorbar(x, accuracy, errors, spread, "o-", capsize=2, elinewidth=0.8, label="accuracy")
         axes.plot(x, [100 * b.confidence for b in difficulty.bins], "s--", label="mean confidence")
         axes.set_title(
-            f"t = {difficulty.dqs_threshold:g}; rank correlation of queries\n"
+            f"{difficulty.budget.short(result.knobs)}; rank correlation of {result.unit}\n"
             f"with confidence {_short(difficulty.with_confidence.value)}, with error {_short(difficulty.with_error.value)}",
             fontsize=9,
         )
-        axes.set_xlabel("queries kept (mean and range of the bin)")
+        axes.set_xlabel(f"{result.unit} used (mean and range of the bin)")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("full network (%)")
     panels[0].legend(fontsize=8)
@@ -223,13 +223,8 @@ def _table_rows(result: Robustness) -> list[tuple[str, list[Outcome]]]:
     return [*rows, ("**all, mean**", result.cell(ALL, None))]
 
 
-def _thresholds(result: Robustness) -> list[int]:
-    """The places of the points that select."""
-    return [i for i, point in enumerate(result.points) if point.dqs_threshold is not None]
-
-
 def _colours(result: Robustness) -> list[str]:
-    return [f"C{i % 10}" for i in range(len(result.points))]
+    return [f"C{i % 10}" for i in range(len(result.budgets))]
 
 
 def _heat_map(axes, values: np.ndarray, form: str, colours: str, reach: tuple[float, float], labels: list[str]) -> None:

@@ -1,15 +1,16 @@
 """A checkpoint as one graph, for runtimes other than PyTorch: ONNX, torch.export; and as timm's own folder.
 
-The graph slices: K active queries are the first K rows of the learned queries, so everything after them has K rows, and a
+A graph is of one budget, which is fixed in it, unless the family has a graph whose knobs are inputs: `as_graph` of the model.
+
+The Visual Perceiver has. Its graph slices: K active queries are the first K rows of the learned queries, so everything after them has K rows, and a
 smaller K is less work, as in PyTorch. A mask over all Q would give the same logits at the full price. Which queries
 Dynamic Query Selection drops differs from image to image, which no tensor with a batch dimension can follow; there the graph
 masks: dropped queries are computed and nobody reads them. Selection then changes the answer as it does in PyTorch, and saves
 nothing.
 
-A graph has no default arguments and raises no errors: t = 1 keeps all queries, and K outside [1, Q] is the nearest of the two.
+That graph has no default arguments and raises no errors: t = 1 keeps all queries, and K outside [1, Q] is the nearest of the two.
 """
 
-import copy
 import json
 import logging
 import os
@@ -22,74 +23,27 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn import functional as F
 
 from hf_visual_perceiver.export.check import check_export, check_quantised
 from hf_visual_perceiver.export.runtime import METADATA_KEY, OnnxClassifier, ProgramClassifier, TimmClassifier
-from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
-from hf_visual_perceiver.modeling.query_selection import cosine_similarities, keep_dissimilar
-from hf_visual_perceiver.modeling.timm_visual_perceiver import checkpoint_filter_fn
+from hf_visual_perceiver.modeling import Budget
+from hf_visual_perceiver.modeling.elastic import GraphPlan
 from hf_visual_perceiver.utils.extras import require_extra
 from hf_visual_perceiver.utils.files import check_writable, folder_written_aside, write_json, written_aside
 
 
-INPUTS = ("pixel_values", "dqs_threshold", "num_active_queries")
-OUTPUTS = ("logits", "active_queries")
+PIXELS = "pixel_values"
 
 
-class GraphClassifier(nn.Module):
-    """A classifier whose knobs are tensors, so that a graph can have them as inputs.
-
-    Args:
-        model: The classifier; a copy of it is kept, in float32 and on the CPU.
-        num_active_queries: K of a graph that has no such input.
-    """
-
-    def __init__(self, model: VisualPerceiverForImageClassification, num_active_queries: int | None = None):
-        super().__init__()
-        self.model = copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
-        # Fused attention cannot be exported with a dynamic number of queries before torch 2.15.
-        self.model.set_attn_implementation("eager")
-        self.num_active_queries = num_active_queries
-
-    def forward(
-        self, pixel_values: torch.Tensor, dqs_threshold: torch.Tensor, num_active_queries: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, labels) and the active queries (B, Q) bool.
-
-        Args:
-            pixel_values: (B, C, H, W), normalised.
-            dqs_threshold: A float32 scalar; 1 keeps all.
-            num_active_queries: An int64 scalar, unless K is fixed.
-        """
-        parts, Q = self.model.visual_perceiver, self.model.config.num_queries
-        K: Any = self.num_active_queries
-        if num_active_queries is not None:
-            K = num_active_queries.clamp(1, Q).item()
-            torch._check(K >= 1)
-            torch._check(K <= Q)
-        if num_active_queries is None or self.model.config.num_levels == 1:
-            y = parts.read(pixel_values, K)  # (B, K, D)
-        else:  # how many levels K asks for is not a fixed piece of graph, so all are computed
-            y = parts.read(pixel_values, Q)[:, :K]
-        too_similar = cosine_similarities(y) > dqs_threshold  # (B, K, K)
-        # To Q, so that the rule is a fixed piece of graph; what is not there is similar to nothing.
-        keep = keep_dissimilar(F.pad(too_similar, (0, Q - K, 0, Q - K)), self.model.config.dqs_reference)[:, :K]
-        active = parts.process(parts.keep_queries(y, keep, masked=True))
-        return self.model.head(parts.decode(active)), parts.active_queries(active)
-
-
-def trace(
-    model: VisualPerceiverForImageClassification, num_active_queries: int | None = None
-) -> torch.export.ExportedProgram:
-    """The classifier as a graph with a dynamic batch, and K as an input unless it is fixed.
+def trace(model: Any, budget: Budget | None = None) -> torch.export.ExportedProgram:
+    """The classifier as a graph with a dynamic batch.
 
     Args:
         model: The classifier.
-        num_active_queries: K of a graph that is as small as K; None makes K an input.
+        budget: What is fixed in the graph; None leaves as inputs what can be.
 
     Raises:
-        ValueError: If K is out of range.
+        ValueError: If a graph cannot have the budget.
 
     Example:
         >>> from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification
@@ -99,33 +53,29 @@ def trace(
         >>> logits.shape, active.sum(1)
         (torch.Size([3, 10]), tensor([8, 8, 8]))
     """
-    config = model.config
-    if num_active_queries is not None:
-        num_active_queries, _ = config.operating_point(num_active_queries)
+    return trace_plan(model.as_graph(budget), model.config)
+
+
+def trace_plan(plan: GraphPlan, config: Any) -> torch.export.ExportedProgram:
+    """`trace`, of what `as_graph` gives."""
     pixels = torch.zeros(2, config.num_channels, *config.image_height_width)
-    inputs: tuple[torch.Tensor, ...] = (pixels, torch.tensor(1.0))
-    if num_active_queries is None:
-        inputs = (*inputs, torch.tensor(config.num_queries))
     batch = {0: torch.export.Dim("batch", min=1)}
     with torch.no_grad():
         return torch.export.export(
-            GraphClassifier(model, num_active_queries),
-            inputs,
-            dynamic_shapes=dict(zip(INPUTS, (batch, *([None] * (len(inputs) - 1))), strict=False)),
+            plan.module, (pixels, *plan.inputs.values()), dynamic_shapes=(batch, *([None] * len(plan.inputs)))
         )
 
 
-def metadata(config: VisualPerceiverConfig, num_active_queries: int | None, precision: str) -> dict[str, Any]:
-    """What a caller of the graph has to know, as plain values: preparation of images, labels, ranges of the inputs.
+def metadata(config: Any, plan: GraphPlan, precision: str) -> dict[str, Any]:
+    """What a caller of the graph has to know, as plain values: preparation of images, labels, inputs.
 
     Args:
         config: The checkpoint's.
-        num_active_queries: K, if it is fixed in the graph.
+        plan: Of the graph.
         precision: `"float32"` or `"int8"`.
     """
     height, width = config.image_height_width
     cfg = config.timm_pretrained_cfg
-    K, t = config.operating_point(num_active_queries)
     fields = config.to_dict()
     fields.pop("_name_or_path", None)  # a folder of the machine that exports
     return {
@@ -135,21 +85,19 @@ def metadata(config: VisualPerceiverConfig, num_active_queries: int | None, prec
         "mean": list(cfg["mean"]),
         "std": list(cfg["std"]),
         "interpolation": cfg["interpolation"],
-        "num_queries": config.num_queries,
-        "num_active_queries": None if num_active_queries is None else K,
-        "default_num_active_queries": K,
-        "default_dqs_threshold": 1.0 if t is None else t,
+        **plan.facts,
+        "fixed": Budget(**plan.fixed).kwargs,
         "precision": precision,
-        "inputs": INPUTS if num_active_queries is None else INPUTS[:-1],
-        "outputs": OUTPUTS,
+        "inputs": [PIXELS, *plan.inputs],
+        "outputs": list(plan.outputs),
         "config": fields,
     }
 
 
 def export_onnx(
-    model: VisualPerceiverForImageClassification,
+    model: Any,
     path: str | Path,
-    num_active_queries: int | None = None,
+    budget: Budget | None = None,
     int8: bool = False,
 ) -> float:
     """Write an ONNX file with its metadata inside, compared with the model in ONNX Runtime before it takes its name.
@@ -157,14 +105,14 @@ def export_onnx(
     Args:
         model: The classifier.
         path: The file to write.
-        num_active_queries: K of a graph that is as small as K; None makes K an input.
+        budget: What is fixed in the graph; None leaves as inputs what can be.
         int8: Quantise the weights of the linears, and their inputs as they come ("dynamic quantisation").
 
     Returns:
         The largest difference of a logit from PyTorch's; with `int8` the mean difference relative to their deviation.
 
     Raises:
-        ValueError: If K is out of range, the file cannot be written or its answers are wrong.
+        ValueError: If a graph cannot have the budget, the file cannot be written or its answers are wrong.
         ImportError: If a package of the extra `export` is missing.
     """
     require_extra("export")
@@ -173,12 +121,13 @@ def export_onnx(
     check_size(model)
     import onnx
 
+    plan = model.as_graph(budget)
     with quiet():
         graph = torch.onnx.export(
-            trace(model, num_active_queries),
+            trace_plan(plan, model.config),
             dynamo=True,
-            input_names=INPUTS if num_active_queries is None else INPUTS[:-1],
-            output_names=OUTPUTS,
+            input_names=[PIXELS, *plan.inputs],
+            output_names=list(plan.outputs),
             verbose=False,
         )
     assert graph is not None
@@ -192,22 +141,22 @@ def export_onnx(
     for field in ("value_info", "metadata_props"):
         proto.graph.ClearField(field)
     proto.ClearField("metadata_props")
-    proto.doc_string = "Visual Perceiver: an image classifier whose compute is an input."
+    proto.doc_string = f"{model.config.title}: an image classifier."
 
     def save(target: Path, precision: str) -> None:
-        facts = metadata(model.config, num_active_queries, precision)
+        facts = metadata(model.config, plan, precision)
         onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(facts)})
         onnx.save(proto, target)
 
     with written_aside(path) as aside:
         save(aside, "float32")
-        difference = check_export(OnnxClassifier(aside), model, num_active_queries)
+        difference = check_export(OnnxClassifier(aside), model, plan.fixed)
         if int8:
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
                 whole = Path(folder) / "float32.onnx"
                 save(whole, "int8")
                 quantise(whole, aside)
-            difference = check_quantised(OnnxClassifier(aside), model, num_active_queries)
+            difference = check_quantised(OnnxClassifier(aside), model, plan.fixed)
     return difference
 
 
@@ -226,35 +175,34 @@ def quantise(source: Path, target: Path) -> None:
         )
 
 
-def export_program(
-    model: VisualPerceiverForImageClassification, path: str | Path, num_active_queries: int | None = None
-) -> float:
+def export_program(model: Any, path: str | Path, budget: Budget | None = None) -> float:
     """Write a file for `torch.export.load`, compared with the model before it takes its name.
 
     Args:
         model: The classifier.
         path: The file to write.
-        num_active_queries: K of a graph that is as small as K; None makes K an input.
+        budget: What is fixed in the graph; None leaves as inputs what can be.
 
     Returns:
         The largest difference of a logit.
 
     Raises:
-        ValueError: If K is out of range, the file cannot be written or its answers are wrong.
+        ValueError: If a graph cannot have the budget, the file cannot be written or its answers are wrong.
     """
     path = Path(path)
     check_output(path)
-    program = trace(model, num_active_queries)
+    plan = model.as_graph(budget)
+    program = trace_plan(plan, model.config)
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # paths of this machine
-    facts = metadata(model.config, num_active_queries, "float32")
+    facts = metadata(model.config, plan, "float32")
     with written_aside(path) as aside:
         torch.export.save(program, aside, extra_files={METADATA_KEY: json.dumps(facts)})
-        return check_export(ProgramClassifier(aside), model, num_active_queries)
+        return check_export(ProgramClassifier(aside), model, plan.fixed)
 
 
-def export_timm(model: VisualPerceiverForImageClassification, folder: str | Path) -> float:
+def export_timm(model: Any, folder: str | Path) -> float:
     """Write a folder as timm writes them: weights by timm's names in safetensors, and timm's fields in config.json.
 
     Args:
@@ -274,11 +222,12 @@ def export_timm(model: VisualPerceiverForImageClassification, folder: str | Path
     config = {
         key: fields[key] for key in ("architecture", "num_classes", "num_features", "model_args", "pretrained_cfg")
     }
-    state = {key: value.float().cpu().contiguous() for key, value in model.state_dict().items()}
+    prefix = f"{model.base_model_prefix}."  # which timm's names do not have
+    state = {key.removeprefix(prefix): value.float().cpu().contiguous() for key, value in model.state_dict().items()}
     with folder_written_aside(folder) as aside:
         write_json(aside / "config.json", config)
-        save_file(checkpoint_filter_fn(state, model), aside / "model.safetensors", metadata={"format": "pt"})
-        return check_export(TimmClassifier(aside), model, None)
+        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
+        return check_export(TimmClassifier(aside), model)
 
 
 def check_output(path: Path) -> None:

@@ -1,7 +1,9 @@
-"""Exported files, called as the model is: `classifier(pixel_values, num_active_queries=K, dqs_threshold=t)`."""
+"""Exported files, called as the model is: `classifier(pixel_values, **knobs)`."""
 
 import json
 import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,14 +11,36 @@ import numpy as np
 import timm
 import torch
 
-from hf_visual_perceiver.modeling import VisualPerceiverConfig
-from hf_visual_perceiver.modeling.modeling_visual_perceiver import (
-    VisualPerceiverImageClassifierOutput,
-    check_pixel_values,
-)
+from hf_visual_perceiver.inference.loading import config_from_dict
+from hf_visual_perceiver.modeling import Budget
+from hf_visual_perceiver.modeling.elastic import check_pixel_values
 
 
 METADATA_KEY = "visual_perceiver"  # of the JSON in an ONNX file's metadata, and in a torch.export archive
+
+
+@dataclass(frozen=True)
+class ExportedOutput:
+    """What an exported classifier returns.
+
+    Attributes:
+        logits: (B, labels).
+        records: What the graph returns beside them, by name; attributes too.
+    """
+
+    logits: torch.Tensor
+    records: dict[str, torch.Tensor]
+
+    @property
+    def used(self) -> torch.Tensor:
+        """(B,) what each image used."""
+        record = next(iter(self.records.values()))
+        return record if record.ndim == 1 else record.sum(1)
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        if name != "records" and name in self.records:
+            return self.records[name]
+        raise AttributeError(name)
 
 
 class ExportedClassifier:
@@ -24,7 +48,9 @@ class ExportedClassifier:
 
     Attributes:
         config: The checkpoint's.
-        num_active_queries: K, if it is fixed in the graph.
+        fixed: Knobs that are fixed in the graph, and their values.
+        inputs: Names of the knobs that are inputs of the graph.
+        outputs: Names of the graph's outputs, the logits first.
         precision: `"float32"` or `"int8"`.
         device: Where the images have to be.
         dtype: Dtype of the images.
@@ -37,8 +63,12 @@ class ExportedClassifier:
     def __init__(self, path: Path, facts: str | None):
         try:
             values = json.loads(facts or "")
-            self.config: VisualPerceiverConfig = VisualPerceiverConfig.from_dict(values["config"])
-            self.num_active_queries: int | None = values["num_active_queries"]
+            self.config = config_from_dict(values["config"], str(path))
+            self.inputs: list[str] = list(values["inputs"][1:])
+            self.outputs: list[str] = list(values["outputs"])
+            # Earlier versions wrote the one knob that could be fixed.
+            former = {"num_active_queries": values.get("num_active_queries")}
+            self.fixed: dict[str, Any] = Budget(**values.get("fixed", former)).kwargs
             self.precision: str = values["precision"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -46,25 +76,24 @@ class ExportedClassifier:
             ) from error
 
     @torch.inference_mode()
-    def __call__(
-        self, pixel_values: torch.Tensor, num_active_queries: int | None = None, dqs_threshold: float | None = None
-    ) -> VisualPerceiverImageClassifierOutput:
-        """Classify images, as `VisualPerceiverForImageClassification` does; None is the checkpoint's own setting.
+    def __call__(self, pixel_values: torch.Tensor, **knobs: Any) -> ExportedOutput:
+        """Classify images, as the model does; a knob that is not given, or None, is the checkpoint's own setting.
 
         Raises:
-            ValueError: If the images, K or the threshold are not as described there, or K is fixed to another number.
+            ValueError: If the images or a knob are not as the model takes them, or a knob is fixed to another value.
         """
-        fixed = self.num_active_queries
-        K, t = self.config.operating_point(fixed if num_active_queries is None else num_active_queries, dqs_threshold)
-        if fixed is not None and fixed != K:
-            raise ValueError(f"Expected `num_active_queries` to be {fixed}, which is fixed in the graph, got {K}.")
+        given = {name: value for name, value in knobs.items() if value is not None}
+        resolved = self.config.resolve(**{**self.config.default_budget.kwargs, **self.fixed, **given})
+        for name, value in self.config.resolve(**self.fixed).items():
+            if name not in self.inputs and resolved[name] != value:
+                raise ValueError(f"Expected `{name}` to be {value}, which is fixed in the graph, got {resolved[name]}.")
         check_pixel_values(pixel_values, self.config, advice="export a model loaded with `image_size=...`")
-        # Cosines end at 1: nothing is above.
-        logits, active = self.run(pixel_values, 1.0 if t is None else t, K if fixed is None else None)
-        return VisualPerceiverImageClassifierOutput(logits=logits, active_queries=active)
+        values = self.run(pixel_values, {name: resolved[name] for name in self.inputs})
+        logits, *records = (torch.as_tensor(value) for value in values)
+        return ExportedOutput(logits, dict(zip(self.outputs[1:], records, strict=True)))
 
-    def run(self, pixel_values: torch.Tensor, t: float, K: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and active queries; K is None where it is fixed."""
+    def run(self, pixel_values: torch.Tensor, knobs: dict[str, Any]) -> Sequence[Any]:
+        """The graph's outputs, given the knobs that are its inputs."""
         raise NotImplementedError
 
 
@@ -94,15 +123,18 @@ class OnnxClassifier(ExportedClassifier):
             raise ValueError(f"Cannot read {path} as an ONNX file: {str(error).splitlines()[0]}") from error
         super().__init__(Path(path), self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
 
-    def run(self, pixel_values: torch.Tensor, t: float, K: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, active = self.session.run(None, numpy_inputs(pixel_values, t, K))
-        return torch.from_numpy(logits), torch.from_numpy(active)
+    def run(self, pixel_values: torch.Tensor, knobs: dict[str, Any]) -> Sequence[Any]:
+        return self.session.run(None, numpy_inputs(pixel_values, knobs))
 
 
-def numpy_inputs(pixel_values: torch.Tensor, t: float, K: int | None) -> dict[str, np.ndarray]:
+def numpy_inputs(pixel_values: torch.Tensor, knobs: dict[str, Any]) -> dict[str, np.ndarray]:
     """The inputs of an ONNX graph."""
-    inputs = {"pixel_values": pixel_values.numpy(), "dqs_threshold": np.asarray(t, np.float32)}
-    return inputs if K is None else {**inputs, "num_active_queries": np.asarray(K, np.int64)}
+    return {"pixel_values": pixel_values.numpy(), **{name: _tensor(value).numpy() for name, value in knobs.items()}}
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    """Fractions in float32, also those that are whole."""
+    return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
 
 
 class ProgramClassifier(ExportedClassifier):
@@ -128,25 +160,19 @@ class ProgramClassifier(ExportedClassifier):
         super().__init__(Path(path), files[METADATA_KEY])
         self.module = program.module()
 
-    def run(self, pixel_values: torch.Tensor, t: float, K: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        knobs: list[Any] = [torch.tensor(t)] if K is None else [torch.tensor(t), torch.tensor(K)]
-        return self.module(pixel_values, *knobs)
+    def run(self, pixel_values: torch.Tensor, knobs: dict[str, Any]) -> Sequence[Any]:
+        return self.module(pixel_values, *map(_tensor, knobs.values()))
 
 
 class TimmClassifier:
     """A folder in timm."""
 
-    num_active_queries: ClassVar[int | None] = None
-
     def __init__(self, folder: str | Path):
         self.model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        self.config = self.model.config
 
     @torch.inference_mode()
-    def __call__(
-        self, pixel_values: torch.Tensor, num_active_queries: int, dqs_threshold: float
-    ) -> VisualPerceiverImageClassifierOutput:
-        return VisualPerceiverImageClassifierOutput(logits=self.model(pixel_values, num_active_queries, dqs_threshold))
+    def __call__(self, pixel_values: torch.Tensor, **knobs: Any) -> ExportedOutput:
+        return ExportedOutput(self.model(pixel_values, **knobs), {})
 
 
 def load_exported(path: str | Path) -> ExportedClassifier:

@@ -13,7 +13,7 @@ from hf_visual_perceiver.evaluation.evaluate import Evaluation, read_evaluation
 from hf_visual_perceiver.evaluation.plots import plot_tradeoff
 from hf_visual_perceiver.evaluation.robustness import ALL, CLEAN, Robustness, read_robustness
 from hf_visual_perceiver.inference.loading import load_config
-from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
+from hf_visual_perceiver.modeling import FAMILIES, Budget
 from hf_visual_perceiver.utils.bundled import SAMPLE, shipped
 from hf_visual_perceiver.utils.conditions import conditions_line
 from hf_visual_perceiver.utils.files import read_json, write_json, write_text
@@ -24,11 +24,11 @@ PICTURE = "tradeoff.png"
 CLASSES = 10  # of a card's table, the worst
 
 
-def write_card(folder: Path, model: VisualPerceiverForImageClassification, evaluation: Evaluation) -> Path:
+def write_card(folder: Path, model: Any, evaluation: Evaluation) -> Path:
     """Write README.md, tradeoff.png and evaluation.json into a checkpoint's folder.
 
     Args:
-        folder: Of the checkpoint; training.json in it says how it was trained, robustness.json what corruption does to it.
+        folder: The checkpoint's folder; training.json and robustness.json in it are read if they are there.
         model: The checkpoint.
         evaluation: What was measured.
 
@@ -46,7 +46,7 @@ def rewrite_card(folder: Path, output: Path | None = None) -> Path:
     """Write a checkpoint's card from its JSON files alone: config, evaluation, and, if there, training and robustness.
 
     Args:
-        folder: Of the checkpoint.
+        folder: The checkpoint's folder.
         output: The card; None is README.md in the folder, and its plot is then drawn anew too.
 
     Returns:
@@ -69,12 +69,12 @@ def rewrite_card(folder: Path, output: Path | None = None) -> Path:
     return output
 
 
-def render_card(folder: Path, config: VisualPerceiverConfig, evaluation: Evaluation, picture: str = PICTURE) -> str:
+def render_card(folder: Path, config: Any, evaluation: Evaluation, picture: str = PICTURE) -> str:
     """The text of a checkpoint's card.
 
     Args:
-        folder: Of the checkpoint; training.json and robustness.json are read if they are there.
-        config: Of the checkpoint.
+        folder: The checkpoint's folder; training.json and robustness.json are read if they are there.
+        config: The checkpoint's config.
         evaluation: What was measured.
         picture: Where the plot lies, from the card.
 
@@ -88,15 +88,19 @@ def render_card(folder: Path, config: VisualPerceiverConfig, evaluation: Evaluat
     )
     name = folder.resolve().name
     return _template().render(
-        metadata=_metadata(name, evaluation, facts),
+        metadata=_metadata(name, config, evaluation, facts),
         name=name,
         summary=_summary(config, facts),
-        num_queries=config.num_queries,
+        about=config.about,
+        citation=config.citation,
+        unit=config.unit,
+        fast=_arguments(config.budgets()[2 * len(config.budgets()) // 3]),
+        adaptive=_arguments(_middle(config.adaptive_budgets())),
         picture=picture,
         table=evaluation_markdown(evaluation),
         command=evaluation.conditions.get("command", "visual-perceiver evaluate"),
         conditions=conditions_line(evaluation.conditions),
-        errors=_errors(evaluation.confusion, config.num_queries),
+        errors=_errors(evaluation.confusion),
         training="\n".join(f"- {line}" for line in described) or "Not recorded.",
         limits=_limits(config, corrupted),
     )
@@ -106,17 +110,26 @@ def evaluation_markdown(evaluation: Evaluation) -> str:
     """The rows of a sweep as Markdown."""
     rows = []
     for row in evaluation.rows:
-        queries = f"{row.queries_mean:.2f}"
-        if row.dqs_threshold is not None:
-            queries += f" ± {row.queries_std:.2f} ({row.queries_min} to {row.queries_max})"
+        used = f"{row.used_mean:.2f}"
+        if row.used_min != row.used_max:
+            used += f" ± {row.used_std:.2f} ({row.used_min} to {row.used_max})"
         accuracy = f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}"
-        rows.append([str(row.point), queries, f"{row.macs / 1e6:.2f}", accuracy, f"{row.relative_time:.2f}"])
-    headers = ("setting", "queries: mean ± std (min to max)", "MACs (M)", "accuracy (%)", "time")
+        rows.append([evaluation.name(row.budget), used, f"{row.macs / 1e6:.2f}", accuracy, f"{row.relative_time:.2f}"])
+    headers = ("setting", f"{evaluation.unit}: mean ± std (min to max)", "MACs (M)", "accuracy (%)", "time")
     return markdown_table(headers, rows)
 
 
-def _errors(confusion: Confusion | None, num_queries: int) -> str:
-    """Accuracy by class and the most frequent mistakes of all queries, as Markdown."""
+def _middle(budgets: list[Budget]) -> Budget | None:
+    return budgets[len(budgets) // 2] if budgets else None
+
+
+def _arguments(budget: Budget | None) -> str:
+    """As they are written in a call; empty where there is nothing to choose."""
+    return str(budget or "")
+
+
+def _errors(confusion: Confusion | None) -> str:
+    """Accuracy by class and the most frequent mistakes of the full network, as Markdown."""
     if confusion is None:
         return "Accuracy by class, and what is taken for what, were not measured."
     worst = confusion.worst_first()
@@ -128,7 +141,7 @@ def _errors(confusion: Confusion | None, num_queries: int) -> str:
         others = ", ".join(f"{given} ({number})" for _, given, number in confusion.mistakes(label)[:2])
         rows.append([label, others, f"{images}", f"{100 * accuracy:.1f} ± {100 * error:.1f}"])
     table = markdown_table(["class", "most often taken for", "images", "accuracy (%)"], rows, left=2)
-    return f"All {num_queries} queries, {chosen}:\n\n{table}\n\n{confusion.sentence()}"
+    return f"The full network, {chosen}:\n\n{table}\n\n{confusion.sentence()}"
 
 
 def _template() -> jinja2.Template:
@@ -136,7 +149,7 @@ def _template() -> jinja2.Template:
     return environment.from_string(shipped("model_cards/template.md").read_text())
 
 
-def _metadata(name: str, evaluation: Evaluation, facts: dict[str, Any]) -> str:
+def _metadata(name: str, config: Any, evaluation: Evaluation, facts: dict[str, Any]) -> str:
     """The YAML that the Hub reads."""
     c = evaluation.conditions
     results = [
@@ -146,7 +159,7 @@ def _metadata(name: str, evaluation: Evaluation, facts: dict[str, Any]) -> str:
             dataset_name=f"{c['dataset']} ({c['split']}, {c['images']} images)",
             dataset_split=c["split"],
             metric_type="accuracy",
-            metric_name=f"accuracy at {row.point}",
+            metric_name=f"accuracy at {evaluation.name(row.budget)}",
             metric_value=round(row.accuracy, 4),
         )
         for row in evaluation.rows
@@ -156,7 +169,7 @@ def _metadata(name: str, evaluation: Evaluation, facts: dict[str, Any]) -> str:
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=["timm", "vision", "perceiver", "adaptive-computation", "dynamic-query-selection"],
+        tags=["timm", "vision", "adaptive-computation", config.model_type.replace("_", "-")],
         datasets=[facts["recipe"]["dataset"]] if facts else None,
         metrics=["accuracy"],
         eval_results=results,
@@ -164,13 +177,13 @@ def _metadata(name: str, evaluation: Evaluation, facts: dict[str, Any]) -> str:
     return data.to_yaml()
 
 
-def _summary(config: VisualPerceiverConfig, facts: dict[str, Any]) -> str:
+def _summary(config: Any, facts: dict[str, Any]) -> str:
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in VisualPerceiverForImageClassification(config).parameters()) / 1e6
+        parameters = sum(p.numel() for p in FAMILIES[config.model_type].classifier(config).parameters()) / 1e6
+    named = ", ".join(filter(None, (getattr(config, "architecture", ""), f"{parameters:.2f} M parameters")))
     height, width = config.image_height_width
     return (
-        f"A Visual Perceiver ({config.architecture}, {parameters:.2f} M parameters: {config.num_hidden_layers} blocks of width "
-        f"{config.hidden_size}) that classifies {height}x{width} images into {config.num_labels} classes"
+        f"{config.title} ({named}{': ' if config.summary else ''}{config.summary}): a network that classifies {height}x{width} images into {config.num_labels} classes"
         + (f", trained on {facts['recipe']['dataset']}." if facts else ".")
     )
 
@@ -191,7 +204,7 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
         ),
         f"Recipe: {facts['recipe_name']} (recipe.yaml in the checkpoint's folder), {recipe['steps']:,} steps of "
         f"{recipe['batch_size']} images{'' if epochs is None else f' ({epochs:.1f} epochs)'}, "
-        f"K by the schedule {recipe['queries']['schedule']}"
+        f"budgets by the schedule {recipe['queries']['schedule']}"
         + (f", {teacher['distillation']} distillation from {_run_name(teacher['model'])}." if teacher else "."),
         f"Seed: {recipe['seed']}, one run; what another seed would give was not measured.",
         f"Hardware: {c['hardware']}, {facts['processes']} process(es)"
@@ -204,9 +217,14 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
     if recipe.get("initial_model"):
         lines.insert(1, f"Began with: the weights of {_run_name(recipe['initial_model'])}{_earlier_stage(facts)}.")
     if facts["validation_accuracy"]:
-        accuracies = ", ".join(f"{100 * a:.2f} % (K = {k})" for k, a in facts["validation_accuracy"].items())
+        accuracies = ", ".join(f"{100 * a:.2f} % ({_budget_name(k)})" for k, a in facts["validation_accuracy"].items())
         lines.append(f"Validation accuracy at the end: {accuracies}.")
     return lines
+
+
+def _budget_name(name: str) -> str:
+    """Earlier versions wrote K."""
+    return f"K={name}" if name.isdigit() else name
 
 
 def _run_name(model: str) -> str:
@@ -222,26 +240,26 @@ def _earlier_stage(facts: dict[str, Any]) -> str:
         return ""
     recipe, seed = earlier["recipe"], earlier["recipe"]["seed"]
     return (
-        f", trained by {earlier['recipe_name']}: {recipe['steps']:,} steps of {recipe['batch_size']} images, K by the schedule "
+        f", trained by {earlier['recipe_name']}: {recipe['steps']:,} steps of {recipe['batch_size']} images, budgets by the schedule "
         f"{recipe['queries']['schedule']}, seed {seed}, {earlier['training_hours']:.2f} hours on {earlier['conditions']['hardware']}"
         + (f" (itself begun with {_run_name(recipe['initial_model'])})" if recipe.get("initial_model") else "")
     )
 
 
-def _limits(config: VisualPerceiverConfig, corrupted: Robustness | None) -> str:
+def _limits(config: Any, corrupted: Robustness | None) -> str:
     height, width = config.image_height_width
     robustness = "Robustness to corrupted or shifted images was not measured."
     if corrupted:
         clean, mean = (
-            next(o for o in corrupted.cell(*place) if o.point == corrupted.full) for place in ((CLEAN, 0), (ALL, None))
+            next(o for o in corrupted.cell(*place) if o.budget == corrupted.full) for place in ((CLEAN, 0), (ALL, None))
         )
         robustness = (
-            f"Under {len(corrupted.corruptions)} corruptions (robustness.json) its mean accuracy at {corrupted.full} is "
+            f"Under {len(corrupted.corruptions)} corruptions (robustness.json) its mean accuracy at {corrupted.full.short(corrupted.knobs)} is "
             f"{100 * mean.accuracy:.2f} %, on the same {corrupted.conditions['images']:,} images uncorrupted "
             f"{100 * clean.accuracy:.2f} %; other shifts were not measured."
         )
     return (
         f"The network has seen {height}x{width} images of the training set's classes only, and gives every image one of those "
-        f"labels. Its probabilities are not calibrated. {robustness} At few queries it is much less accurate; read the table "
+        f"labels. Its probabilities are not calibrated. {robustness} At small budgets it is much less accurate; read the table "
         "before you choose."
     )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_visual_perceiver.inference.loading import load_model
-from hf_visual_perceiver.modeling import VisualPerceiverConfig
+from hf_visual_perceiver.modeling import ElasticConfig
 
 
 # A stranger's machine computes in another order, and so may timm; more than rounding is another model.
@@ -68,13 +69,14 @@ def check_folder(folder: Path, timeout: float = 300) -> dict[str, float]:
     return differences
 
 
-def check_points(config: VisualPerceiverConfig) -> list[dict[str, float]]:
-    """Operating points at which to compare: the folder's own, the full network, a few queries, and selection."""
-    some = max(1, config.num_queries // 4)
-    return [{}, {"num_active_queries": config.num_queries}, {"num_active_queries": some}, {"dqs_threshold": 0.8}]
+def check_points(config: ElasticConfig) -> list[dict[str, Any]]:
+    """Arguments at which to compare: the folder's own budget, the full network, a middle one, and an adaptive one."""
+    budgets, adaptive = config.budgets(), config.adaptive_budgets()
+    some = [budgets[len(budgets) // 2], *adaptive[len(adaptive) // 2 :][:1]]
+    return [{}, config.resolve(), *(budget.kwargs for budget in some)]
 
 
-def _logits_of_timm(folder: Path, pixels: torch.Tensor, points: list[dict[str, float]]) -> list[torch.Tensor]:
+def _logits_of_timm(folder: Path, pixels: torch.Tensor, points: list[dict[str, Any]]) -> list[torch.Tensor]:
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
@@ -84,7 +86,7 @@ def _logits_of_timm(folder: Path, pixels: torch.Tensor, points: list[dict[str, f
 
 
 def _logits_without_package(
-    folder: Path, pixels: torch.Tensor, points: list[dict[str, float]], timeout: float
+    folder: Path, pixels: torch.Tensor, points: list[dict[str, Any]], timeout: float
 ) -> list[torch.Tensor]:
     script = Path(__file__).with_name("without_package.py").read_text()
     with tempfile.TemporaryDirectory(prefix="visual-perceiver-check-") as scratch:

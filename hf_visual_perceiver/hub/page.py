@@ -1,12 +1,15 @@
 """A checkpoint's card as the Hub's page shows it: under its id there, with examples, and with ways to run it."""
 
+import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_visual_perceiver.modeling import VisualPerceiverConfig
+from hf_visual_perceiver.modeling import Budget
 
 
 # Pictures in this folder of a checkpoint are the examples of the Hub's widget.
@@ -44,9 +47,7 @@ def read_card(path: Path) -> ModelCard:
     return card
 
 
-def hub_card(
-    card: ModelCard, folder: Path, config: VisualPerceiverConfig, repo_id: str, url: str, space: str | None = None
-) -> str:
+def hub_card(card: ModelCard, folder: Path, config: Any, repo_id: str, url: str, space: str | None = None) -> str:
     """The text of the card for the repository `repo_id`.
 
     In its code the folder's name becomes the repository's, pictures in `examples/` become the widget's examples unless the
@@ -73,8 +74,8 @@ def hub_card(
                 f'("local-dir:{name}", pretrained=True)  # or hf-hub:', f'("hf-hub:{repo_id}", pretrained=True)'
             )
             text = text.replace(f"`{name}` is this folder, or its id on the Hub. ", "")
-    if config.operating_point() != (config.num_queries, None):
-        full = f"full = model(**inputs, num_active_queries={config.num_queries}, dqs_threshold=1).logits"
+    if config.default_budget != Budget():
+        full = f"full = model(**inputs, {_full_arguments(config)}).logits"
         text = text.replace("full = model(**inputs).logits", full)
     text = re.sub(rf"^## {SECTION}\n.*?(?=^## |\Z)", "", text, flags=re.M | re.S)
     section = _section(config, url, space)
@@ -84,33 +85,27 @@ def hub_card(
     return f"---\n{card.data.to_yaml()}\n---\n\n{text.lstrip()}"
 
 
-def describe_point(config: VisualPerceiverConfig) -> str:
-    """The operating point that a config carries, in words.
-
-    Example:
-        >>> describe_point(VisualPerceiverConfig(num_active_queries=16, dqs_threshold=0.8))
-        'the first 16 of 64 queries, less those that selection drops at t = 0.8'
-    """
-    K, t = config.operating_point()
-    queries = f"all {K} queries" if config.num_queries == K else f"the first {K} of {config.num_queries} queries"
-    return queries if t is None else f"{queries}, less those that selection drops at t = {t:g}"
+def _full_arguments(config: Any) -> str:
+    """The arguments that mean the full network, whatever the config stores."""
+    return ", ".join(
+        f"{name}={value!r}" if math.isfinite(value) else f'{name}=float("{value}")'
+        for name, value in config.resolve().items()
+    )
 
 
-def _section(config: VisualPerceiverConfig, url: str, space: str | None) -> str:
+def _section(config: Any, url: str, space: str | None) -> str:
     host = "/".join(url.split("/")[:3])
     shown = (
         f"The Space [{space}]({host}/spaces/{space}) shows this one, with the budget on a slider.\n" if space else ""
     )
-    Q = config.num_queries
-    whole = (
-        ""
-        if config.operating_point() == (Q, None)
-        else f"\n`num_active_queries={Q}, dqs_threshold=1` is the whole network."
-    )
-    parameters = f'{{"num_active_queries": {max(1, Q // 4)}, "dqs_threshold": 0.8}}'
+    whole = "" if config.default_budget == Budget() else f"\n`{_full_arguments(config)}` is the full network."
+    budgets, adaptive = config.budgets(), config.adaptive_budgets()
+    some = {**budgets[2 * len(budgets) // 3].kwargs, **(adaptive[len(adaptive) // 2].kwargs if adaptive else {})}
+    parameters = json.dumps(some)
+    knobs = " and ".join(f"`{name}`" for name in config.knobs.values())
     return f"""## {SECTION}
 
-Unless told otherwise, this model uses {describe_point(config)} (`num_active_queries` and `dqs_threshold` in config.json).{whole}
+Unless told otherwise, this model uses the budget {config.default_budget.short(config.knobs)} ({knobs} in config.json).{whole}
 
 The Hub's hosted widget does not run models that bring their own code, and has no place for a budget.
 {shown}As an Inference Endpoint the model is served by `handler.py`, which takes the budget with each request:
@@ -120,7 +115,7 @@ curl "$ENDPOINT_URL" -H "Authorization: Bearer $HF_TOKEN" -H "Content-Type: appl
   -d '{{"inputs": "AN IMAGE IN BASE64", "parameters": {parameters}}}'
 ```
 
-It answers `[{{"label": ..., "score": ..., "queries_used": ...}}, ...]`."""
+It answers `[{{"label": ..., "score": ..., "{config.unit}_used": ...}}, ...]`."""
 
 
 def _title(path: Path) -> str:

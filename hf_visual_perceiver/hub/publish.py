@@ -14,11 +14,12 @@ from typing import Any, BinaryIO
 from huggingface_hub import HfApi, RepoFile
 from huggingface_hub.utils import validate_repo_id
 
+from hf_visual_perceiver.evaluation.calibration import with_default
 from hf_visual_perceiver.hub.errors import hub_step
 from hf_visual_perceiver.hub.folder_check import check_folder
 from hf_visual_perceiver.hub.page import hub_card, read_card
 from hf_visual_perceiver.inference.loading import load_config
-from hf_visual_perceiver.modeling import VisualPerceiverConfig, handler
+from hf_visual_perceiver.modeling import FAMILIES, handler
 
 
 # Formats that can run code when they are loaded, or that hold weights beside model.safetensors.
@@ -33,7 +34,7 @@ class Plan:
 
     stage: Path
     sizes: dict[str, int]
-    config: VisualPerceiverConfig
+    config: Any
     differences: dict[str, float]  # of logits, by way of loading
 
 
@@ -49,49 +50,26 @@ class Published:
     private: bool
 
 
-def parse_operating_point(text: str) -> dict[str, Any]:
-    """`num_active_queries` and `dqs_threshold` of "k=16", "dqs=0.8" or "k=32,dqs=0.8".
-
-    Example:
-        >>> parse_operating_point("dqs=0.8")
-        {'num_active_queries': None, 'dqs_threshold': 0.8}
-    """
-    point: dict[str, Any] = {"num_active_queries": None, "dqs_threshold": None}
-    kinds = {"k": ("num_active_queries", int), "dqs": ("dqs_threshold", float)}
-    for part in text.lower().split(","):
-        key, _, value = (piece.strip() for piece in part.partition("="))
-        try:
-            name, kind = kinds[key]
-            if point[name] is not None:
-                raise ValueError
-            point[name] = kind(value)
-        except (KeyError, ValueError):
-            raise ValueError(
-                f'Expected an operating point such as "k=16", "dqs=0.8" or "k=32,dqs=0.8", got {text!r}.'
-            ) from None
-    return point
-
-
 def prepare(
     folder: Path,
     repo_id: str,
     stage: Path,
     *,
-    operating_point: str | None = None,
+    budget: str | None = None,
     space: str | None = None,
     endpoint: str = "https://huggingface.co",
     check: Callable[[Path], dict[str, float]] = check_folder,
 ) -> Plan:
     """Lay out what will be uploaded and check it; `folder` is not changed, and nothing leaves this machine.
 
-    The stage links to the folder's files and holds its own config.json (with the operating point), README.md (see
+    The stage links to the folder's files and holds its own config.json (with the budget), README.md (see
     `hub_card`), and, unless the folder has them, handler.py and requirements.txt for Inference Endpoints.
 
     Args:
         folder: A checkpoint.
         repo_id: "namespace/name".
         stage: An empty folder.
-        operating_point: What the published config.json shall carry, see `parse_operating_point`; None leaves it.
+        budget: What the published config.json shall carry, such as "K=16"; None leaves it.
         space: Id of the Space for the card to point to.
         endpoint: Address of the Hub.
         check: Called with the stage; raises a `ValueError` if it does not load everywhere alike.
@@ -108,11 +86,8 @@ def prepare(
     files = list_files(folder)
     card = read_card(folder / "README.md")
     values = json.loads((folder / "config.json").read_text())
-    if operating_point is not None:
-        point = parse_operating_point(operating_point)
-        load_config(str(folder)).operating_point(**point)
-        for section in (values, values.get("model_args", {})):  # transformers' and timm's
-            section.update(point)
+    if budget is not None:
+        values = with_default(values, load_config(str(folder)).parse_budget(budget), str(folder / "config.json"))
     for name in files:
         if name not in ("config.json", "README.md"):
             _link(folder / name, stage / name)
@@ -202,7 +177,7 @@ def upload(
         there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         model = _model_there(api, repo_id, head, there, plan.stage.parent)
     if model is not None:
-        raise ValueError(f"Expected {repo_id} to be new or to hold a Visual Perceiver; the name is taken by {model}.")
+        raise ValueError(f"Expected {repo_id} to be new or to hold one of our models; the name is taken by {model}.")
     gone = [name for name in there if name not in plan.sizes and _is_weights_or_code(name)]
     changed = bool(gone) or any(name not in there or not _same(plan.stage / name, there[name]) for name in plan.sizes)
     tag = tag or _next_tag(tags, None if changed else head)
@@ -245,7 +220,7 @@ def _model_there(api: HfApi, repo_id: str, commit: str, there: dict[str, RepoFil
     path = api.hf_hub_download(repo_id, "config.json", revision=commit, local_dir=scratch / "there")
     config = json.loads(Path(path).read_text())
     kind = str(config.get("model_type") or config.get("architecture"))
-    return None if kind.startswith(VisualPerceiverConfig.model_type) else f"a model of type {kind}"
+    return None if kind.startswith(tuple(FAMILIES)) else f"a model of type {kind}"
 
 
 def _same(path: Path, entry: RepoFile) -> bool:

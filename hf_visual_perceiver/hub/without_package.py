@@ -58,10 +58,13 @@ def main(folder: str, inputs: str, outputs: str) -> None:
     spec.loader.exec_module(handler)
     png = io.BytesIO()
     picture.save(png, "png")
-    request = {"inputs": base64.b64encode(png.getvalue()).decode(), "parameters": {"num_active_queries": 1}}
+    request = {"inputs": base64.b64encode(png.getvalue()).decode(), "parameters": points[2]}
     answer = handler.EndpointHandler(folder)(request)
-    if answer[0]["queries_used"] != 1:
-        raise ValueError(f"Expected handler.py to use one query when asked to, got {answer[0]}.")
+    with torch.no_grad():
+        pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
+        used = int(model(pixels, **points[2]).used[0])
+    if answer[0][f"{model.config.unit}_used"] != used:
+        raise ValueError(f"Expected handler.py to use {used} {model.config.unit} when asked to, got {answer[0]}.")
 
 
 if __name__ == "__main__":

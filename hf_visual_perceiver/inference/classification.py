@@ -7,28 +7,30 @@ import torch
 from PIL import Image
 
 from hf_visual_perceiver.data.image_processor import create_image_processor
-from hf_visual_perceiver.modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling import Budget
 
 
 @torch.inference_mode()
-def classify(
-    model: VisualPerceiverForImageClassification | OptimizedVisualPerceiver,
-    images: Sequence[Image.Image],
-    num_active_queries: int | None,
-    dqs_threshold: float | None,
-    top_k: int,
-) -> list[dict[str, Any]]:
-    """The most probable labels of each image, and what it cost."""
-    names = model.config.label_names
-    pixels = create_image_processor(model.config)(images=list(images), return_tensors="pt")["pixel_values"]
-    K, t = model.config.operating_point(num_active_queries, dqs_threshold)
-    output = model(pixels.to(model.device, model.dtype), num_active_queries=K, dqs_threshold=t)
+def classify(model: Any, images: Sequence[Image.Image], budget: Budget | None, top_k: int) -> list[dict[str, Any]]:
+    """The most probable labels of each image, what it used of the config's `unit`, and what it cost.
+
+    Args:
+        model: In eval mode.
+        images: RGB.
+        budget: None is the model's own.
+        top_k: Labels of each image.
+    """
+    config = model.config
+    names, budget = config.label_names, config.default_budget if budget is None else budget
+    pixels = create_image_processor(config)(images=list(images), return_tensors="pt")["pixel_values"]
+    output = model(pixels.to(model.device, model.dtype), **config.resolve(**budget.kwargs))
     probabilities, labels = output.logits.float().softmax(-1).topk(min(top_k, len(names)))
+    rows = zip(labels, probabilities, output.used.tolist(), config.count_macs(budget, output).tolist(), strict=True)
     return [
         {
             "labels": {names[i]: p for i, p in zip(indices.tolist(), ps.tolist(), strict=True)},
-            "queries_used": used,
-            "macs": count_macs(model.config, used, None if t is None else K),
+            "used": used,
+            "macs": macs,
         }
-        for indices, ps, used in zip(labels, probabilities, output.active_queries.sum(1).tolist(), strict=True)
+        for indices, ps, used, macs in rows
     ]

@@ -1,15 +1,13 @@
 """Checkpoints and devices by name, with errors that say what is wrong."""
 
+from typing import Any
+
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from hf_visual_perceiver.modeling import (
-    OptimizedVisualPerceiver,
-    VisualPerceiverConfig,
-    VisualPerceiverForImageClassification,
-)
+from hf_visual_perceiver.modeling import FAMILIES
 from hf_visual_perceiver.utils.bundled import (  # noqa: F401  (callers load these by name, and may import them from here)
     SAMPLE,
     bundled_checkpoint,
@@ -20,14 +18,21 @@ from hf_visual_perceiver.utils.bundled import (  # noqa: F401  (callers load the
 from hf_visual_perceiver.utils.choices import check_dtype
 
 
-def load_optimized(name: str, device: str = "cpu", dtype: str = "float32") -> OptimizedVisualPerceiver:
-    """Load a classifier in the form that is optimised for CPUs; see `load_model`."""
+def load_optimized(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
+    """Load a classifier in the form that is optimised for CPUs; see `load_model`.
+
+    Raises:
+        ValueError: If the model has no such form, or `load_model` fails.
+    """
     check_dtype(dtype)
     # From the weights as they are, so that what is folded together is rounded once.
-    return load_model(name, device).optimize_for_inference(getattr(torch, dtype))
+    model = load_model(name, device)
+    if not hasattr(model, "optimize_for_inference"):
+        raise ValueError(f"Expected a model with an optimised form, got one of type {model.config.model_type}.")
+    return model.optimize_for_inference(getattr(torch, dtype))
 
 
-def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> VisualPerceiverForImageClassification:
+def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
     """Load a classifier, ready for inference.
 
     Args:
@@ -39,9 +44,9 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Visual
         ValueError: If there is no such checkpoint, it holds another kind of model, or its weights are incomplete.
     """
     check_dtype(dtype)
-    load_config(name)
+    family = FAMILIES[load_config(name).model_type]
     try:
-        model, report = VisualPerceiverForImageClassification.from_pretrained(
+        model, report = family.classifier.from_pretrained(
             # Mismatches are reported below with both shapes.
             name,
             dtype=getattr(torch, dtype),
@@ -65,7 +70,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Visual
     return model.to(device).eval()
 
 
-def load_config(name: str) -> VisualPerceiverConfig:
+def load_config(name: str) -> Any:
     """The config of a folder or Hub id.
 
     Raises:
@@ -75,9 +80,24 @@ def load_config(name: str) -> VisualPerceiverConfig:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask, on a terminal
     except (OSError, ValueError, HFValidationError, HfHubHTTPError, StrictDataclassError) as error:
         raise ValueError(f"Expected a folder or Hub id of a checkpoint, got {name!r}: {_first_line(error)}") from error
-    if not isinstance(config, VisualPerceiverConfig):
-        raise ValueError(f"Expected a model of type visual_perceiver in {name}, got {config.model_type!r}.")
+    check_type(config.model_type, name)
     return config
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> Any:
+    """The config that the values of a config.json mean.
+
+    Raises:
+        ValueError: If they are of another kind of model, or do not fit.
+    """
+    check_type(values.get("model_type"), source)
+    return FAMILIES[values["model_type"]].config.from_dict(values)
+
+
+def check_type(model_type: Any, source: str) -> None:
+    """Raise a `ValueError` unless this is one of our families."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"Expected a model of type {', '.join(FAMILIES)} in {source}, got {model_type!r}.")
 
 
 def choose_device(device: str = "auto") -> str:

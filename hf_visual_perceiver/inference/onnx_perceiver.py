@@ -80,6 +80,8 @@ class OnnxPerceiver:
         ImportError: If onnxruntime is not installed; onnx and onnxscript to export, onnx for `int8`.
     """
 
+    torch_allocates = False  # so that what it takes is not seen where torch's memory is measured
+
     def __init__(
         self,
         parts: Any,

@@ -2,14 +2,15 @@
 
 import math
 import os
-from bisect import bisect_right
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.utils import get_session
 from PIL import Image
 from transformers import ImageClassificationPipeline
+from transformers.modeling_outputs import ModelOutput
 
-from hf_visual_perceiver.modeling import VisualPerceiverConfig, count_macs
+from hf_visual_perceiver.modeling import Budget
 from hf_visual_perceiver.modeling.handler import open_image
 from hf_visual_perceiver.modeling.query_selection import as_number
 
@@ -18,17 +19,16 @@ TASK = "adaptive-image-classification"
 
 
 class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
-    """`image-classification` with three more arguments, of the pipeline or of a call, and one more result.
+    """`image-classification` with more arguments, of the pipeline or of a call, and one more result.
 
-    - `num_active_queries`: K, use the first K queries.
-    - `dqs_threshold`: t, drop per image the queries more similar than this to an earlier one.
-    - `target_macs`: instead of K, a fraction in (0, 1] of the multiply-accumulates that all queries take; the largest K
-      that fits is used.
+    - The knobs of the model, such as `num_active_queries` and `dqs_threshold`.
+    - `target_macs`: instead of a budget, a fraction in (0, 1] of the multiply-accumulates of the full network; the largest
+      budget that fits is used.
 
-    Each answer has, beside `label` and `score`, `queries_used`: how many queries its image used.
+    Each answer has, beside `label` and `score`, how many of its units its image used, such as `queries_used`.
 
     Raises:
-        ValueError: If K and `target_macs` are both given, a value is out of its range, or an image is too large.
+        ValueError: If a budget and `target_macs` are both given, a value is out of its range, or an image is too large.
 
     Example:
         >>> import hf_visual_perceiver
@@ -43,18 +43,11 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
     # The four steps of a pipeline; each task names its own arguments where the base class has `**kwargs`.
 
     def _sanitize_parameters(  # type: ignore[override]
-        self,
-        num_active_queries: int | None = None,
-        dqs_threshold: float | None = None,
-        target_macs: float | None = None,
-        **stock: Any,
+        self, target_macs: float | None = None, **arguments: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess, _, postprocess = super()._sanitize_parameters(**stock)  # a TypeError for what is unknown
-        given = {
-            "num_active_queries": num_active_queries,
-            "dqs_threshold": dqs_threshold,
-            "target_macs": target_macs,
-        }
+        knobs = {name: arguments.pop(name, None) for name in self.model.config.knobs.values()}
+        preprocess, _, postprocess = super()._sanitize_parameters(**arguments)  # a TypeError for what is unknown
+        given = {**knobs, "target_macs": target_macs}
         return preprocess, {name: value for name, value in given.items() if value is not None}, postprocess
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]
@@ -76,59 +69,51 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
                 ) from error
         return super().preprocess(image, timeout=timeout)
 
-    def _forward(  # type: ignore[override]
-        self,
-        model_inputs: Any,
-        num_active_queries: int | None = None,
-        dqs_threshold: float | None = None,
-        target_macs: float | None = None,
-    ) -> Any:
+    def _forward(self, model_inputs: Any, target_macs: float | None = None, **knobs: Any) -> Any:  # type: ignore[override]
         if target_macs is not None:
-            if num_active_queries is not None:
-                raise ValueError(
-                    f"Expected `num_active_queries` or `target_macs`, got both: {num_active_queries} and {target_macs}."
-                )
-            selects = self.model.config.operating_point(None, dqs_threshold)[1] is not None
-            num_active_queries = queries_for_macs(self.model.config, target_macs, selects)
-        return self.model(**model_inputs, num_active_queries=num_active_queries, dqs_threshold=dqs_threshold)
+            config: Any = self.model.config
+            knobs = config.resolve(**budget_for_macs(config, target_macs, knobs).kwargs)
+        output = self.model(**model_inputs, **knobs)
+        return ModelOutput(logits=output.logits, used=output.used)
 
     def postprocess(  # type: ignore[override]
         self, model_outputs: Any, function_to_apply: Any = None, top_k: int | None = 5
     ) -> list[dict[str, Any]]:
-        """Labels and scores as the stock pipeline gives them, with `queries_used` in each."""
-        used = int(model_outputs["active_queries"][0].sum())
+        """Labels and scores as the stock pipeline gives them, with what was used in each."""
+        used = int(model_outputs["used"][0])
         answers = super().postprocess(model_outputs, function_to_apply=function_to_apply, top_k=top_k)
-        return [{**answer, "queries_used": used} for answer in answers]
+        return [{**answer, f"{self.model.config.unit}_used": used} for answer in answers]
 
 
-def queries_for_macs(config: VisualPerceiverConfig, fraction: float, selects: bool = False) -> int:
-    """The largest K whose multiply-accumulates are at most `fraction` of those of all Q queries.
+def budget_for_macs(config: Any, share: float, knobs: Mapping[str, Any] | None = None) -> Budget:
+    """The largest budget whose multiply-accumulates are at most a share of those of the full network.
 
     Args:
         config: Of the model.
-        fraction: In (0, 1].
-        selects: Count what Dynamic Query Selection costs as well. It is counted as if it dropped nothing, so that
-            every image stays below the target; with it, K is below Q even at a fraction of 1.
+        share: In (0, 1].
+        knobs: Further knobs, such as a threshold; by default those of the config's own budget that make it adaptive. What
+            they cost is counted, what they spare is not, so that every image stays below the target.
 
     Raises:
-        ValueError: If the fraction is out of its range, or too small for one query.
+        ValueError: If the share is out of its range, or too small for any budget; or a knob is given that the share sets.
 
     Example:
-        >>> queries_for_macs(VisualPerceiverConfig(num_labels=10), 0.25)
-        15
+        >>> from hf_visual_perceiver import VisualPerceiverConfig
+        >>> budget_for_macs(VisualPerceiverConfig(num_labels=10), 0.25)
+        Budget(num_active_queries=15)
     """
-    fraction = as_number(fraction)
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-        raise ValueError(f"Expected `target_macs` to be in (0, 1], got {fraction!r}.")
-    full = count_macs(config, config.num_queries)
-
-    def share(K: int) -> float:
-        return count_macs(config, K, K if selects else None) / full
-
-    # MACs grow with K.
-    K = bisect_right(range(1, config.num_queries + 1), fraction, key=share)
-    if K == 0:
-        raise ValueError(
-            f"Expected `target_macs` to be at least {math.ceil(1e4 * share(1)) / 1e4}, which one query takes, got {fraction!r}."
-        )
-    return K
+    share = as_number(share)
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise ValueError(f"Expected `target_macs` to be in (0, 1], got {share!r}.")
+    turned = {name for budget in config.ladder() for name in budget.kwargs}
+    given = {name: value for name, value in (knobs or {}).items() if value is not None}
+    if both := turned & given.keys():
+        names = ", ".join(sorted(both))
+        raise ValueError(f"Expected `{names}` or `target_macs`, got both: {given[min(both)]} and {share}.")
+    own = {name: value for name, value in config.default_budget.kwargs.items() if name not in turned}
+    budget = config.budget_for(share, **{**own, **given})
+    least, full = config.count_macs(budget), config.count_macs(Budget())
+    if least > share * full:
+        least_share = math.ceil(1e4 * least / full) / 1e4
+        raise ValueError(f"Expected `target_macs` to be at least {least_share}, which the least costs, got {share!r}.")
+    return budget

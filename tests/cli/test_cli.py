@@ -43,16 +43,19 @@ def test_evaluate(tmp_path):
 
 
 def test_evaluate_at_chosen_points(tmp_path):
-    chosen = ["--num-active-queries", 3, "--num-active-queries", 5, "--num-active-queries", 3, "--dqs-threshold", 0.5]
+    chosen = ["--budget", "K=3, t=0.5", "--budget", "t=0.5,K=5", "--budget", "K=3,t=0.5"]
     result = cli("evaluate", *chosen, "--json", tmp_path / "r.json", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert [(r["num_active_queries"], r["dqs_threshold"]) for r in rows] == [(3, 0.5), (5, 0.5)]
-    assert all(1 <= r["queries_min"] <= r["queries_max"] <= r["num_active_queries"] for r in rows)
+    assert [r["budget"] for r in rows] == [
+        {"num_active_queries": 3, "dqs_threshold": 0.5},
+        {"dqs_threshold": 0.5, "num_active_queries": 5},
+    ]
+    assert all(1 <= r["used_min"] <= r["used_max"] <= r["budget"]["num_active_queries"] for r in rows)
 
 
 def test_fast_gives_the_same_answers(pictures, tmp_path):
-    points = ["--num-active-queries", 5, "--num-active-queries", 64, "--dqs-threshold", 0.8]
+    points = ["--budget", "K=5, t=0.8", "--budget", "t=0.8"]
     rows = []
     for flags in ([], ["--fast"]):
         result = cli("evaluate", *points, *flags, "--json", tmp_path / "r.json")
@@ -60,9 +63,9 @@ def test_fast_gives_the_same_answers(pictures, tmp_path):
         assert ("form optimized" in unwrapped(result.stdout)) == bool(flags)
         rows.append(json.loads((tmp_path / "r.json").read_text())["rows"])
     for one, other in zip(*rows, strict=True):
-        assert one["queries_mean"] == pytest.approx(other["queries_mean"], abs=0.01)  # a tie may fall either way
+        assert one["used_mean"] == pytest.approx(other["used_mean"], abs=0.01)  # a tie may fall either way
         assert one["accuracy"] == pytest.approx(other["accuracy"], abs=0.01)
-    cli("predict", pictures, "--fast", "--dtype", "bfloat16", "--dqs-threshold", 0.8, "--json", tmp_path / "p.json")
+    cli("predict", pictures, "--fast", "--dtype", "bfloat16", "--budget", "t=0.8", "--json", tmp_path / "p.json")
     assert len(json.loads((tmp_path / "p.json").read_text())["images"]) == 5
     refused = cli("evaluate", "--fast", "--write-card")
     assert refused.returncode == 1
@@ -70,14 +73,14 @@ def test_fast_gives_the_same_answers(pictures, tmp_path):
 
 
 def test_predict(pictures, tmp_path):
-    result = cli("predict", pictures, "--num-active-queries", 16, "--json", tmp_path / "r.json")
+    result = cli("predict", pictures, "--budget", "K=16", "--json", tmp_path / "r.json")
     assert result.returncode == 0, result.stderr
     answers = json.loads((tmp_path / "r.json").read_text())["images"]
     assert len(answers) == 5
-    assert {a["queries_used"] for a in answers} == {16}
-    adaptive = cli("predict", *sorted(pictures.iterdir()), "--dqs-threshold", 0.8, "--json", tmp_path / "s.json")
+    assert {a["used"] for a in answers} == {16}
+    adaptive = cli("predict", *sorted(pictures.iterdir()), "--budget", "t=0.8", "--json", tmp_path / "s.json")
     assert adaptive.returncode == 0
-    used = [a["queries_used"] for a in json.loads((tmp_path / "s.json").read_text())["images"]]
+    used = [a["used"] for a in json.loads((tmp_path / "s.json").read_text())["images"]]
     assert len(set(used)) > 1
     for answer in answers:
         assert next(iter(answer["labels"])) in result.stdout
@@ -125,9 +128,9 @@ def test_info(tmp_path):
         (["predict", "{text}"], "Cannot read {text} as an image"),
         (["predict", "{folder}"], "Expected images in {folder}, found none"),
         (["predict", "{folder}/absent.png"], "Cannot read {folder}/absent.png"),
-        (["predict", "{picture}", "--num-active-queries", "0"], "integer in [1, 64], got 0"),
-        (["predict", "{picture}", "--dqs-threshold", "nan"], "finite number of at least -1, got nan"),
-        (["evaluate", "--num-active-queries", "65"], "integer in [1, 64], got 65"),
+        (["predict", "{picture}", "--budget", "K=0"], "integer in [1, 64], got 0"),
+        (["predict", "{picture}", "--budget", "t=-2"], "at least -1, got -2"),
+        (["evaluate", "--budget", "K=65"], "integer in [1, 64], got 65"),
         (["evaluate", "--dataset", "{folder}/absent"], "Expected a dataset at {folder}/absent"),
         (["evaluate", "--dtype", "int8"], "float32, bfloat16 or float16, got 'int8'"),
         (["evaluate", "--device", "cuda:7"], "a device that this machine has, got 'cuda:7'"),
@@ -152,11 +155,11 @@ def test_mistakes_are_said_in_one_line(arguments, message, pictures, tmp_path, m
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt"]
 
 
-@pytest.mark.parametrize("value", ["2.5", "True"])
+@pytest.mark.parametrize("value", ["K=2.5", "K=True"])
 def test_a_budget_that_is_no_integer(pictures, value):
-    result = cli("predict", pictures, "--num-active-queries", value)
-    assert result.returncode == 2
-    assert "valid int" in result.stderr
+    result = cli("predict", pictures, "--budget", value)
+    assert result.returncode == 1
+    assert "integer in [1, 64], got" in result.stderr
 
 
 def test_the_table_fits_a_terminal():

@@ -23,7 +23,7 @@ from hf_visual_perceiver.inference import classification
 
 
 FEW = ["--max-images", "20"]
-QUICK = [*FEW, "--num-active-queries", "2"]
+QUICK = [*FEW, "--budget", "K=2"]
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +149,11 @@ class TestResults:
             ["predict", "{picture}"],
             ["evaluate", *QUICK],
             ["calibrate", *QUICK, "--target-macs", "0.5"],
-            ["robustness", *QUICK, "--corruption", "contrast", "--severity", "1", "--dqs-threshold", "0.8"],
-            ["knn", *FEW, "--num-active-queries", "2", "--neighbours", "3"],
+            ["robustness", *QUICK, "--corruption", "contrast", "--severity", "1", "--budget", "t=0.8"],
+            ["knn", *FEW, "--budget", "K=2", "--neighbours", "3"],
             ["attention-maps", *QUICK, "--output", "{folder}/maps.png"],
             ["compare-exports", "{graph}", *QUICK],
-            ["benchmark", "--batch-size", "1", "--num-active-queries", "2", "--single-calls", "1", "--form", "eager"],
+            ["benchmark", "--batch-size", "1", "--budget", "K=2", "--single-calls", "1", "--form", "eager"],
             ["compare", "{run}"],
         ],
         ids=lambda arguments: arguments[0],

@@ -61,7 +61,7 @@ def test_the_installed_wheel_works(wheel, tmp_path):
     code = (
         "import sys; path = sys.argv.pop();"
         "from visual_perceiver_launcher import main;"
-        "sys.argv = ['visual-perceiver', 'evaluate', '--num-active-queries', '4', '--max-images', '20'];"
+        "sys.argv = ['visual-perceiver', 'evaluate', '--budget', 'K=4', '--max-images', '20'];"
         "exec('try: main()\\nexcept SystemExit as stop: assert not stop.code');"
         "import hf_visual_perceiver, hf_visual_perceiver.training.train, timm;"
         "assert hf_visual_perceiver.__file__.startswith(path);"

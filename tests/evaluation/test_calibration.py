@@ -17,18 +17,19 @@ from hf_visual_perceiver.data.images import load_images, normalise
 from hf_visual_perceiver.evaluation.calibration import (
     Target,
     calibrate,
-    candidate_points,
-    choose_operating_point,
+    candidate_budgets,
+    choose_budget,
     paired_interval,
-    write_operating_point,
+    write_budget,
 )
-from hf_visual_perceiver.evaluation.evaluate import OperatingPoint, Row
+from hf_visual_perceiver.evaluation.evaluate import Row
 from hf_visual_perceiver.inference.loading import default_model
-from hf_visual_perceiver.modeling import count_macs
+from hf_visual_perceiver.modeling import Budget, count_macs
 
 
 def row(K, accuracy, macs, t=None, ms=None):
-    return Row(K, t, K, 0.0, K, K, macs, accuracy, 0.01, macs if ms is None else ms, 1.0)
+    budget = Budget(num_active_queries=K if K < 64 else None, dqs_threshold=t)
+    return Row(budget, K, 0.0, K, K, macs, accuracy, 0.01, macs if ms is None else ms, 1.0)
 
 
 ROWS = [
@@ -59,20 +60,19 @@ ROWS = [
 )
 def test_the_best_row_that_meets_the_target(target, K, t):
     for rows in (ROWS, ROWS[::-1]):
-        chosen = choose_operating_point(rows, target)
-        assert (chosen.num_active_queries, chosen.dqs_threshold) == (K, t)
+        assert choose_budget(rows, target).budget == row(K, 0, 0, t).budget
 
 
 def test_ties_go_to_the_cheaper():
     rows = [row(64, 0.8, 100), row(16, 0.8, 30), row(8, 0.8, 20)]
-    assert choose_operating_point(rows, Target("macs", 1)).num_active_queries == 8
+    assert choose_budget(rows, Target("macs", 1)).budget == Budget(num_active_queries=8)
 
 
 def test_a_target_that_cannot_be_met_says_what_can():
-    with pytest.raises(ValueError, match=r"at most 0.05 of the MACs.*K = 1 comes nearest with 0.1"):
-        choose_operating_point(ROWS, Target("macs", 0.05))
-    with pytest.raises(ValueError, match=r"at most 5 ms.*K = 1 comes nearest with 10"):
-        choose_operating_point(ROWS, Target("ms", 5))
+    with pytest.raises(ValueError, match=r"at most 0.05 of the MACs.*K=1 comes nearest with 0.1"):
+        choose_budget(ROWS, Target("macs", 0.05), small_config().knobs)
+    with pytest.raises(ValueError, match=r"at most 5 ms.*K=1 comes nearest with 10"):
+        choose_budget(ROWS, Target("ms", 5), small_config().knobs)
 
 
 def test_bad_targets():
@@ -91,21 +91,21 @@ def test_bad_targets():
                 Target(kind, value)
     with pytest.raises(ValueError, match="kind"):
         Target("seconds", 1)
-    with pytest.raises(ValueError, match="search"):
-        candidate_points(small_config(), "best")
+    with pytest.raises(ValueError, match=r"Expected knobs among K, t, .*, got best"):
+        candidate_budgets(small_config(), ["best"])
 
 
 def test_candidates():
     config = small_config(num_queries=64)
-    for search in ("queries", "threshold", "both"):
-        points = candidate_points(config, search)
-        assert OperatingPoint(64) in points
+    for search in ([], ["K"], ["t"], ["K", "dqs_threshold"]):
+        points = candidate_budgets(config, search)
+        assert Budget() in points
         assert len(points) == len(set(points))
         for point in points:
-            config.operating_point(point.num_active_queries, point.dqs_threshold)
+            config.resolve(**point.kwargs)
     target = Target("macs", 0.37)
     fitting = [K for K in range(1, 65) if count_macs(config, K) <= 0.37 * count_macs(config, 64)]
-    assert OperatingPoint(max(fitting)) in candidate_points(config, "queries", target)
+    assert Budget(num_active_queries=max(fitting)) in candidate_budgets(config, ["K"], target)
 
 
 def test_paired_interval_covers_as_often_as_it_says():
@@ -127,9 +127,16 @@ def data(cifar10):
 
 
 def test_it_chooses_on_one_half_and_reports_on_the_other(trained, data):
-    result = calibrate(trained, data, Target("macs", 0.3), [OperatingPoint(4), OperatingPoint(16)], 30, progress=False)
-    assert result.point in (OperatingPoint(4), OperatingPoint(16))
-    K = result.point.num_active_queries
+    result = calibrate(
+        trained,
+        data,
+        Target("macs", 0.3),
+        [Budget(num_active_queries=4), Budget(num_active_queries=16)],
+        30,
+        progress=False,
+    )
+    assert result.budget in (Budget(num_active_queries=4), Budget(num_active_queries=16))
+    K = result.budget.kwargs["num_active_queries"]
     chosen, other = data.subset(slice(0, None, 2)), data.subset(slice(1, None, 2))
     for half, found in ((chosen, result.chosen_on), (other, result.achieved)):
         cfg = trained.config.timm_pretrained_cfg
@@ -156,13 +163,13 @@ def folder(tmp_path):
 
 def test_the_operating_point_is_written_and_loaded_by_both_libraries(folder):
     before = json.loads((folder / "config.json").read_text())
-    write_operating_point(folder, OperatingPoint(32, 0.8))
+    write_budget(folder, Budget(num_active_queries=32, dqs_threshold=0.8))
     config = AutoConfig.from_pretrained(folder)
     assert (config.num_active_queries, config.dqs_threshold) == (32, 0.8)
     network = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert network.config.operating_point() == (32, 0.8)
     after = json.loads((folder / "config.json").read_text())
-    write_operating_point(folder, OperatingPoint(64))
+    write_budget(folder, Budget())
     assert json.loads((folder / "config.json").read_text()) == before
     changed = {key for key in before if before[key] != after[key]}
     assert changed == {"num_active_queries", "dqs_threshold", "model_args"}
@@ -170,9 +177,9 @@ def test_the_operating_point_is_written_and_loaded_by_both_libraries(folder):
 
 def test_a_failed_write_leaves_the_old_file(folder, monkeypatch):
     before = (folder / "config.json").read_text()
-    for bad in (OperatingPoint(65), OperatingPoint(None, -2.0)):
+    for bad in (Budget(num_active_queries=65), Budget(dqs_threshold=-2.0)):
         with pytest.raises(ValueError, match="Expected"):
-            write_operating_point(folder, bad)
+            write_budget(folder, bad)
 
     def fail(self, text):
         with self.open("w") as file:
@@ -181,20 +188,20 @@ def test_a_failed_write_leaves_the_old_file(folder, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", fail)
     with pytest.raises(OSError, match="no space"):
-        write_operating_point(folder, OperatingPoint(8))
+        write_budget(folder, Budget(num_active_queries=8))
     assert (folder / "config.json").read_text() == before
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
 def test_folders_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json"):
-        write_operating_point(tmp_path, OperatingPoint(8))
+        write_budget(tmp_path, Budget(num_active_queries=8))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="JSON"):
-        write_operating_point(tmp_path, OperatingPoint(8))
+    with pytest.raises(ValueError, match="damaged"):
+        write_budget(tmp_path, Budget(num_active_queries=8))
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match="visual_perceiver"):
-        write_operating_point(tmp_path, OperatingPoint(8))
+        write_budget(tmp_path, Budget(num_active_queries=8))
 
 
 def command(*arguments):
@@ -202,16 +209,16 @@ def command(*arguments):
 
 
 def test_the_command(folder, tmp_path):
-    arguments = ["--model", folder, "--max-images", 100, "--num-active-queries", 4, "--num-active-queries", 8]
+    arguments = ["--model", folder, "--max-images", 100, "--budget", "K=4", "--budget", "K=8"]
     result = command("--target-macs", 0.2, "--write", "--json", tmp_path / "c.json", *arguments)
     assert result.exit_code == 0, result.exception
     assert "fewer than 500" in result.stderr
     values = json.loads((tmp_path / "c.json").read_text())
-    assert values["point"]["num_active_queries"] in (4, 8)
+    assert values["budget"]["num_active_queries"] in (4, 8)
     low, high = values["accuracy_interval"]
     assert f"{100 * values['achieved']['accuracy']:.2f} ({100 * low:.2f} to {100 * high:.2f})" in result.stdout
     assert values["conditions"]["images"] == 100
-    assert AutoConfig.from_pretrained(folder).num_active_queries == values["point"]["num_active_queries"]
+    assert AutoConfig.from_pretrained(folder).num_active_queries == values["budget"]["num_active_queries"]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +227,7 @@ def test_the_command(folder, tmp_path):
         (("--target-macs", 0.5, "--target-ms", 2), "exactly one"),
         (("--target-ms", 2, "--max-accuracy-drop", 1), "exactly one"),
         ((), "exactly one"),
-        (("--target-macs", 0.0001, "--max-images", 20, "--num-active-queries", 1), "K = 1 comes nearest"),
+        (("--target-macs", 0.0001, "--max-images", 20, "--budget", "K=1"), "K=1 comes nearest"),
         (("--target-macs", 0.5, "--write", "--model", "nobody/nothing"), "--write to go with a model folder"),
     ],
 )

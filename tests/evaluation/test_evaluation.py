@@ -13,8 +13,7 @@ from hf_visual_perceiver import VisualPerceiverConfig, count_macs
 from hf_visual_perceiver.data.images import ImageDataset, load_images, normalise
 from hf_visual_perceiver.evaluation.evaluate import (
     Evaluation,
-    OperatingPoint,
-    default_points,
+    default_budgets,
     evaluate,
     labels_of_model,
     output_at,
@@ -23,6 +22,7 @@ from hf_visual_perceiver.evaluation.metrics import Accuracy
 from hf_visual_perceiver.evaluation.plots import plot_tradeoff
 from hf_visual_perceiver.hub.card import write_card
 from hf_visual_perceiver.inference.loading import SAMPLE
+from hf_visual_perceiver.modeling import Budget
 from hf_visual_perceiver.training.folder import save_folder
 
 
@@ -33,15 +33,14 @@ def data(cifar10):
 
 @pytest.fixture(scope="module")
 def result(trained, data):
-    conditions = {"model": "m", "dataset": "sample", "split": "test"}
+    conditions = {"model": "m", "dataset": "sample", "split": "test", "command": "visual-perceiver evaluate m"}
     return evaluate(trained, data, batch_size=40, progress=False, conditions=conditions)
 
 
-def test_default_points(trained):
-    points = default_points(64)
-    assert [p.num_active_queries for p in points[:8]] == [1, 2, 4, 8, 16, 32, 48, 64]
-    assert [p.dqs_threshold for p in points[8:]] == [0.6, 0.65, 0.7, 0.8, 0.9, 0.99]
-    assert [p.num_active_queries for p in default_points(20) if p.dqs_threshold is None] == [1, 2, 4, 8, 16, 20]
+def test_default_budgets(trained):
+    names = [budget.short(trained.config.knobs) for budget in default_budgets(trained.config)]
+    assert names[:7] == ["K=1", "K=2", "K=4", "K=8", "K=16", "K=32", "full"]
+    assert names[7:] == ["t=0.6", "t=0.65", "t=0.7", "t=0.8", "t=0.9", "t=0.99"]
 
 
 @torch.no_grad()
@@ -49,33 +48,33 @@ def test_rows_equal_plain_loops(trained, data, result):
     cfg = trained.config.timm_pretrained_cfg
     images = normalise(data.images, cfg["mean"], cfg["std"])
     for row in result.rows:
-        K = row.num_active_queries or 64
-        outputs = [trained(x[None], num_active_queries=K, dqs_threshold=row.dqs_threshold) for x in images]
+        selects = "dqs_threshold" in row.budget.kwargs
+        outputs = [trained(x[None], **row.budget.kwargs) for x in images]
         right = np.array([o.logits.argmax().item() for o in outputs]) == data.labels
         used = np.array([o.active_queries.sum().item() for o in outputs])
         assert row.accuracy == pytest.approx(right.mean())
         assert row.standard_error == pytest.approx(np.sqrt(right.mean() * (1 - right.mean()) / 90))
-        assert (row.queries_min, row.queries_max) == (used.min(), used.max())
-        assert row.queries_mean == pytest.approx(used.mean())
-        assert row.queries_std == pytest.approx(used.std())
-        candidates = None if row.dqs_threshold is None else 64
+        assert (row.used_min, row.used_max) == (used.min(), used.max())
+        assert row.used_mean == pytest.approx(used.mean())
+        assert row.used_std == pytest.approx(used.std())
+        candidates = 64 if selects else None
         macs = [count_macs(trained.config, int(k), candidates) for k in used]
         assert row.macs == pytest.approx(np.mean(macs))
         assert row.ms_per_image > 0
-    full = next(row for row in result.rows if row.num_active_queries == 64)
+    full = next(row for row in result.rows if row.budget == Budget())
     assert full.relative_time == 1
 
 
 def test_the_checkpoints_own_operating_point_does_not_leak_in(trained, data, result):
     trained.config.dqs_threshold, trained.config.num_active_queries = 0.5, 3
     try:
-        again = evaluate(trained, data, [OperatingPoint(64), OperatingPoint(None, 0.9)], progress=False)
+        again = evaluate(trained, data, [Budget(), Budget(dqs_threshold=0.9)], progress=False)
         assert (trained.config.dqs_threshold, trained.config.num_active_queries) == (0.5, 3)
     finally:
         trained.config.dqs_threshold = trained.config.num_active_queries = None
-    assert again.rows[0].queries_mean == 64
-    expected = next(row for row in result.rows if row.dqs_threshold == 0.9)
-    assert again.rows[1].queries_mean == pytest.approx(expected.queries_mean)
+    assert again.rows[0].used_mean == 64
+    expected = next(row for row in result.rows if row.budget == Budget(dqs_threshold=0.9))
+    assert again.rows[1].used_mean == pytest.approx(expected.used_mean)
 
 
 def test_another_thread_gets_the_checkpoints_own_answers_meanwhile(model, images):
@@ -89,17 +88,27 @@ def test_another_thread_gets_the_checkpoints_own_answers_meanwhile(model, images
             answers.append(thread.submit(model, images).result())
 
         handle = model.visual_perceiver.layers[0].register_forward_hook(meanwhile)
-        evaluated = output_at(model, images, OperatingPoint())
+        evaluated = output_at(model, images, Budget())
     assert evaluated.active_queries.all()
     assert torch.equal(answers[0].active_queries, expected.active_queries)
     assert not torch.equal(answers[0].active_queries, evaluated.active_queries)
 
 
 def test_knobs_may_be_tensors_and_numbers_of_numpy(trained, data):
-    point = OperatingPoint(torch.tensor(16), np.float32(0.5))
-    assert point == OperatingPoint(16, 0.5)
-    rows = evaluate(trained, data, [point], progress=False).to_dict()["rows"]
-    assert json.loads(json.dumps(rows))[0]["num_active_queries"] == 16
+    budget = Budget(num_active_queries=torch.tensor(16), dqs_threshold=np.float32(0.5))
+    rows = evaluate(trained, data, [budget], progress=False).to_dict()["rows"]
+    assert json.loads(json.dumps(rows))[0]["budget"] == {"num_active_queries": 16, "dqs_threshold": 0.5}
+
+
+def test_results_of_earlier_versions_are_read(result):
+    former = {"num_active_queries": 8, "dqs_threshold": None, "queries_mean": 8.0, "queries_std": 0.0}
+    former |= {"queries_min": 8, "queries_max": 8, "macs": 1.0, "accuracy": 0.5, "standard_error": 0.1}
+    former |= {"ms_per_image": 1.0, "relative_time": 0.2}
+    selecting = {**former, "num_active_queries": None, "dqs_threshold": 0.8}
+    read = Evaluation.from_dict({"rows": [former, selecting], "conditions": {}})
+    assert [read.name(row.budget) for row in read.rows] == ["K=8", "t=0.8"]
+    assert (read.unit, read.knobs, read.rows[0].used_mean) == (result.unit, result.knobs, 8.0)
+    assert Evaluation.from_dict(json.loads(json.dumps(read.to_dict()))) == read
 
 
 def test_conditions_and_json(result):
@@ -125,8 +134,8 @@ def test_labels_must_match(trained, data):
 def test_labels_are_matched_by_name(trained, data, result):
     names = data.label_names[::-1]
     reordered = ImageDataset(data.images, 9 - data.labels, names)
-    again = evaluate(trained, reordered, [OperatingPoint(64)], progress=False)
-    assert again.rows[0].accuracy == next(r.accuracy for r in result.rows if r.num_active_queries == 64)
+    again = evaluate(trained, reordered, [Budget()], progress=False)
+    assert again.rows[0].accuracy == next(r.accuracy for r in result.rows if r.budget == Budget())
 
 
 class TestLabelsOfModel:
@@ -179,9 +188,9 @@ class TestLabelsOfModel:
             self.indices(names, given, [0, 1])
 
 
-def test_points_must_be_in_range(trained, data):
+def test_budgets_must_be_in_range(trained, data):
     with pytest.raises(ValueError, match=r"integer in \[1, 64\], got 65"):
-        evaluate(trained, data, [OperatingPoint(65)], progress=False)
+        evaluate(trained, data, [Budget(num_active_queries=65)], progress=False)
     with pytest.raises(ValueError, match="batch size of at least 1, got 0"):
         evaluate(trained, data, batch_size=0, progress=False)
 
@@ -203,10 +212,9 @@ def test_card(trained, result, tmp_path):
     assert card.data.license == "apache-2.0"
     values = {r.metric_name: r.metric_value for r in card.data.eval_results}
     for row in result.rows:
-        assert values[f"accuracy at {row.point}"] == round(row.accuracy, 4)
+        assert values[f"accuracy at {result.name(row.budget)}"] == round(row.accuracy, 4)
         assert f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}" in card.text
-    assert "visual-perceiver evaluate" in card.text
-    # The sample is what the command takes by default, and has no name to pass.
+    assert "visual-perceiver evaluate m" in card.text
     conditions = {**result.conditions, "dataset": SAMPLE}
     sampled = ModelCard.load(write_card(folder, trained, dataclasses.replace(result, conditions=conditions)))
     assert {r.dataset_type for r in sampled.data.eval_results} == {"uoft-cs/cifar10"}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_visual_perceiver.cli import main as cli
-from hf_visual_perceiver.evaluation.evaluate import OperatingPoint, forward_at
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
+from hf_visual_perceiver.evaluation.evaluate import output_at
+from hf_visual_perceiver.modeling import Budget, VisualPerceiverForImageClassification
 from hf_visual_perceiver.utils.memory import fitting
 
 
@@ -51,10 +51,10 @@ def full_beyond(monkeypatch, room):
     monkeypatch.setattr(VisualPerceiverForImageClassification, "forward", limited)
 
 
-def test_at_an_operating_point(model, images, monkeypatch):
+def test_at_a_budget(model, images, monkeypatch):
     full_beyond(monkeypatch, 3)
     with pytest.raises(ValueError, match="which it does not; 3 would"):
-        forward_at(model, images, OperatingPoint(4))
+        output_at(model, images, Budget(num_active_queries=4))
     assert model.config.dqs_threshold is None
 
 

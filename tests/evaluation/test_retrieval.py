@@ -15,10 +15,14 @@ from hf_visual_perceiver.cli.main import app
 from hf_visual_perceiver.data.images import ImageDataset, load_images, normalise
 from hf_visual_perceiver.data.parts import load_splits
 from hf_visual_perceiver.data.splits import parse_split
-from hf_visual_perceiver.evaluation.evaluate import OperatingPoint
-from hf_visual_perceiver.evaluation.retrieval import compute_features, knn_classify, measure_retrieval, retrieval_points
+from hf_visual_perceiver.evaluation.retrieval import (
+    compute_features,
+    knn_classify,
+    measure_retrieval,
+    retrieval_budgets,
+)
 from hf_visual_perceiver.inference.loading import default_dataset, default_model
-from hf_visual_perceiver.modeling import VisualPerceiverModel
+from hf_visual_perceiver.modeling import Budget, VisualPerceiverModel
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +88,14 @@ class TestVotes:
 class TestFeatures:
     @torch.no_grad()
     def test_they_are_automodels(self, trained, sample):
-        data, points = sample.subset(slice(0, 12)), [OperatingPoint(4), OperatingPoint(64, 0.8), OperatingPoint(64)]
+        data, points = sample.subset(slice(0, 12)), [Budget(num_active_queries=4), Budget(dqs_threshold=0.8), Budget()]
         cfg = trained.config.timm_pretrained_cfg
         x = normalise(data.images, cfg["mean"], cfg["std"])
         auto = AutoModel.from_pretrained(default_model()).eval()
         for feature in ("pooled", "mean"):
-            found, counts = compute_features(trained.visual_perceiver, data, points, feature, batch_size=5)
+            found, counts, _ = compute_features(trained.visual_perceiver, data, points, feature, batch_size=5)
             for point in points:
-                output = auto(x, num_active_queries=point.num_active_queries, dqs_threshold=point.dqs_threshold)
+                output = auto(x, **point.kwargs)
                 expected = output.pooler_output
                 if feature == "mean":  # of the tokens that are there
                     expected = torch.stack(
@@ -101,25 +105,23 @@ class TestFeatures:
                 assert counts[point].tolist() == output.active_queries.sum(1).tolist()
 
     def test_a_checkpoints_own_point_plays_no_part(self, small):
-        data, point = noise(5), OperatingPoint(12)
-        before, _ = compute_features(small, data, [point])
+        data, point = noise(5), Budget(num_active_queries=12)
+        before, _, _ = compute_features(small, data, [point])
         small.config.dqs_threshold, small.config.num_active_queries = 0.0, 3
-        after, counts = compute_features(small, data, [point])
+        after, counts, _ = compute_features(small, data, [point])
         assert torch.equal(before[point], after[point])
         assert counts[point].tolist() == [12] * 5
         assert small.config.dqs_threshold == 0.0
 
     def test_points(self):
-        assert retrieval_points(64) == [OperatingPoint(K) for K in (4, 16, 64)]
-        assert retrieval_points(8) == [OperatingPoint(4), OperatingPoint(8)]
-        assert retrieval_points(64, [5, 5], [0.8]) == [OperatingPoint(5), OperatingPoint(64, 0.8)]
-        assert retrieval_points(64, None, [0.8]) == [OperatingPoint(64, 0.8)]
+        expected = [Budget(num_active_queries=4), Budget(num_active_queries=16), Budget()]
+        assert retrieval_budgets(small_config(num_queries=64)) == expected
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             ({"feature": "cls"}, "feature among pooled, mean, got 'cls'"),
-            ({"points": [OperatingPoint(13)]}, r"integer in \[1, 12\], got 13"),
+            ({"budgets": [Budget(num_active_queries=13)]}, r"integer in \[1, 12\], got 13"),
             ({"neighbours": 41}, r"neighbours in \[1, 40\]"),
         ],
     )
@@ -135,7 +137,7 @@ class TestFeatures:
 class TestMeasurement:
     def test_an_image_finds_itself(self, small):
         data = noise(30)
-        result = measure_retrieval(small, data, data, [OperatingPoint(5)], neighbours=1, progress=False)
+        result = measure_retrieval(small, data, data, [Budget(num_active_queries=5)], neighbours=1, progress=False)
         assert result.rows[0].accuracy == 1
 
     def test_noise_finds_nothing(self, small):
@@ -144,7 +146,7 @@ class TestMeasurement:
 
     def test_photos_find_their_like(self, trained, sample):
         gallery = load_images(default_dataset(), "train").subset(slice(0, 600))
-        points = retrieval_points(64, [4, 64])
+        points = [Budget(num_active_queries=4), Budget()]
         few, full = measure_retrieval(
             trained.visual_perceiver, gallery, sample.subset(slice(0, 200)), points, progress=False
         ).rows
@@ -189,15 +191,15 @@ class TestCommand:
             "train[:300]",
             "--split",
             "test[-100:]",
-            "--num-active-queries",
-            4,
-            "--dqs-threshold",
-            0.8,
+            "--budget",
+            "K=4",
+            "--budget",
+            "t=0.8",
         ]
         result = run("visual-perceiver", "knn", *options, "--json", tmp_path / "r.json", env={"OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr
         written = json.loads((tmp_path / "r.json").read_text())
-        assert [(r["num_active_queries"], r["dqs_threshold"]) for r in written["rows"]] == [(4, None), (64, 0.8)]
+        assert [r["budget"] for r in written["rows"]] == [{"num_active_queries": 4}, {"dqs_threshold": 0.8}]
         for row in written["rows"]:
             assert f"{100 * row['accuracy']:.2f} ± {100 * row['standard_error']:.2f}" in result.stdout
             assert f"{100 * row['full_gallery_accuracy']:.2f} ±" in result.stdout
@@ -212,7 +214,7 @@ class TestCommand:
                 folder.mkdir(parents=True)
                 for i in range(4):
                     sample.image(i + 4 * (split == "train")).save(folder / f"{i}.png")
-        arguments = ["knn", "--dataset", str(tmp_path / "pictures"), "--neighbours", "3", "--num-active-queries", "4"]
+        arguments = ["knn", "--dataset", str(tmp_path / "pictures"), "--neighbours", "3", "--budget", "K=4"]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
         shutil.rmtree(tmp_path / "pictures")
@@ -220,7 +222,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--num-active-queries", 65], "integer in [1, 64], got 65"),
+            (["--budget", "K=65"], "integer in [1, 64], got 65"),
             (["--feature", "cls"], "feature among pooled, mean"),
             (["--neighbours", 0], "neighbours in [1, 2000]"),
             (["--temperature", 0], "positive temperature"),

@@ -6,17 +6,23 @@ import re
 import numpy as np
 import pytest
 import torch
-from support import run
+from support import run, small_config
 from typer.testing import CliRunner
 
 from hf_visual_perceiver.cli.main import app
 from hf_visual_perceiver.data.images import ImageDataset, load_images, normalise
 from hf_visual_perceiver.evaluation.corruptions import corrupt
 from hf_visual_perceiver.evaluation.difficulty import correlate, measure_difficulty
-from hf_visual_perceiver.evaluation.evaluate import OperatingPoint, evaluate
-from hf_visual_perceiver.evaluation.robustness import Robustness, measure_robustness, read_robustness, robustness_points
+from hf_visual_perceiver.evaluation.evaluate import evaluate
+from hf_visual_perceiver.evaluation.robustness import (
+    Robustness,
+    measure_robustness,
+    read_robustness,
+    robustness_budgets,
+)
 from hf_visual_perceiver.evaluation.robustness_report import robustness_section
 from hf_visual_perceiver.hub.card import write_card
+from hf_visual_perceiver.modeling import Budget
 from hf_visual_perceiver.training.folder import save_folder
 from hf_visual_perceiver.utils.files import write_json
 
@@ -32,7 +38,11 @@ def data(cifar10):
 @pytest.fixture(scope="module")
 def result(trained, data):
     conditions = {"model": "m", "dataset": "d", "split": "test", "command": "visual-perceiver robustness --seed 3"}
-    points = robustness_points(64, thresholds=(0.8, 0.9))
+    points = [
+        *(Budget(num_active_queries=K) for K in (8, 16, 32)),
+        Budget(),
+        *(Budget(dqs_threshold=t) for t in (0.8, 0.9)),
+    ]
     return measure_robustness(
         trained, data, points, CHOSEN, (5, 1), 48, 3, batch_size=20, progress=False, conditions=conditions
     )
@@ -40,11 +50,8 @@ def result(trained, data):
 
 @torch.no_grad()
 def test_cells_equal_plain_loops(trained, data, result):
-    assert result.points == [
-        *map(OperatingPoint, (8, 16, 32, 64)),
-        OperatingPoint(None, 0.8),
-        OperatingPoint(None, 0.9),
-    ]
+    assert result.names == ["K=8", "K=16", "K=32", "full", "t=0.8", "t=0.9"]
+    assert (result.full, result.adaptive) == (Budget(), [4, 5])
     assert (result.corruptions, result.severities) == (CHOSEN, [1, 5])
     places = np.arange(48) * 100 // 48  # from the first to the last of the 100
     cfg, labels = trained.config.timm_pretrained_cfg, data.labels[places]
@@ -54,14 +61,12 @@ def test_cells_equal_plain_loops(trained, data, result):
             images = corrupt(data.images[places], name, severity, 3, places)
             pixels = normalise(images, cfg["mean"], cfg["std"])
             for outcome in result.cell(name, severity):
-                output = trained(
-                    pixels, num_active_queries=outcome.num_active_queries, dqs_threshold=outcome.dqs_threshold
-                )
+                output = trained(pixels, **outcome.budget.kwargs)
                 right = (output.logits.argmax(-1).numpy() == labels).astype(float)
-                scores[name, severity, outcome.point] = right
+                scores[name, severity, outcome.budget] = right
                 assert outcome.accuracy == pytest.approx(right.mean())
-                assert outcome.queries_mean == pytest.approx(output.active_queries.sum(1).float().mean().item())
-    for number, point in enumerate(result.points):
+                assert outcome.used_mean == pytest.approx(output.active_queries.sum(1).float().mean().item())
+    for number, point in enumerate(result.budgets):
         for name, severity, members in (
             ("contrast", None, [("contrast", 1), ("contrast", 5)]),
             ("all", 5, [("contrast", 5), ("gaussian_noise", 5)]),
@@ -75,21 +80,18 @@ def test_cells_equal_plain_loops(trained, data, result):
 
 def test_clean_is_the_evaluation(trained, data, result):
     places = np.arange(48) * 100 // 48
-    plain = evaluate(trained, data.subset(places), result.points, progress=False)
+    plain = evaluate(trained, data.subset(places), result.budgets, progress=False)
     for outcome, row in zip(result.cell("clean", 0), plain.rows, strict=True):
         assert outcome.accuracy == pytest.approx(row.accuracy)
         assert outcome.standard_error == pytest.approx(row.standard_error)
-        assert outcome.queries_mean == pytest.approx(row.queries_mean)
-        assert outcome.point == row.point
+        assert outcome.used_mean == pytest.approx(row.used_mean)
+        assert outcome.budget == row.budget
 
 
-def test_budgets_beyond_the_model_are_dropped():
-    assert robustness_points(12, thresholds=()) == [OperatingPoint(8), OperatingPoint(12)]
-    assert robustness_points(64, (64, 8), (0.9, 0.8)) == [
-        *map(OperatingPoint, (8, 64)),
-        OperatingPoint(None, 0.8),
-        OperatingPoint(None, 0.9),
-    ]
+def test_default_budgets():
+    config = small_config(num_queries=12)
+    names = [budget.short(config.knobs) for budget in robustness_budgets(config)]
+    assert names == ["K=2", "K=4", "K=8", "full", "t=0.7", "t=0.8", "t=0.9"]
 
 
 def test_json_round_trip(result, tmp_path):
@@ -116,10 +118,10 @@ def test_bad_input(trained, data, result):
         measure(max_images=0)
     with pytest.raises(ValueError, match="batch size of at least 1, got 0"):
         measure(batch_size=0)
-    with pytest.raises(ValueError, match="all 64 queries among the points, got K = 8"):
-        measure(points=[OperatingPoint(8)])
+    with pytest.raises(ValueError, match="the full network among the budgets, got K=8"):
+        measure(budgets=[Budget(num_active_queries=8)])
     with pytest.raises(ValueError, match=r"in \[1, 64\], got 65"):
-        measure(points=[OperatingPoint(65), OperatingPoint(64)])
+        measure(budgets=[Budget(num_active_queries=65), Budget()])
     with pytest.raises(ValueError, match="Expected classes among airplane"):
         measure_robustness(trained, ImageDataset(data.images, data.labels, ["zebra"] * 10), progress=False)
     with pytest.raises(ValueError, match="got 'snow' at 1"):
@@ -151,20 +153,20 @@ def test_correlation_finds_what_was_put_in():
 def test_bins_hold_every_image():
     rng = np.random.default_rng(0)
     queries, confidence, right = rng.integers(5, 60, 500), rng.random(500), rng.random(500) > 0.3
-    measured = measure_difficulty(0.9, queries, confidence, right)
+    measured = measure_difficulty(Budget(dqs_threshold=0.9), queries, confidence, right)
     assert len(measured.bins) == 5
     assert sum(b.images for b in measured.bins) == 500
     assert all(60 <= b.images <= 140 for b in measured.bins)
     assert sum(b.images * b.accuracy for b in measured.bins) == pytest.approx(right.sum())
     assert sum(b.images * b.confidence for b in measured.bins) == pytest.approx(confidence.sum())
-    assert all(a.queries_max < b.queries_min for a, b in zip(measured.bins, measured.bins[1:], strict=False))
-    assert measured.queries_wrong == pytest.approx(queries[~right].mean())
-    (one,) = measure_difficulty(0.9, np.full(9, 3), confidence[:9], np.ones(9, dtype=bool)).bins
-    assert (one.queries_min, one.queries_max, one.images) == (3, 3, 9)
+    assert all(a.used_max < b.used_min for a, b in zip(measured.bins, measured.bins[1:], strict=False))
+    assert measured.used_wrong == pytest.approx(queries[~right].mean())
+    (one,) = measure_difficulty(Budget(dqs_threshold=0.9), np.full(9, 3), confidence[:9], np.ones(9, dtype=bool)).bins
+    assert (one.used_min, one.used_max, one.images) == (3, 3, 9)
     with pytest.raises(ValueError, match="of the same images, got 500, 500 and 9"):
-        measure_difficulty(0.9, queries, confidence, right[:9])
+        measure_difficulty(Budget(dqs_threshold=0.9), queries, confidence, right[:9])
     with pytest.raises(ValueError, match="got 0, 0 and 0"):
-        measure_difficulty(0.9, queries[:0], confidence[:0], right[:0])
+        measure_difficulty(Budget(dqs_threshold=0.9), queries[:0], confidence[:0], right[:0])
 
 
 def test_section(result, tmp_path):
@@ -178,14 +180,12 @@ def test_section(result, tmp_path):
         for outcome in result.cell(name, severity):
             assert f"{100 * outcome.accuracy:.2f} ± {100 * outcome.standard_error:.2f}" in text
     for difficulty in result.difficulty:
-        assert f"{difficulty.with_error} | {difficulty.queries_right:.2f} | {difficulty.queries_wrong:.2f} |" in text
+        assert f"{difficulty.with_error} | {difficulty.used_right:.2f} | {difficulty.used_wrong:.2f} |" in text
     assert "Measured by\n\n    visual-perceiver robustness --seed 3\n" in text
 
 
 def test_section_without_selection(trained, data, tmp_path):
-    plain = measure_robustness(
-        trained, data.subset(slice(0, 4)), [OperatingPoint(64)], ["contrast"], [2], progress=False
-    )
+    plain = measure_robustness(trained, data.subset(slice(0, 4)), [Budget()], ["contrast"], [2], progress=False)
     text = robustness_section(plain, tmp_path)
     assert "harder images" not in text
     assert "robustness_difficulty.png" not in {p.name for p in tmp_path.iterdir()}
@@ -196,7 +196,7 @@ def test_published_corruptions_are_read(trained, data, tmp_path):
     np.save(tmp_path / "labels.npy", np.tile(few.labels, 5))
     contrast = [corrupt(few.images, "contrast", severity) for severity in (1, 2, 3, 4, 5)]
     np.save(tmp_path / "low_contrast.npy", np.concatenate(contrast))
-    point = [OperatingPoint(64)]
+    point = [Budget()]
     ours = measure_robustness(trained, few, point, ["contrast"], [1, 5], 6, batch_size=4, progress=False)
     read = measure_robustness(trained, few, point, None, [1, 5], 6, batch_size=4, progress=False, cifar10_c=tmp_path)
     assert [cell.outcomes for cell in read.cells] == [cell.outcomes for cell in ours.cells]
@@ -210,7 +210,7 @@ def test_published_corruptions_are_read(trained, data, tmp_path):
 def test_card_has_a_sentence_of_it(trained, data, result, tmp_path):
     folder = save_folder(trained, tmp_path / "m")
     conditions = {"model": "m", "dataset": "d", "split": "test"}
-    measured = evaluate(trained, data.subset(slice(0, 8)), result.points, progress=False, conditions=conditions)
+    measured = evaluate(trained, data.subset(slice(0, 8)), result.budgets, progress=False, conditions=conditions)
     assert (
         "Robustness to corrupted or shifted images was not measured."
         in write_card(folder, trained, measured).read_text()
@@ -236,7 +236,7 @@ def test_the_optimised_form_measures_the_same(trained, data):
 
 
 def test_command(tmp_path):
-    few = ["--corruption", "contrast", "--severity", 5, "--max-images", 20, "--dqs-threshold", 0.8, "--fast"]
+    few = ["--corruption", "contrast", "--severity", 5, "--max-images", 20, "--budget", "t=0.8", "--fast"]
     written = ["--json", tmp_path / "r.json", "--output-dir", tmp_path / "report"]
     done = run("visual-perceiver", "robustness", *few, *written, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from hf_visual_perceiver.cli.main import app
 from hf_visual_perceiver.data.images import load_images, normalise, pixels_of_size
-from hf_visual_perceiver.export.check import check_export, check_quantised, clear_threshold
-from hf_visual_perceiver.export.comparison import compare_exports, comparison_points
+from hf_visual_perceiver.export.check import check_export, check_quantised
+from hf_visual_perceiver.export.comparison import compare_exports, comparison_budgets
 from hf_visual_perceiver.export.graph import export_onnx, export_program, export_timm, quantise, trace
 from hf_visual_perceiver.export.runtime import METADATA_KEY, OnnxClassifier, load_exported
 from hf_visual_perceiver.inference.loading import default_dataset, default_model
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling import Budget, VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling.modeling_visual_perceiver import clear_threshold
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities
 from hf_visual_perceiver.training.folder import save_folder
 from hf_visual_perceiver.utils import extras
@@ -70,7 +71,7 @@ def small_folder(small, tmp_path_factory):
 
 def fixed_at(path, K):
     classifier = OnnxClassifier(path)
-    classifier.num_active_queries = K
+    classifier.fixed = {"num_active_queries": K}
     return classifier
 
 
@@ -128,7 +129,7 @@ def test_fewer_queries_cost_fewer_multiply_accumulates(small, fixed):
     x = torch.zeros(1, 3, 16, 16)
     dynamic = trace(small)
     for K in (2, 5, 12):
-        module = (trace(small, K) if fixed else dynamic).module()
+        module = (trace(small, Budget(num_active_queries=K)) if fixed else dynamic).module()
         knobs = (torch.tensor(1.0),) if fixed else (torch.tensor(1.0), torch.tensor(K))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             module(x, *knobs)
@@ -141,7 +142,7 @@ def test_fewer_queries_cost_fewer_multiply_accumulates(small, fixed):
 def test_fixed_number_of_queries(small, small_folder, tmp_path):
     path = tmp_path / "k4.onnx"
     done = CliRunner().invoke(
-        app, ["export", str(small_folder), "--num-active-queries", "4", "--output", str(path)], catch_exceptions=False
+        app, ["export", str(small_folder), "--budget", "K=4", "--output", str(path)], catch_exceptions=False
     )
     assert done.exit_code == 0
     assert "Largest difference of a logit from PyTorch's" in done.output
@@ -153,7 +154,7 @@ def test_fixed_number_of_queries(small, small_folder, tmp_path):
         torch.testing.assert_close(classifier(x).logits, small(x, num_active_queries=4).logits, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="to be 4, which is fixed in the graph, got 5"):
         classifier(x, num_active_queries=5)
-    assert check_export(classifier, small, 4) < 1e-4
+    assert check_export(classifier, small, {"num_active_queries": 4}) < 1e-4
 
 
 def test_the_other_selection_rule(tmp_path):
@@ -203,24 +204,29 @@ def test_timm_folder(trained, pixels, tmp_path):
 def test_int8_resembles_and_is_small(int8, exported, trained, data):
     assert int8.stat().st_size < 0.4 * exported.stat().st_size
     assert 0 < check_quantised(OnnxClassifier(int8), trained) < 0.1
-    result = compare_exports(trained, [exported, int8], data, [8, 64], [0.8], batch_size=32, progress=False)
-    assert [(row.num_active_queries, row.dqs_threshold) for row in result.rows[::3]] == [
-        (8, None),
-        (64, None),
-        (64, 0.8),
-    ]
+    result = compare_exports(
+        trained,
+        [exported, int8],
+        data,
+        [Budget(num_active_queries=8), Budget(), Budget(dqs_threshold=0.8)],
+        batch_size=32,
+        progress=False,
+    )
+    assert [row.budget.short(trained.config.knobs) for row in result.rows[::3]] == ["K=8", "full", "t=0.8"]
     for pytorch, onnx, quantised in zip(result.rows[::3], result.rows[1::3], result.rows[2::3], strict=True):
         assert (pytorch.form, pytorch.same_answer, pytorch.relative_time) == ("PyTorch", 1, 1)
         assert onnx.accuracy == pytorch.accuracy
         assert onnx.same_answer == 1
-        assert onnx.queries_mean == pytorch.queries_mean
+        assert onnx.used_mean == pytorch.used_mean
         assert 0.9 <= quantised.same_answer <= 1
         assert quantised.megabytes < onnx.megabytes
     other = VisualPerceiverForImageClassification(small_config()).eval()
-    with pytest.raises(ValueError, match=r"Expected K = 4, which is fixed in k4.onnx, got 5"):
-        comparison_points({"PyTorch": trained, "k4.onnx": fixed_at(exported, 4)}, 64, [5], None)
-    with pytest.raises(ValueError, match="Expected files with the same K fixed"):
-        comparison_points({name: fixed_at(exported, K) for name, K in (("a", 4), ("b", 5))}, 64, None, None)
+    with pytest.raises(ValueError, match="Expected num_active_queries = 4, which is fixed in a file, got 5"):
+        comparison_budgets(
+            {"PyTorch": trained, "k4.onnx": fixed_at(exported, 4)}, trained.config, [Budget(num_active_queries=5)]
+        )
+    with pytest.raises(ValueError, match="Expected files with the same num_active_queries fixed"):
+        comparison_budgets({name: fixed_at(exported, K) for name, K in (("a", 4), ("b", 5))}, trained.config)
     with pytest.raises(ValueError, match="its label_names is another"):
         compare_exports(other, [exported], data, progress=False)
 
@@ -232,13 +238,13 @@ def test_int8_on_the_command_line(small_folder, tmp_path):
     assert names(tmp_path) == ["m.onnx"]
     assert load_exported(tmp_path / "m.onnx").precision == "int8"
     files = [str(tmp_path / "m.onnx"), "--model", str(small_folder), "--json", str(tmp_path / "c.json")]
-    points = ["--num-active-queries", "3", "--dqs-threshold", "0.5", "--split", "test[:40]", "--max-images", "40"]
+    points = ["--budget", "K=3", "--budget", "t=0.5", "--split", "test[:40]", "--max-images", "40"]
     compared = CliRunner().invoke(app, ["compare-exports", *files, *points])
     assert compared.exit_code == 0, compared.exception
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
     assert [row["form"] == "PyTorch" for row in rows] == [True, False, True, False]
     assert f"{100 * rows[1]['accuracy']:.2f} ±" in compared.output
-    part = ["--split", "test[:40]", "--num-active-queries", "3", "--dqs-threshold", "0.5", "--markdown"]
+    part = ["--split", "test[:40]", "--budget", "K=3", "--budget", "t=0.5", "--markdown"]
     written = CliRunner().invoke(app, ["compare-exports", *files, *part])
     assert written.exit_code == 0, written.exception
     header, rule, *lines = [line for line in written.output.splitlines() if line.startswith("|")]
@@ -253,8 +259,11 @@ def test_int8_on_the_command_line(small_folder, tmp_path):
 def test_a_wrong_graph_is_not_kept(small, tmp_path, monkeypatch):
     path = tmp_path / "m.onnx"
     path.write_bytes(b"earlier")
-    monkeypatch.setattr("hf_visual_perceiver.export.graph.keep_dissimilar", lambda similar, reference: ~similar.all(-1))
-    with pytest.raises(ValueError, match=r"Expected the exported (logits|graph) .* at K = \d+, t = "):
+    monkeypatch.setattr(
+        "hf_visual_perceiver.modeling.modeling_visual_perceiver.keep_dissimilar",
+        lambda similar, reference: ~similar.all(-1),
+    )
+    with pytest.raises(ValueError, match=r"Expected the exported (logits|graph) .* at K=\d+"):
         export_onnx(small, path)
     assert names(tmp_path) == ["m.onnx"]
     assert path.read_bytes() == b"earlier"
@@ -266,7 +275,7 @@ def test_a_wrong_graph_is_not_kept(small, tmp_path, monkeypatch):
 def test_a_quantisation_that_ruins_the_model_is_not_kept(small, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_visual_perceiver.export.check.INT8_TOLERANCE", 1e-6)
     with pytest.raises(ValueError, match="does not bear quantisation"):
-        export_onnx(small, tmp_path / "m.onnx", 2, int8=True)
+        export_onnx(small, tmp_path / "m.onnx", Budget(num_active_queries=2), int8=True)
     assert names(tmp_path) == []
 
 
@@ -277,7 +286,7 @@ def test_a_full_disk_leaves_nothing(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr("onnx.save", full)
     with pytest.raises(OSError, match="No space left"):
-        export_onnx(small, tmp_path / "m.onnx", 2)
+        export_onnx(small, tmp_path / "m.onnx", Budget(num_active_queries=2))
     assert names(tmp_path) == []
 
 
@@ -297,10 +306,9 @@ def test_a_missing_package_is_named(package, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--format", "tflite"], "--format to be one of onnx, torch-export, safetensors-timm, got 'tflite'"),
-        (["--num-active-queries", "0"], r"an integer in \[1, 64\], got 0"),
-        (["--num-active-queries", "65"], r"an integer in \[1, 64\], got 65"),
-        (["--num-active-queries", "8", "--dynamic-queries"], r"got both \(K = 8\)"),
-        (["--num-active-queries", "8", "--format", "safetensors-timm"], "with a graph"),
+        (["--budget", "K=0"], r"an integer in \[1, 64\], got 0"),
+        (["--budget", "K=65"], r"an integer in \[1, 64\], got 65"),
+        (["--budget", "K=8", "--format", "safetensors-timm"], "with a graph"),
         (["--int8", "--format", "torch-export"], "--int8 with --format onnx, got 'torch-export'"),
         (["--output", "no/such/folder/m.onnx"], "a file name in an existing folder"),
         (["--output", "README.md/m.onnx"], "a file name in an existing folder"),

@@ -15,10 +15,11 @@ from hf_visual_perceiver.cli.evaluate import errors_line
 from hf_visual_perceiver.cli.main import main
 from hf_visual_perceiver.data.images import load_images, normalise
 from hf_visual_perceiver.evaluation.confusion import Confusion
-from hf_visual_perceiver.evaluation.evaluate import Evaluation, OperatingPoint, evaluate, read_evaluation
+from hf_visual_perceiver.evaluation.evaluate import Evaluation, evaluate, read_evaluation
 from hf_visual_perceiver.evaluation.robustness import Cell, Outcome, Robustness
 from hf_visual_perceiver.hub.card import render_card, rewrite_card, training_lines, write_card
 from hf_visual_perceiver.inference.loading import default_model, load_config
+from hf_visual_perceiver.modeling import Budget
 
 
 CHECKPOINTS = sorted(path.parent for path in (REPOSITORY / "checkpoints").glob("*/config.json"))
@@ -34,7 +35,7 @@ def data(cifar10):
 @pytest.fixture(scope="module")
 def result(trained, data):
     # Other points than all queries, whose confusion is measured all the same.
-    points = [OperatingPoint(4), OperatingPoint(None, 0.8)]
+    points = [Budget(num_active_queries=4), Budget(dqs_threshold=0.8)]
     conditions = {"model": "m", "dataset": "sample", "split": "test"}
     return evaluate(trained, data, points, batch_size=60, progress=False, conditions=conditions)
 
@@ -88,7 +89,7 @@ class TestConfusion:
         assert older.confusion is None
         assert older.to_dict() == values
         assert errors_line(older) == "Errors by class were not measured."
-        assert errors_line(result).startswith("All queries: Lowest accuracy by class: ")
+        assert errors_line(result).startswith("Full network: Lowest accuracy by class: ")
 
 
 class TestCard:
@@ -99,7 +100,7 @@ class TestCard:
         assert text.index(f"| {worst[0]} |") < text.index(f"| {worst[-1]} |")
         label, given, number = result.confusion.mistakes()[0]
         assert f"{label} taken for {given} ({number})" in text
-        assert "All 64 queries, class by class" in text
+        assert "The full network, class by class" in text
         without = render_card(folder, config, dataclasses.replace(result, confusion=None))
         assert "Accuracy by class, and what is taken for what, were not measured." in without
         many = Confusion.of([f"a|{i}" for i in range(30)], np.arange(30), np.arange(30) // 2)
@@ -117,7 +118,7 @@ class TestCard:
         assert elsewhere == card.replace("(tradeoff.png)", "(copied/tradeoff.png)")
 
     def test_robustness(self, folder, result):
-        outcomes = [Outcome(64, None, 0.7, 0.01, 64.0)], [Outcome(64, None, 0.5, 0.01, 64.0)]
+        outcomes = [Outcome(Budget(), 0.7, 0.01, 64.0, False)], [Outcome(Budget(), 0.5, 0.01, 64.0, False)]
         cells = [
             Cell("clean", 0, outcomes[0]),
             *(Cell(name, s, outcomes[1]) for name in ("fog", "all") for s in (1, None)),
@@ -127,7 +128,7 @@ class TestCard:
         (folder / "robustness.json").write_text(json.dumps(robustness.to_dict()))
         text = rewrite_card(folder).read_text()
         assert "is 50.00 %, on the same 200 images uncorrupted 70.00 %" in text
-        assert "was not measured. At few queries" not in text
+        assert "was not measured. At small budgets" not in text
 
     def test_what_is_missing_or_damaged_is_named(self, folder):
         before = sorted(folder.iterdir())
@@ -187,7 +188,9 @@ class TestPublishedCards:
         assert card.data.model_name == checkpoint.name
         values = {r.metric_name: (r.metric_value, r.dataset_split) for r in card.data.eval_results}
         split = evaluation.conditions["split"]
-        assert values == {f"accuracy at {row.point}": (round(row.accuracy, 4), split) for row in evaluation.rows}
+        assert values == {
+            f"accuracy at {evaluation.name(row.budget)}": (round(row.accuracy, 4), split) for row in evaluation.rows
+        }
         headings = [line for line in card.text.splitlines() if line.startswith("## ")]
         names = ["Measured", "Where it errs", "Use", "Training", "Limits", "Licence", "Citation"]
         assert headings == [f"## {name}" for name in names]

@@ -301,7 +301,7 @@ class TestFiles:
         names = {name for name in self.files if name.startswith("hf_visual_perceiver/")}
         graphs = {name for name in names if name.startswith("hf_visual_perceiver/inference/graphs/")}
         assert {Path(name).name for name in graphs} >= {"graphs.json", "level_0.onnx", "trunk.onnx"}
-        assert {Path(name).suffix for name in names - graphs} == {".py", ".css", ".yaml"}
+        assert {Path(name).suffix for name in names - graphs} == {".py", ".css"}
         assert not any("checkpoints/" in name or name.endswith(".parquet") for name in names)
         for folder, place in (("hf_visual_perceiver", ""), ("modeling", "modeling/"), ("training", "training/")):
             here = {p.relative_to(REPOSITORY / folder).as_posix() for p in (REPOSITORY / folder).rglob("*.py")}

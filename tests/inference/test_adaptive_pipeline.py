@@ -13,11 +13,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 import hf_visual_perceiver  # registers the task
 from hf_visual_perceiver.inference.loading import default_model
-from hf_visual_perceiver.inference.pipeline import queries_for_macs
+from hf_visual_perceiver.inference.pipeline import TASK, budget_for_macs
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, count_macs
-
-
-TASK = "adaptive-image-classification"
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +26,10 @@ def classifier():
 def picture():
     noise = torch.randint(0, 256, (40, 30, 3), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
     return Image.fromarray(noise.numpy())
+
+
+def queries_for_macs(config, share, knobs=None):
+    return config.resolve(**budget_for_macs(config, share, knobs).kwargs)["num_active_queries"]
 
 
 def used(answers):
@@ -106,7 +107,7 @@ def test_every_form_of_an_image(classifier, picture, tmp_path):
 @pytest.mark.parametrize("selects", [False, True])
 def test_the_target_is_met_as_closely_as_can_be(fraction, selects):
     config = VisualPerceiverConfig(num_labels=10)
-    K = queries_for_macs(config, fraction, selects)
+    K = queries_for_macs(config, fraction, {"dqs_threshold": 0.8} if selects else {})
     full = count_macs(config, 64)
     assert count_macs(config, K, K if selects else None) <= fraction * full
     assert K == 64 or count_macs(config, K + 1, K + 1 if selects else None) > fraction * full
@@ -125,7 +126,7 @@ def test_a_target_of_everything_is_everything():
 def test_a_target_in_a_call(classifier, picture):
     assert used(classifier(picture, target_macs=0.25)) == queries_for_macs(classifier.model.config, 0.25)
     # With selection the target bounds what is read and compared as well.
-    budget = queries_for_macs(classifier.model.config, 0.25, selects=True)
+    budget = queries_for_macs(classifier.model.config, 0.25, {"dqs_threshold": 1.0})
     assert used(classifier(picture, target_macs=0.25, dqs_threshold=1.0)) == budget
     assert used(classifier(picture, target_macs=0.25, dqs_threshold=0.5)) < budget
 
@@ -138,7 +139,7 @@ def test_a_target_in_a_call(classifier, picture):
         ({"target_macs": float("nan")}, ValueError, r"in \(0, 1\], got nan"),
         ({"target_macs": True}, ValueError, r"in \(0, 1\], got True"),
         ({"target_macs": "half"}, ValueError, r"in \(0, 1\], got 'half'"),
-        ({"target_macs": 0.001}, ValueError, "at least 0.0416, which one query takes, got 0.001"),
+        ({"target_macs": 0.001}, ValueError, "at least 0.0416, which the least costs, got 0.001"),
         ({"target_macs": 0.5, "num_active_queries": 3}, ValueError, "`num_active_queries` or `target_macs`, got both"),
         ({"num_active_queries": 65}, ValueError, r"integer in \[1, 64\], got 65"),
         ({"dqs_threshold": -2.0}, ValueError, "at least -1, got -2.0"),

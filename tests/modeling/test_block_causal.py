@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_visual_perceiver.evaluation.cascade import Cascade, cascade_macs
-from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling import Budget, Pass, VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.modeling.spatial_init import cell, sobol_point
 
 
@@ -109,16 +109,16 @@ def test_one_pass_answers_for_all_ends_of_blocks(causal, images, monkeypatch):
     monkeypatch.setattr(
         type(causal.visual_perceiver), "process", lambda self, active: passes.append(1) or original(self, active)
     )
-    subsets = [QuerySubset(K) for K in (10, 8, 4, 1)]
+    subsets = [Pass(Budget(num_active_queries=K)) for K in (10, 8, 4, 1)]
     with torch.no_grad():
-        answers = causal.forward_subsets(images, subsets)
+        answers = causal.forward_budgets(images, subsets)
         assert len(passes) == 1
         for subset, logits in zip(subsets, answers, strict=True):
-            expected = causal(images, num_active_queries=subset.num_active_queries).logits
+            expected = causal(images, **subset.budget.kwargs).logits
             torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
         # 3 ends no block, so it needs a pass of its own.
         passes.clear()
-        causal.forward_subsets(images, [QuerySubset(12), QuerySubset(3)], together=False)
+        causal.forward_budgets(images, [Pass(), Pass(Budget(num_active_queries=3))])
         assert len(passes) == 2
 
 

@@ -9,7 +9,7 @@ from support import aligned, small_config
 from torch._dynamo.testing import CompileCounter
 
 from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification, VisualPerceiverModel
-from hf_visual_perceiver.modeling import QuerySubset
+from hf_visual_perceiver.modeling import Budget, Pass
 from hf_visual_perceiver.modeling.modeling_visual_perceiver import ActiveTokens
 
 
@@ -177,7 +177,9 @@ class TestDynamicQuerySelection:
         model.config.dqs_threshold = 0.3
         assert not model(images).active_queries.all()
         assert torch.equal(model(images, dqs_threshold=float("inf")).logits, expected.logits)
-        full, half = model.forward_subsets(images, [QuerySubset(12, float("inf")), QuerySubset(6)])
+        full, half = model.forward_budgets(
+            images, [Pass(Budget(dqs_threshold=float("inf"))), Pass(Budget(num_active_queries=6))]
+        )
         torch.testing.assert_close(full, expected.logits, **close)
         torch.testing.assert_close(
             half, model(images, num_active_queries=6, dqs_threshold=float("inf")).logits, **close
@@ -389,26 +391,32 @@ class TestBadInput:
             VisualPerceiverConfig.from_architecture("visual_perceiver_huge")
 
 
+def together_or_not(model, together):
+    model.packs_passes = together
+    return model
+
+
 class TestSubsets:
     """Several subsets of the queries in one pass."""
 
     SUBSETS = [
-        QuerySubset(12),
-        QuerySubset(1),
-        QuerySubset(7),
-        QuerySubset(7),
-        QuerySubset(12, 0.3),
-        QuerySubset(9, 0.5),
+        Pass(Budget(num_active_queries=12)),
+        Pass(Budget(num_active_queries=1)),
+        Pass(Budget(num_active_queries=7)),
+        Pass(Budget(num_active_queries=7)),
+        Pass(Budget(dqs_threshold=0.3)),
+        Pass(Budget(num_active_queries=9, dqs_threshold=0.5)),
     ]
-    GROUPS = [QuerySubset(12, images=slice(0, None, 3)), QuerySubset(5, images=slice(1, None, 3)),
-              QuerySubset(9, 0.4, images=slice(2, None, 3))]  # fmt: skip
+    GROUPS = [Pass(Budget(num_active_queries=12), slice(0, None, 3)), Pass(Budget(num_active_queries=5), slice(1, None, 3)),
+              Pass(Budget(num_active_queries=9, dqs_threshold=0.4), slice(2, None, 3))]  # fmt: skip
 
     @pytest.mark.parametrize("together", [True, False])
     @pytest.mark.parametrize("subsets", [SUBSETS, GROUPS], ids=["shared", "disjoint"])
     def test_equal_separate_forwards(self, model, images, subsets, together):
-        for subset, logits in zip(subsets, model.forward_subsets(images, subsets, together), strict=True):
-            K, t = subset.num_active_queries, subset.dqs_threshold
-            expected = model(images[subset.images], num_active_queries=K, dqs_threshold=t).logits
+        for subset, logits in zip(
+            subsets, together_or_not(model, together).forward_budgets(images, subsets), strict=True
+        ):
+            expected = model(images[subset.images], **subset.budget.kwargs).logits
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("together", [True, False])
@@ -421,11 +429,8 @@ class TestSubsets:
             sum((i + 1) * logits.square().sum() for i, logits in enumerate(all_logits)).backward()
             return {name: p.grad.clone() for name, p in model.named_parameters()}
 
-        joint = gradients(model.forward_subsets(images, subsets, together))
-        separate = gradients(
-            model(images[s.images], num_active_queries=s.num_active_queries, dqs_threshold=s.dqs_threshold).logits
-            for s in subsets
-        )
+        joint = gradients(together_or_not(model, together).forward_budgets(images, subsets))
+        separate = gradients(model(images[s.images], **s.budget.kwargs).logits for s in subsets)
         for name, expected in separate.items():
             scale = expected.abs().max().clamp(min=1)
             assert (joint[name] - expected).abs().max() <= 1e-5 * scale, name
@@ -439,13 +444,15 @@ class TestSubsets:
                 lambda _, args, given, out, name=name: calls.append(given.get("part", name)), with_kwargs=True
             )
         model.visual_perceiver.layers[0].register_forward_hook(lambda *_: calls.append("trunk"))
-        model.forward_subsets(images, self.SUBSETS)
-        assert calls == ["embeddings", "cross_attention", "finish", "trunk"]
+        together_or_not(model, True).forward_budgets(images, self.SUBSETS)
+        assert calls == ["embeddings", "cross_attention", *["finish"] * len(self.SUBSETS), "trunk"]
 
     def test_drop_paths_are_drawn_for_each_image_of_each_subset(self, images):
         torch.manual_seed(0)
         model = VisualPerceiverForImageClassification(small_config(drop_path_rate=0.5)).train()
-        first, second = model.forward_subsets(images, [QuerySubset(12), QuerySubset(12)])
+        first, second = model.forward_budgets(
+            images, [Pass(Budget(num_active_queries=12)), Pass(Budget(num_active_queries=12))]
+        )
         assert not torch.allclose(first, second)
 
     @pytest.mark.parametrize("together", [True, False])
@@ -455,11 +462,11 @@ class TestSubsets:
         for layer in compiled.visual_perceiver.layers:
             layer.compile(dynamic=True, backend=counter)
         for i, K in enumerate([(12, 3, 5), (12, 4, 7), (12, 1, 6), (12, 11, 1), (12, 8, 8), (12, 9, 2), (12, 2, 10)]):
-            subsets = [QuerySubset(k) for k in K]
+            subsets = [Pass(Budget(num_active_queries=k)) for k in K]
             torch.manual_seed(i)
-            expected = torch.stack(model.forward_subsets(images, subsets, together))
+            expected = torch.stack(together_or_not(model, together).forward_budgets(images, subsets))
             torch.manual_seed(i)
-            logits = torch.stack(compiled.forward_subsets(images, subsets, together))
+            logits = torch.stack(together_or_not(compiled, together).forward_budgets(images, subsets))
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
             logits.sum().backward()
         # Neither for each K nor for each block: once for any length, and where a K is 1, which the compiler treats apart.
@@ -467,4 +474,4 @@ class TestSubsets:
 
     def test_mistakes_are_named(self, model, images):
         with pytest.raises(ValueError, match=r"in \[1, 12\], got 13"):
-            model.forward_subsets(images, [QuerySubset(12), QuerySubset(13)])
+            model.forward_budgets(images, [Pass(Budget(num_active_queries=12)), Pass(Budget(num_active_queries=13))])

@@ -14,20 +14,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_visual_perceiver import VisualPerceiverForImageClassification
-from hf_visual_perceiver.modeling import QuerySubset
+from hf_visual_perceiver.modeling import Budget, Pass
 from hf_visual_perceiver.training.folder import save_folder
 
 
 def answers(model, images) -> list[torch.Tensor]:
     """The logits by every way through the network."""
-    subsets = [QuerySubset(12), QuerySubset(5), QuerySubset(12, 0.3)]
+    subsets = [Pass(Budget(num_active_queries=12)), Pass(Budget(num_active_queries=5)), Pass(Budget(dqs_threshold=0.3))]
     with torch.no_grad():
         state = model.start(images)
         return [
             model(images).logits,
             model(images, num_active_queries=5, dqs_threshold=0.3).logits,
             model(images, dqs_threshold=0.3, output_attentions=True).logits,
-            *model.forward_subsets(images, subsets),
+            *model.forward_budgets(images, subsets),
             state.extend(2).logits,
             state.extend(9).logits,
         ]

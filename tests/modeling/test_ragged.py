@@ -11,7 +11,7 @@ from support import small_config
 from torch._dynamo.testing import CompileCounter
 
 from hf_visual_perceiver import VisualPerceiverForImageClassification
-from hf_visual_perceiver.modeling import QuerySubset, attention_groups, ragged
+from hf_visual_perceiver.modeling import Budget, Pass, attention_groups, ragged
 from hf_visual_perceiver.modeling.attention_groups import GroupCost, boundaries
 from hf_visual_perceiver.modeling.ragged import PackedLayout, resolve_backend
 
@@ -104,11 +104,18 @@ def test_subsets_share_a_batch(place, images):
     # The training sandwich: prefixes and selections, of the same images and of others, in one pass through the trunk.
     device, backend = place
     images, dtype = images.to(device), half(device, backend)
-    subsets = [QuerySubset(12), QuerySubset(1), QuerySubset(7), QuerySubset(12, 0.3), QuerySubset(5, images=slice(3))]
+    subsets = [
+        Pass(Budget(num_active_queries=12)),
+        Pass(Budget(num_active_queries=1)),
+        Pass(Budget(num_active_queries=7)),
+        Pass(Budget(dqs_threshold=0.3)),
+        Pass(Budget(num_active_queries=5), slice(3)),
+    ]
 
     def run(model, dtype, together):
         model.zero_grad()
-        results = model.forward_subsets(images.to(dtype), subsets, together)
+        model.packs_passes = together
+        results = model.forward_budgets(images.to(dtype), subsets)
         sum((i + 1) * logits.square().sum() for i, logits in enumerate(results)).backward()
         return [logits.detach() for logits in results], {n: p.grad.clone() for n, p in model.named_parameters()}
 

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from support import REPOSITORY, small_config
 
-from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageClassification
+from hf_visual_perceiver.modeling import Budget, Pass, VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.distributed import all_finite, gathered
 from hf_visual_perceiver.training.objective import Objective
 from hf_visual_perceiver.training.state import apply_state, gather_state
@@ -142,11 +142,11 @@ class TestFsdp2:
         accelerator = accelerator_of(plugin)
         if as_a_part:
             sharded = fsdp2_prepare_model(accelerator, sharded)
-            subsets = [QuerySubset(12), QuerySubset(3)]
+            subsets = [Pass(Budget(num_active_queries=12)), Pass(Budget(num_active_queries=3))]
         else:
             # accelerate treats a transformers model in its own way; its forward takes one subset.
             fsdp2_prepare_model(accelerator, sharded.network)
-            subsets = [QuerySubset(3)]
+            subsets = [Pass(Budget(num_active_queries=3))]
         split = Counter(type(module).__name__ for module in sharded.modules())
         assert split["FSDPVisualPerceiverLayer"] == split["FSDPVisualPerceiverCrossAttention"] == 2
         loss = sharded(images, subsets)
@@ -196,7 +196,7 @@ class Loss(torch.nn.Module):
 
     def forward(self, images, subsets):
         if len(subsets) > 1:
-            answers = self.network.forward_subsets(images, subsets)
+            answers = self.network.forward_budgets(images, subsets)
         else:
-            answers = [self.network(images, num_active_queries=subsets[0].num_active_queries).logits]
+            answers = [self.network(images, **subsets[0].budget.kwargs).logits]
         return torch.stack([answer.logsumexp(-1).mean() for answer in answers]).sum()

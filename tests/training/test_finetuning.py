@@ -90,7 +90,7 @@ def test_it_learns_and_the_folder_is_what_was_learnt(story, place, batch):
         answers = pipeline(task, model=str(folder))(picture)
         assert {answer["label"] for answer in answers} == set(SHAPES)
     result = run(
-        "visual-perceiver", "evaluate", "--model", folder, "--dataset", place / "pictures", "--dqs-threshold", 0.8
+        "visual-perceiver", "evaluate", "--model", folder, "--dataset", place / "pictures", "--budget", "t=0.8"
     )
     assert result.returncode == 0, result.stderr
     assert "t = 0.8" in result.stdout

@@ -9,7 +9,7 @@ from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 
 from hf_visual_perceiver.inference.loading import shipped
-from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverForImageClassification
+from hf_visual_perceiver.modeling import Budget, Pass, VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.folder import save_folder
 from hf_visual_perceiver.training.objective import Objective, distillation_loss, student_loss
 from hf_visual_perceiver.training.recipe import StudentLoss, TeacherLoss, load_recipe
@@ -52,8 +52,14 @@ class TestFormulas:
 
 class TestObjective:
     def test_without_students_every_image_counts_alike(self, model, images, targets):
-        subsets = [QuerySubset(12, images=slice(0, None, 4)), QuerySubset(3, images=slice(1, None, 4))]
-        subsets += [QuerySubset(7, images=slice(2, None, 4)), QuerySubset(1, images=slice(3, None, 4))]
+        subsets = [
+            Pass(Budget(num_active_queries=12), slice(0, None, 4)),
+            Pass(Budget(num_active_queries=3), slice(1, None, 4)),
+        ]
+        subsets += [
+            Pass(Budget(num_active_queries=7), slice(2, None, 4)),
+            Pass(Budget(num_active_queries=1), slice(3, None, 4)),
+        ]
         losses = Objective(model)(images, targets, subsets)
         K = [12, 3, 7, 1] * 2
         each = [
@@ -63,19 +69,29 @@ class TestObjective:
 
     @pytest.mark.parametrize("packed", [True, False])
     def test_students_teach_nothing_to_the_full_network(self, model, images, targets, packed):
-        objective = Objective(model, StudentLoss(weight=0.7, distillation=1.0), packed=packed)
+        objective = Objective(model, StudentLoss(weight=0.7, distillation=1.0))
+        model.packs_passes = packed
         captured = []
-        forward_subsets = model.forward_subsets
+        forward_budgets = model.forward_budgets
 
         def capture(*args):
-            all_logits = forward_subsets(*args)
+            all_logits = forward_budgets(*args)
             for logits in all_logits:
                 logits.retain_grad()
             captured.extend(all_logits)
             return all_logits
 
-        model.forward_subsets = capture
-        losses = objective(images, targets, [QuerySubset(12), QuerySubset(3), QuerySubset(6)], distils=True)
+        model.forward_budgets = capture
+        losses = objective(
+            images,
+            targets,
+            [
+                Pass(Budget(num_active_queries=12)),
+                Pass(Budget(num_active_queries=3)),
+                Pass(Budget(num_active_queries=6)),
+            ],
+            distils=True,
+        )
         objective.total_loss(losses).backward()
         full, *students = captured
         # Softmax minus target, whatever the students do.
@@ -86,14 +102,17 @@ class TestObjective:
 
     def test_the_average_can_teach_the_students(self, model, images, targets):
         average = random_logits(5)
-        subsets = [QuerySubset(12), QuerySubset(3)]
+        subsets = [Pass(Budget(num_active_queries=12)), Pass(Budget(num_active_queries=3))]
         losses = Objective(model)(images, targets, subsets, distils=True, averaged_logits=average)
         student = model(images, num_active_queries=3).logits
         torch.testing.assert_close(losses[1], student_loss(student, average, targets, 1.0))
 
     @pytest.mark.parametrize("kind", ["soft", "hard"])
     def test_a_teacher_takes_its_share_of_the_labels(self, model, images, targets, kind):
-        taught, subsets = random_logits(4).detach(), [QuerySubset(12), QuerySubset(3)]
+        taught, subsets = (
+            random_logits(4).detach(),
+            [Pass(Budget(num_active_queries=12)), Pass(Budget(num_active_queries=3))],
+        )
         plain = Objective(model)(images, targets, subsets, distils=True)
         loss = TeacherLoss(model="any", distillation=kind, weight=0.3, temperature=2.0)
         losses = Objective(model, teacher=loss)(images, targets, subsets, distils=True, teacher_logits=taught)
@@ -114,7 +133,7 @@ def test_micro_batches_change_no_gradient(images, targets, schedule, teacher):
         )
         accelerator, average = Accelerator(cpu=True), ModelEmaV3(network)
         torch.nn.init.normal_(average.module.head.weight)
-        plan = create_schedule(recipe.queries, 12, 0)
+        plan = create_schedule(recipe.queries, small_config().ladder(), 0)
         model = Objective(network, recipe.students)
         losses = forward_backward(accelerator, model, images, targets, plan(2), plan, recipe, None, average)
         return losses, {name: p.grad for name, p in network.named_parameters()}

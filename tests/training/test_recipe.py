@@ -3,6 +3,7 @@
 import pytest
 
 from hf_visual_perceiver.inference.loading import shipped
+from hf_visual_perceiver.modeling import Budget
 from hf_visual_perceiver.training.recipe import load_recipe
 from hf_visual_perceiver.training.schedules import create_schedule
 from hf_visual_perceiver.training.step import check_batch
@@ -15,8 +16,8 @@ RECIPES = sorted(shipped("training/recipes").glob("*.yaml"))
 def test_shipped_recipes_are_valid(path):
     recipe = load_recipe(path)
     config = None if recipe.timm_name else recipe.model_config()
-    num_queries, ends = (1, None) if config is None else (config.num_queries, config.block_ends)
-    check_batch(recipe, create_schedule(recipe.queries, num_queries, recipe.seed, recipe.steps, ends), 1)
+    ladder, ends = ([Budget()], None) if config is None else (config.ladder(), config.block_ends)
+    check_batch(recipe, create_schedule(recipe.queries, ladder, recipe.seed, recipe.steps, ends), 1)
 
 
 def test_the_papers_recipe_is_verbatim():

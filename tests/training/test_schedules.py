@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from hf_visual_perceiver.modeling import QuerySubset, VisualPerceiverConfig, count_macs
-from hf_visual_perceiver.training.schedules import SCHEDULES, create_schedule, describe, step_macs
+from hf_visual_perceiver.modeling import Budget, Pass, VisualPerceiverConfig, count_macs
+from hf_visual_perceiver.training import schedules
+from hf_visual_perceiver.training.schedules import SCHEDULES, describe, step_macs
 
 
 TAIL = {"fraction": 0.25, "share": 0.5, "thresholds": [0.6, 0.9]}
@@ -20,8 +21,17 @@ EXAMPLES = {
 }
 
 
-def budgets(subsets):
-    return [subset.num_active_queries for subset in subsets]
+def ladder(Q):
+    return VisualPerceiverConfig(num_queries=Q).ladder()
+
+
+def budgets(passes, Q=64):
+    """The K of passes; a ladder's last budget, and one of a threshold, has all."""
+    return [p.budget.kwargs.get("num_active_queries", Q) for p in passes]
+
+
+def create_schedule(queries, num_queries=64, *args, **more):
+    return schedules.create_schedule(queries, ladder(num_queries), *args, **more)
 
 
 def test_every_schedule_is_an_example():
@@ -39,12 +49,12 @@ def test_follow_from_seed_and_step(queries):
 
 
 def test_fixed():
-    assert create_schedule({"schedule": "fixed", "K": 5}, 8, 0)(123) == [QuerySubset(5)]
+    assert create_schedule({"schedule": "fixed", "K": 5}, 8, 0)(123) == [Pass(Budget(num_active_queries=5))]
 
 
 def test_uniform_covers_every_budget_alike():
     schedule = create_schedule({"schedule": "uniform"}, num_queries=8, seed=3)
-    counts = np.bincount([budgets(schedule(step))[0] for step in range(4000)], minlength=9)
+    counts = np.bincount([budgets(schedule(step), 8)[0] for step in range(4000)], minlength=9)
     assert counts[0] == 0
     assert all(400 < count < 600 for count in counts[1:])
 
@@ -113,8 +123,8 @@ def test_stratified_gives_each_image_one_budget_and_one_group_all():
         subsets = schedule(step)
         taken = [i for subset in subsets for i in range(16)[subset.images]]
         assert sorted(taken) == list(range(16))
-        assert budgets(subsets)[0] == 8
-        drawn += budgets(subsets)[1:]
+        assert budgets(subsets, 8)[0] == 8
+        drawn += budgets(subsets, 8)[1:]
     shares = np.bincount(drawn, minlength=9)[1:] / len(drawn)
     np.testing.assert_allclose(shares, log_uniform_shares(8), atol=0.02)
 
@@ -122,27 +132,31 @@ def test_stratified_gives_each_image_one_budget_and_one_group_all():
 def test_sandwich_has_the_full_network_and_log_uniform_students():
     schedule = create_schedule({"schedule": "sandwich", "students": 2}, num_queries=8, seed=0)
     assert schedule.distils
-    steps = [budgets(schedule(step)) for step in range(3000)]
+    steps = [budgets(schedule(step), 8) for step in range(3000)]
     assert all(len(K) == 3 and K[0] == 8 for K in steps)
     shares = np.bincount([K for step in steps for K in step[1:]], minlength=9)[1:] / 6000
     np.testing.assert_allclose(shares[:7], log_uniform_shares(7), atol=0.02)
     assert shares[7] == 0  # the teacher is no student
     smallest = create_schedule({"schedule": "sandwich", "students": 2, "smallest": True}, 8, 0)
-    assert all(budgets(smallest(step))[:2] == [8, 1] and len(smallest(step)) == 3 for step in range(100))
+    assert all(budgets(smallest(step), 8)[:2] == [8, 1] and len(smallest(step)) == 3 for step in range(100))
+
+
+def threshold(a_pass):
+    return a_pass.budget.kwargs.get("dqs_threshold")
 
 
 class TestDqsTail:
     def test_selects_for_a_share_of_the_students_in_the_last_steps(self):
         schedule = create_schedule(EXAMPLES["dqs_tail"], 64, 0, steps=4000)
-        assert all(s.dqs_threshold is None for step in range(3000) for s in schedule(step))
+        assert all(threshold(s) is None for step in range(3000) for s in schedule(step))
         tail = [schedule(step) for step in range(3000, 4000)]
-        assert all(subsets[0] == QuerySubset(64) for subsets in tail)
-        thresholds = [s.dqs_threshold for subsets in tail for s in subsets[1:]]
+        assert all(subsets[0] == Pass() for subsets in tail)
+        thresholds = [threshold(s) for subsets in tail for s in subsets[1:]]
         selected = [t for t in thresholds if t is not None]
         assert 0.45 < len(selected) / len(thresholds) < 0.55
         assert 0.6 <= min(selected) < 0.62
         assert 0.88 < max(selected) <= 0.9
-        assert all(s.num_active_queries == 64 for subsets in tail for s in subsets if s.dqs_threshold is not None)
+        assert all(budgets([s]) == [64] for subsets in tail for s in subsets if threshold(s) is not None)
 
     def test_leaves_the_other_subsets_as_they_were(self):
         with_tail, without = (
@@ -152,13 +166,11 @@ class TestDqsTail:
         for step in range(100):
             for a, b in zip(with_tail(step), without(step), strict=True):
                 assert a.images == b.images
-                assert a.dqs_threshold is not None or a == b
+                assert threshold(a) is not None or a == b
 
     def test_of_uniform_masking(self):
         schedule = create_schedule({"schedule": "uniform", "dqs_tail": {**TAIL, "share": 1.0}}, 64, 0, steps=100)
-        assert [s.dqs_threshold is not None for step in range(100) for s in schedule(step)] == [False] * 75 + [
-            True
-        ] * 25
+        assert [threshold(s) is not None for step in range(100) for s in schedule(step)] == [False] * 75 + [True] * 25
 
 
 @pytest.mark.parametrize(
@@ -195,7 +207,7 @@ def test_mistakes_are_named(queries, message):
 
 
 def test_macs_of_a_step():
-    """Subsets that share an image share its cross-attention block; the rest is counted for each."""
+    """Passes that share an image share what reads it; the rest is counted for each."""
     config = VisualPerceiverConfig(num_labels=10)
     N, D = 64, 192
     for name in ("uniform", "stratified"):
@@ -205,11 +217,12 @@ def test_macs_of_a_step():
     schedule = create_schedule(EXAMPLES["sandwich"], 64, 0)
     K = budgets(schedule(3))
     separate = sum(count_macs(config, k) for k in K)
-    read = [N * 48 * D + N * 2 * D**2 + k * (2 * D**2 + 2 * N * D + 8 * D**2) for k in K[1:]]
+    read = [N * 48 * D + N * 2 * D**2 + k * (D**2 + 2 * N * D) for k in K[1:]]
     assert step_macs(config, schedule, 3) == separate - sum(read)
 
 
 def test_describe():
-    assert describe([QuerySubset(7)]) == 7
-    assert describe([QuerySubset(64), QuerySubset(7)]) == [64, 7]
-    assert describe([QuerySubset(64, 0.81234)]) == ["t=0.812"]
+    knobs = VisualPerceiverConfig.knobs
+    assert describe([Pass(Budget(num_active_queries=7))], knobs) == "K=7"
+    assert describe([Pass(), Pass(Budget(num_active_queries=7))], knobs) == ["full", "K=7"]
+    assert describe([Pass(Budget(dqs_threshold=0.81234))], knobs) == "t=0.812"

@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ti
 
 from hf_visual_perceiver.data.images import load_images, normalise
 from hf_visual_perceiver.inference.loading import default_dataset
-from hf_visual_perceiver.modeling import QuerySubset
+from hf_visual_perceiver.modeling import Pass
 from hf_visual_perceiver.training.recipe import load_recipe, recipe_from_dict
 from hf_visual_perceiver.training.teacher import load_teacher
 from hf_visual_perceiver.training.timm_network import TimmNetwork
@@ -100,7 +100,7 @@ def test_subsets_are_images(trained):
     network = TimmNetwork.create("resnet18", TINY, ["a", "b"]).eval()
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
-        (odd,) = network.forward_subsets(x, [QuerySubset(1, images=slice(1, None, 2))])
+        (odd,) = network.forward_budgets(x, [Pass(images=slice(1, None, 2))])
         torch.testing.assert_close(odd, network(x[1::2]).logits)
 
 
@@ -132,4 +132,4 @@ def test_arguments_that_timm_refuses(arguments, tmp_path):
 def test_the_recipe_of_the_repository():
     recipe = load_recipe("training/recipes/cifar10_resnet_teacher.yaml")
     network = TimmNetwork.create(recipe.timm_name, recipe.config, ["a"] * 10)
-    assert network.forward_subsets(torch.zeros(2, 3, 32, 32), [QuerySubset(1)])[0].shape == (2, 10)
+    assert network.forward_budgets(torch.zeros(2, 3, 32, 32), [Pass()])[0].shape == (2, 10)

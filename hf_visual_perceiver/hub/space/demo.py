@@ -3,11 +3,13 @@
 Shapes: Q learned queries, (h, w) patches.
 """
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +19,10 @@ from PIL import Image
 
 from hf_visual_perceiver.benchmark.timing import interleaved, median_ratio
 from hf_visual_perceiver.data.image_processor import create_image_processor
-from hf_visual_perceiver.evaluation.evaluate import Evaluation, OperatingPoint, read_evaluation
+from hf_visual_perceiver.evaluation.evaluate import Evaluation, read_evaluation
 from hf_visual_perceiver.hub.page import EXAMPLES, PICTURES
 from hf_visual_perceiver.inference.loading import load_model
-from hf_visual_perceiver.modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling import Budget
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities
 
 
@@ -65,7 +67,7 @@ class Answer:
         macs: Multiply-accumulates; with t they include reading and comparing all K.
         full_macs: Those of all queries.
         seconds: Median over repetitions.
-        full_seconds: Of all queries, in turns with the setting.
+        full_seconds: Seconds for all queries, measured in turns with the setting.
         relative_time: Median over repetitions of the ratio of the two.
         repetitions: How often both were timed.
     """
@@ -117,7 +119,7 @@ class Demo:
 
     def __init__(
         self,
-        model: VisualPerceiverForImageClassification,
+        model: Any,
         name: str,
         evaluation: Evaluation | None = None,
         examples: list[Path] | None = None,
@@ -125,7 +127,7 @@ class Demo:
         self.model, self.name, self.evaluation, self.examples = model, name, evaluation, examples or []
         self.config = model.config
         self.start = self.config.operating_point()
-        self.all_queries = OperatingPoint().knobs(self.config)
+        self.all_queries = self.config.resolve()
         self.processor = create_image_processor(self.config)
 
     @classmethod
@@ -134,7 +136,7 @@ class Demo:
 
         Args:
             name: A folder or Hub id. Its code is not run.
-            revision: Of a Hub id: a commit, tag or branch.
+            revision: Commit, tag or branch of a Hub id.
             device: torch's name.
 
         Raises:
@@ -156,7 +158,7 @@ class Demo:
         )
 
     @cached_property
-    def network(self) -> OptimizedVisualPerceiver | VisualPerceiverForImageClassification:
+    def network(self) -> Any:
         """What answers and is timed: the optimised form, or the model where that needs what is not installed."""
         try:
             return self.model.optimize_for_inference()
@@ -171,9 +173,7 @@ class Demo:
             image: RGB, of any size.
         """
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.model.device)
-        parts = self.model.visual_perceiver
-        y, weights = parts.look(pixels, self.config.num_queries)
-        height, width = (side // self.config.patch_size for side in self.config.image_height_width)
+        y, attention = self.model.look(pixels)
         seconds = []
         for _ in range(3):  # the first warms up
             began = time.perf_counter()
@@ -182,7 +182,7 @@ class Demo:
         return Picture(
             pixels=pixels,
             view=self._view(pixels),
-            attention=weights[0].float().mean(0).cpu().numpy().reshape(-1, height, width),  # (H, Q, N) -> (Q, h, w)
+            attention=attention[0].float().cpu().numpy(),  # (Q, h, w)
             similarities=cosine_similarities(y)[0].cpu().numpy(),
             full_probabilities=full,
             full_seconds=min(seconds),
@@ -197,8 +197,9 @@ class Demo:
         Raises:
             ValueError: If K or t is out of its range.
         """
-        knobs = OperatingPoint(num_active_queries, dqs_threshold).knobs(self.config)
-        K, t = self.config.operating_point(**knobs)
+        budget = Budget(num_active_queries=num_active_queries, dqs_threshold=dqs_threshold)
+        knobs = self.config.resolve(**budget.kwargs)
+        K, t = knobs["num_active_queries"], None if dqs_threshold is None else knobs["dqs_threshold"]
         run = partial(self.network, picture.pixels, **knobs)
         output = run()
         active = output.active_queries[0].cpu().numpy()
@@ -211,8 +212,8 @@ class Demo:
             probabilities=self._probabilities(output.logits),
             active=active,
             nearest=self._nearest(picture.similarities, active),
-            macs=count_macs(self.config, int(active.sum()), None if t is None else K),
-            full_macs=count_macs(self.config, self.config.num_queries),
+            macs=int(self.config.count_macs(budget, output)[0]),
+            full_macs=self.config.count_macs(Budget()),
             seconds=statistics.median(seconds["setting"]),
             full_seconds=statistics.median(seconds["full"]),
             relative_time=median_ratio(seconds["setting"], seconds["full"]),
@@ -225,22 +226,19 @@ class Demo:
         Between two measured K, or two measured t at all queries, both are interpolated; elsewhere nothing is claimed.
         """
         rows = [] if self.evaluation is None else self.evaluation.rows
-        Q = self.config.num_queries
-        for row in rows:
-            if (row.num_active_queries or Q, row.dqs_threshold) == (num_active_queries, dqs_threshold):
-                return Expected(row.macs, row.accuracy, measured=True)
-        if dqs_threshold is None:
-            known = sorted(
-                (row.num_active_queries or Q, row.macs, row.accuracy) for row in rows if row.dqs_threshold is None
-            )
+        Q, off = self.config.num_queries, math.inf
+        points = [(self.config.resolve(**row.budget.kwargs), row.macs, row.accuracy) for row in rows]
+        measured = [(p["num_active_queries"], p["dqs_threshold"], macs, accuracy) for p, macs, accuracy in points]
+        t = off if dqs_threshold is None else dqs_threshold
+        for K, threshold, macs, accuracy in measured:
+            if (K, threshold) == (num_active_queries, t):
+                return Expected(macs, accuracy, measured=True)
+        if t == off:
+            known = sorted((K, *rest) for K, threshold, *rest in measured if threshold == off)
             at: float = num_active_queries
         elif num_active_queries == Q:
-            known = sorted(
-                (row.dqs_threshold, row.macs, row.accuracy)
-                for row in rows
-                if row.dqs_threshold is not None and row.num_active_queries in (None, Q)
-            )
-            at = dqs_threshold
+            known = sorted((threshold, *rest) for K, threshold, *rest in measured if threshold != off and K == Q)
+            at = t
         else:
             return None
         if not known or not known[0][0] <= at <= known[-1][0]:

@@ -20,7 +20,7 @@ from hf_visual_perceiver.utils import files as training_files
 # The versions that the app is tested with.
 GRADIO, PYTHON = "6.31.0", "3.12"
 PACKAGE = "hf_visual_perceiver"
-SOURCES = {".py", ".css", ".yaml"}
+SOURCES = {".py", ".css"}
 GRAPHS = "graphs"  # of ONNX Runtime, which computes the answers
 RUNTIME = r"(matplotlib|onnx|onnxscript|onnxruntime)\b"
 ELSEWHERE = {"checkpoints", "model_cards"}  # not needed by the app
