@@ -13,8 +13,8 @@ demo: $(SETUP)
 	mkdir -p $(OUTPUTS)
 	$(BIN)/visual-perceiver evaluate --plot $(OUTPUTS)/tradeoff.png --json $(OUTPUTS)/evaluation.json
 	$(BIN)/python -m hf_visual_perceiver.data.sample_images $(OUTPUTS)/images --count 8
-	$(BIN)/visual-perceiver predict $(OUTPUTS)/images --num-active-queries 8
-	$(BIN)/visual-perceiver predict $(OUTPUTS)/images --dqs-threshold 0.8
+	$(BIN)/visual-perceiver predict $(OUTPUTS)/images --budget K=8
+	$(BIN)/visual-perceiver predict $(OUTPUTS)/images --budget t=0.8
 
 # The paper's tables and figures beside ours, from the checkpoints in benchmarks/papers/reproduce.yaml, on the embedded sample.
 reproduce: $(SETUP)

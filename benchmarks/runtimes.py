@@ -25,7 +25,6 @@ from rich.progress import track
 from rich.table import Table
 
 from hf_visual_perceiver.data.images import load_images, normalise, pixels_of_size
-from hf_visual_perceiver.evaluation.evaluate import OperatingPoint
 from hf_visual_perceiver.evaluation.plots import check_picture, save_figure
 from hf_visual_perceiver.export.comparison import runtime_versions
 from hf_visual_perceiver.export.graph import export_onnx, quantise, trace
@@ -49,7 +48,7 @@ def pytorch_runtimes(model: VisualPerceiverForImageClassification, compile_model
     """PyTorch's own forms."""
 
     def knobs(K: int) -> dict[str, Any]:
-        return OperatingPoint(K).knobs(model.config)
+        return model.config.resolve(num_active_queries=K)
 
     runtimes: dict[str, Forward] = {EAGER: lambda x, K: model(x, **knobs(K)).logits}
     fast = model.optimize_for_inference()
@@ -113,7 +112,7 @@ def main(
         check_writable(output)
     network = load_model(model or default_model())
     for K in num_active_queries:
-        network.config.operating_point(K)
+        network.config.resolve(num_active_queries=K)
     cfg, data = network.config.timm_pretrained_cfg, load_images(default_dataset(), "test")
     runtimes, left_out = pytorch_runtimes(network, compile_model), []
     with tempfile.TemporaryDirectory() as folder:
@@ -180,7 +179,7 @@ def warm_up(
         RuntimeError: If its logits are others.
     """
     for K in budgets:
-        expected = model(pixels, **OperatingPoint(K).knobs(model.config)).logits
+        expected = model(pixels, **model.config.resolve(num_active_queries=K)).logits
         difference = (forward(pixels, K) - expected).abs().max().item()
         if "int8" not in name and difference > 1e-3 * max(1.0, expected.abs().max().item()):
             raise RuntimeError(f"its logits differ from eager PyTorch's by {difference:.2g} at K = {K}")

@@ -10,13 +10,29 @@ from hf_visual_perceiver.inference.onnx_perceiver import OnnxPerceiver
 from hf_visual_perceiver.inference.pipeline import TASK, AdaptiveImageClassificationPipeline
 from hf_visual_perceiver.modeling import (
     ARCHITECTURES,
+    DynamicVisionTransformerConfig,
+    DynamicVisionTransformerForImageClassification,
+    DynamicVisionTransformerModel,
+    IterativePerceiverConfig,
+    IterativePerceiverForImageClassification,
+    IterativePerceiverModel,
+    LookupViTConfig,
+    LookupViTForImageClassification,
+    LookupViTModel,
+    QnAViTConfig,
+    QnAViTForImageClassification,
+    QnAViTModel,
     VisualPerceiverConfig,
     VisualPerceiverForImageClassification,
     VisualPerceiverModel,
     count_macs,
     select_queries,
     timm_conv_classifier,  # noqa: F401  (registers the timm names)
-    timm_visual_perceiver,  # noqa: F401  (likewise)
+    timm_dynamic_vision_transformer,  # noqa: F401  (likewise)
+    timm_iterative_perceiver,  # noqa: F401
+    timm_lookupvit,  # noqa: F401
+    timm_qna_vit,  # noqa: F401
+    timm_visual_perceiver,  # noqa: F401
 )
 from hf_visual_perceiver.modeling.elastic import Budget, Family, register
 from hf_visual_perceiver.modeling.engines import ENGINES
@@ -25,6 +41,13 @@ from hf_visual_perceiver.version import __version__  # noqa: F401
 
 
 register(Family(VisualPerceiverConfig, VisualPerceiverModel, VisualPerceiverForImageClassification, ARCHITECTURES))
+for config, model, classifier in (
+    (DynamicVisionTransformerConfig, DynamicVisionTransformerModel, DynamicVisionTransformerForImageClassification),
+    (LookupViTConfig, LookupViTModel, LookupViTForImageClassification),
+    (IterativePerceiverConfig, IterativePerceiverModel, IterativePerceiverForImageClassification),
+    (QnAViTConfig, QnAViTModel, QnAViTForImageClassification),
+):
+    register(Family(config, model, classifier, config.named))
 
 # `image-classification` stays what it is everywhere; this task takes the budget as an argument.
 PIPELINE_REGISTRY.register_pipeline(
@@ -38,6 +61,18 @@ __all__ = [
     "ARCHITECTURES",
     "AdaptiveImageClassificationPipeline",
     "Budget",
+    "DynamicVisionTransformerConfig",
+    "DynamicVisionTransformerForImageClassification",
+    "DynamicVisionTransformerModel",
+    "IterativePerceiverConfig",
+    "IterativePerceiverForImageClassification",
+    "IterativePerceiverModel",
+    "LookupViTConfig",
+    "LookupViTForImageClassification",
+    "LookupViTModel",
+    "QnAViTConfig",
+    "QnAViTForImageClassification",
+    "QnAViTModel",
     "VisualPerceiverConfig",
     "VisualPerceiverForImageClassification",
     "VisualPerceiverModel",

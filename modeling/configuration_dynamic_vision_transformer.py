@@ -60,6 +60,13 @@ class DynamicVisionTransformerConfig(FamilyConfig):
     """
 
     model_type = "dynamic_vision_transformer"
+    title: ClassVar[str] = "Dynamic Vision Transformer"
+    about: ClassVar[str] = (
+        "Transformers of ever more tokens, one after the other: `max_exit` sets the last one for all images, and with `exit_thresholds` an image stops at the first that is sure enough (Wang et al. 2021)."
+    )
+    citation: ClassVar[str] = (
+        "@inproceedings{wang2021not,\n  title={Not All Images are Worth 16x16 Words: Dynamic Transformers for Efficient Image Recognition},\n  author={Wang, Yulin and Huang, Rui and Song, Shiji and Huang, Zeyi and Huang, Gao},\n  booktitle={NeurIPS},\n  year={2021}\n}"
+    )
     unit: ClassVar[str] = "exits"
     knobs: ClassVar[Mapping[str, str]] = {"exit": "max_exit", "p": "exit_thresholds"}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["exits", "exit_logits"]
@@ -129,6 +136,10 @@ class DynamicVisionTransformerConfig(FamilyConfig):
     def budgets(self) -> list[Budget]:
         """All images at each exit."""
         return [*(Budget(max_exit=i) for i in range(1, self.num_exits)), Budget()]
+
+    def adaptive_budgets(self) -> list[Budget]:
+        """One threshold for all exits."""
+        return [Budget(exit_thresholds=[p] * (self.num_exits - 1)) for p in (0.5, 0.7, 0.8, 0.9, 0.95)]
 
     def resolve(self, **knobs: Any) -> dict[str, Any]:
         """Both knobs as `forward` takes them; thresholds left out are infinity, at which no image stops early.

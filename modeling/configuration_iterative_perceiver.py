@@ -69,6 +69,13 @@ class IterativePerceiverConfig(FamilyConfig):
     """
 
     model_type = "iterative_perceiver"
+    title: ClassVar[str] = "Perceiver"
+    about: ClassVar[str] = (
+        "Latents that read every pixel, in several iterations: `num_active_queries` sets how many latents, `num_iterations` how many iterations (Jaegle et al. 2021, 2022)."
+    )
+    citation: ClassVar[str] = (
+        "@inproceedings{jaegle2021perceiver,\n  title={Perceiver: General Perception with Iterative Attention},\n  author={Jaegle, Andrew and Gimeno, Felix and Brock, Andrew and Zisserman, Andrew and Vinyals, Oriol and Carreira, Joao},\n  booktitle={ICML},\n  year={2021}\n}"
+    )
     unit: ClassVar[str] = "queries"
     knobs: ClassVar[Mapping[str, str]] = {"K": "num_active_queries", "i": "num_iterations"}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["used"]
@@ -121,6 +128,11 @@ class IterativePerceiverConfig(FamilyConfig):
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"Expected `hidden_act` to be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
         self.resolve(num_active_queries=self.num_active_queries, num_iterations=self.num_iterations)
+
+    @property
+    def summary(self) -> str:
+        """The sizes of the network, in some words."""
+        return f"{self.num_blocks} iterations of {self.num_self_attends_per_block} blocks of width {self.hidden_size}"
 
     @property
     def input_channels(self) -> int:

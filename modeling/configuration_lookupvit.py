@@ -52,6 +52,13 @@ class LookupViTConfig(FamilyConfig):
     """
 
     model_type = "lookupvit"
+    title: ClassVar[str] = "LookupViT"
+    about: ClassVar[str] = (
+        "A ViT on a small grid of compressed tokens that gathers from the full grid and writes back to it: `compressed_size` sets the grid (Koner et al. 2024)."
+    )
+    citation: ClassVar[str] = (
+        "@inproceedings{koner2024lookupvit,\n  title={LookupViT: Compressing visual information to a limited number of tokens},\n  author={Koner, Rajat and Jain, Gagan and Jain, Prateek and Tresp, Volker and Paul, Sujoy},\n  booktitle={ECCV},\n  year={2024}\n}"
+    )
     unit: ClassVar[str] = "tokens"
     knobs: ClassVar[Mapping[str, str]] = {"grid": "compressed_size"}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["tokens", "compressed_logits", "lookup_logits"]

@@ -63,6 +63,11 @@ class QnAViTConfig(FamilyConfig):
     """
 
     model_type = "qna_vit"
+    title: ClassVar[str] = "QnA-ViT"
+    about: ClassVar[str] = "Local attention of learned queries; a static network (Arar et al. 2022)."
+    citation: ClassVar[str] = (
+        "@inproceedings{arar2022learned,\n  title={Learned Queries for Efficient Local Attention},\n  author={Arar, Moab and Shamir, Ariel and Bermano, Amit H.},\n  booktitle={CVPR},\n  year={2022}\n}"
+    )
     unit: ClassVar[str] = "networks"
     knobs: ClassVar[Mapping[str, str]] = {}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["used"]
@@ -126,6 +131,11 @@ class QnAViTConfig(FamilyConfig):
     def stages(self) -> list[tuple[int, int]]:
         """Width and side of each stage."""
         return [(width, self.image_size // self.stem_stride // 2**i) for i, width in enumerate(self.hidden_sizes or [])]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of blocks."""
+        return sum(self.local_depths or []) + sum(self.qna_depths or []) + len(self.stages) - 1
 
     @property
     def hidden_size(self) -> int:

@@ -9,10 +9,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from .elastic import ElasticConfig
 
 
-CIFAR_STATISTICS = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2470, 0.2435, 0.2616]}
-IMAGENET_STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-
-
 @strict
 class FamilyConfig(ElasticConfig, PreTrainedConfig):
     """Base of a family's config. timm's constructor takes the family's fields by their own names.
@@ -29,7 +25,7 @@ class FamilyConfig(ElasticConfig, PreTrainedConfig):
     named: ClassVar[Mapping[str, Mapping[str, Any]]]
     modeling_module: ClassVar[str]
     class_prefix: ClassVar[str]
-    first_conv: ClassVar[str | None] = None
+    first_conv: ClassVar[str | None] = None  # type: ignore[assignment]
     classifiers: ClassVar[str | tuple[str, ...]] = "head"
 
     image_size: int = 32  # pixels of a side
@@ -41,26 +37,6 @@ class FamilyConfig(ElasticConfig, PreTrainedConfig):
         for key in (*self.timm_keys, "image_processor_type"):
             kwargs.pop(key, None)
         super().__post_init__(**kwargs)
-
-    @property
-    def image_height_width(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return self.image_size, self.image_size
-
-    @property
-    def label_names(self) -> list[str]:
-        """Names of the classes, in the order of the logits.
-
-        Raises:
-            ValueError: If the keys of `id2label` are not the indices of the logits, as numbers or as text.
-        """
-        names = {str(key): name for key, name in (self.id2label or {}).items()}
-        indices = [str(i) for i in range(len(names))]
-        if names.keys() != set(indices):
-            raise ValueError(
-                f"Expected the keys of `id2label` to be 0 to {len(names) - 1}, got {', '.join(list(names)[:10])}."
-            )
-        return [names[i] for i in indices]
 
     @classmethod
     def own_fields(cls) -> list[str]:
@@ -81,12 +57,14 @@ class FamilyConfig(ElasticConfig, PreTrainedConfig):
     @property
     def architecture(self) -> str:
         """The timm name of this architecture, or of the first; `timm_model_args` holds all that matters."""
-        for name, fields in self.named.items():
-            if all(getattr(self, key) == value for key, value in fields.items()):
-                matching = name
-                if fields or all(not f for f in self.named.values()):
-                    return name
-        return matching if "matching" in locals() else next(iter(self.named))
+        fits = [name for name, fields in self.named.items() if all(getattr(self, k) == v for k, v in fields.items())]
+        # The most specific one; every config fits an architecture of defaults alone.
+        return max(fits or self.named, key=lambda name: len(self.named[name]))
+
+    @property
+    def summary(self) -> str:
+        """The sizes of the network, in some words."""
+        return f"{self.num_hidden_layers} blocks of width {self.hidden_size}"
 
     @property
     def timm_model_args(self) -> dict[str, Any]:
@@ -97,21 +75,7 @@ class FamilyConfig(ElasticConfig, PreTrainedConfig):
     @property
     def timm_pretrained_cfg(self) -> dict[str, Any]:
         """timm's `pretrained_cfg` of a checkpoint with this config."""
-        statistics = CIFAR_STATISTICS if self.image_size <= 64 else IMAGENET_STATISTICS
-        cfg = {**statistics, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
-        cfg.update(self.pretrained_cfg or {})
-        cfg.pop("label_names", None)  # may be those of the checkpoint that this one was fine-tuned from
-        cfg.update(
-            input_size=[self.num_channels, *self.image_height_width],
-            num_classes=self.num_labels,
-            fixed_input_size=True,
-            first_conv=self.first_conv,
-            classifier=self.classifiers,
-        )
-        labels = self.label_names
-        if labels != [f"LABEL_{i}" for i in range(len(labels))]:
-            cfg["label_names"] = labels
-        return cfg
+        return {**super().timm_pretrained_cfg, "classifier": self.classifiers}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything transformers and timm need to rebuild the model, as plain values."""

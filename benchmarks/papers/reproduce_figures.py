@@ -10,7 +10,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
-from reproduce_measure import Selection
+from reproduce_measure import Selection, dqs_threshold
 
 from hf_visual_perceiver.data.images import ImageDataset
 from hf_visual_perceiver.evaluation.evaluate import Row
@@ -67,26 +67,26 @@ def plot_selection(masking: Sequence[Row], selection: Sequence[Row], paper: Sequ
             curve.x, curve.accuracy, "--o", color=curve.color, markersize=3, mfc="white", label=f"{curve.name}, paper"
         )
     axes.plot(
-        [row.queries_mean for row in masking],
+        [row.used_mean for row in masking],
         [100 * row.accuracy for row in masking],
         "-o",
         color="tab:blue",
         label="first K queries, ours",
     )
-    mean = np.array([row.queries_mean for row in selection])
+    mean = np.array([row.used_mean for row in selection])
     accuracy = [100 * row.accuracy for row in selection]
     reach = [
-        mean - [row.queries_min for row in selection],
-        np.array([row.queries_max for row in selection]) - mean,
+        mean - [row.used_min for row in selection],
+        np.array([row.used_max for row in selection]) - mean,
     ]
     axes.errorbar(mean, accuracy, xerr=reach, fmt="none", ecolor="tab:orange", elinewidth=0.7, capsize=2)
-    deviation = [row.queries_std for row in selection]
+    deviation = [row.used_std for row in selection]
     axes.errorbar(mean, accuracy, xerr=deviation, fmt="none", ecolor="tab:orange", elinewidth=2.5)
     axes.plot(mean, accuracy, "-s", color="tab:orange", label="Dynamic Query Selection, ours")
     for row, height in zip(selection, accuracy, strict=True):
         axes.annotate(
-            f"t = {row.dqs_threshold:g}",
-            (row.queries_mean, height),
+            f"t = {dqs_threshold(row):g}",
+            (row.used_mean, height),
             xytext=(3, 5),
             textcoords="offset points",
             fontsize=7,

@@ -15,17 +15,15 @@ from hf_visual_perceiver.evaluation.attention_maps import average_attention
 from hf_visual_perceiver.evaluation.corruptions import SEVERITIES
 from hf_visual_perceiver.evaluation.evaluate import (
     Evaluation,
-    OperatingPoint,
     Row,
-    default_points,
     evaluate,
     labels_of_model,
     pixel_batches,
 )
-from hf_visual_perceiver.evaluation.paper import RANDOM_DRAWS
+from hf_visual_perceiver.evaluation.paper import QUERIES, RANDOM_DRAWS, THRESHOLDS
 from hf_visual_perceiver.evaluation.robustness import Robustness, measure_robustness
 from hf_visual_perceiver.inference.loading import load_model, shipped
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
+from hf_visual_perceiver.modeling import Budget, VisualPerceiverForImageClassification
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities, select_queries
 
 
@@ -50,6 +48,29 @@ class Checkpoints:
     fixed: Path | None
     specialists: dict[int, Path]
     missing: dict[str, str | None]
+
+
+def paper_queries(Q: int) -> list[int]:
+    """The paper's numbers of queries that a network of Q queries has, and all Q."""
+    return [*(K for K in QUERIES if Q > K), Q]
+
+
+def paper_budgets(Q: int) -> list[Budget]:
+    """The budgets of the paper's Tables 1 and 3."""
+    return [
+        *(Budget(num_active_queries=K) for K in paper_queries(Q)),
+        *(Budget(dqs_threshold=t) for t in THRESHOLDS),
+    ]
+
+
+def num_active_queries(row: Row) -> int:
+    """K of a row without a threshold."""
+    return row.budget.kwargs["num_active_queries"]
+
+
+def dqs_threshold(row: Row) -> float | None:
+    """t of a row, None without one."""
+    return row.budget.kwargs.get("dqs_threshold")
 
 
 def specialist_role(K: int) -> str:
@@ -212,7 +233,7 @@ def measure(
 
     result = Measurements(data, networks, there, checkpoints.missing, {})
     if network := networks.get(QUERY_MASKING):
-        result.query_masking = evaluate(network, data, batch_size=batch_size, progress=progress)
+        result.query_masking = evaluate(network, data, paper_budgets(network.config.num_queries), batch_size, progress)
         result.conditions = result.query_masking.conditions
         result.selection = measure_selection(network, data, SHOWN_THRESHOLD, example, batch_size)
         if robustness_images:
@@ -228,12 +249,12 @@ def measure(
             )
     for K in checkpoints.specialists:
         evaluation = evaluate(
-            networks[specialist_role(K)], data, [OperatingPoint(K)], batch_size=batch_size, progress=progress
+            networks[specialist_role(K)], data, [Budget(num_active_queries=K)], batch_size=batch_size, progress=progress
         )
         result.specialists[K] = evaluation.rows[0]
         result.conditions = result.conditions or evaluation.conditions
     if network := networks.get(FIXED):
-        budgets = [p.num_active_queries for p in default_points(network.config.num_queries) if p.num_active_queries]
+        budgets = paper_queries(network.config.num_queries)
         result.random_subsets, measured_under = measure_random_subsets(
             network, data, budgets, seed, batch_size, progress
         )
@@ -270,7 +291,7 @@ def measure_random_subsets(
     evaluations = []
     for _ in range(draws):
         order = torch.randperm(model.config.num_queries, generator=generator)
-        points = [OperatingPoint(K) for K in budgets]
+        points = [Budget(num_active_queries=K) for K in budgets]
         evaluations.append(evaluate(reorder_queries(model, order), data, points, batch_size, progress))
     rows = [
         SubsetRow(
@@ -309,7 +330,7 @@ def measure_selection(
     counts, predictions, parts = [], [], []
     for indices, pixels in pixel_batches(model, data, batch_size):
         output = model(pixels, num_active_queries=model.config.num_queries, dqs_threshold=threshold)
-        counts.append(output.active_queries.sum(1).cpu().numpy())
+        counts.append(output.used.cpu().numpy())
         predictions.append(output.logits.argmax(-1).cpu().numpy())
         if example in indices:
             i = example - indices.start

@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 from reproduce_figures import Curve, plot_curves, plot_gallery, plot_selection, plot_similarities
-from reproduce_measure import FIXED, QUERY_MASKING, Measurements, specialist_role
+from reproduce_measure import (
+    FIXED,
+    QUERY_MASKING,
+    Measurements,
+    SubsetRow,
+    dqs_threshold,
+    num_active_queries,
+    specialist_role,
+)
 
 from hf_visual_perceiver.evaluation import paper
 from hf_visual_perceiver.evaluation.attention_maps import plot_attention_maps
@@ -60,7 +68,7 @@ def table_1(found: Measurements, folder: Path) -> str:
         return heading + _lacking(QUERY_MASKING)
     lines = []
     for row in _masking(found):
-        K = row.num_active_queries or 0
+        K = num_active_queries(row)
         lines.append(
             [
                 f"{K}",
@@ -83,7 +91,7 @@ def table_1(found: Measurements, folder: Path) -> str:
 
 def table_2(found: Measurements, folder: Path) -> str:
     """One network, one network for each K, random subsets of the fixed network's queries."""
-    masking = {row.num_active_queries or 0: row for row in _masking(found)}
+    masking = {num_active_queries(row): row for row in _masking(found)}
     subsets = {row.num_active_queries: row for row in found.random_subsets}
     lines = []
     for K in sorted({*paper.QUERY_MASKING, *masking, *found.specialists, *subsets}):
@@ -100,7 +108,11 @@ def table_2(found: Measurements, folder: Path) -> str:
             ]
         )
     headers = ["K", "Query Masking", "paper", "specialists", "paper", "random subsets", "paper"]
-    curves = _three_curves(found, lambda row: row.num_active_queries, {K: float(K) for K in paper.QUERY_MASKING})
+    curves = _three_curves(
+        found,
+        lambda row: row.num_active_queries if isinstance(row, SubsetRow) else num_active_queries(row),
+        {K: float(K) for K in paper.QUERY_MASKING},
+    )
     plot_curves(curves, "K, queries used", folder / "figure_2.png", ticks=(1, 2, 4, 8, 16, 32, 64))
     return (
         "## Table 2 and Figure 2: accuracy (%) against K\n\n"
@@ -116,22 +128,22 @@ def table_3(found: Measurements, folder: Path) -> str:
     if not found.query_masking:
         return heading + _lacking(QUERY_MASKING)
     masking = _masking(found)
-    budgets, accuracies = [row.queries_mean for row in masking], [row.accuracy for row in masking]
-    selection = [row for row in found.query_masking.rows if row.dqs_threshold is not None]
+    budgets, accuracies = [row.used_mean for row in masking], [row.accuracy for row in masking]
+    selection = [row for row in found.query_masking.rows if dqs_threshold(row) is not None]
     lines = []
     for row in selection:
-        t = row.dqs_threshold or 0.0
+        t = dqs_threshold(row) or 0.0
         published = paper.SELECTION.get(t)
         queries, accuracy = published or (None, None)
-        same = float(np.interp(row.queries_mean, budgets, accuracies))
+        same = float(np.interp(row.used_mean, budgets, accuracies))
         lines.append(
             [
                 f"{t:g}",
-                f"{row.queries_mean:.2f}",
+                f"{row.used_mean:.2f}",
                 _number(queries),
-                f"{row.queries_std:.2f}",
-                f"{row.queries_min}",
-                f"{row.queries_max}",
+                f"{row.used_std:.2f}",
+                f"{row.used_min}",
+                f"{row.used_max}",
                 f"{row.macs / 1e6:.2f}",
                 _accuracy(row),
                 _number(accuracy),
@@ -240,7 +252,7 @@ SECTIONS: tuple[Callable[[Measurements, Path], str], ...] = (
 
 
 def _masking(found: Measurements) -> list[Row]:
-    return [row for row in found.query_masking.rows if row.dqs_threshold is None] if found.query_masking else []
+    return [row for row in found.query_masking.rows if dqs_threshold(row) is None] if found.query_masking else []
 
 
 def _three_curves(found: Measurements, x: Callable, paper_x: dict[int, float]) -> list[Curve]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch._dynamo.exc import UserError
 
 from hf_visual_perceiver.export.check import check_export, check_quantised
 from hf_visual_perceiver.export.runtime import METADATA_KEY, OnnxClassifier, ProgramClassifier, TimmClassifier
@@ -43,7 +44,7 @@ def trace(model: Any, budget: Budget | None = None) -> torch.export.ExportedProg
         budget: What is fixed in the graph; None leaves as inputs what can be.
 
     Raises:
-        ValueError: If a graph cannot have the budget.
+        ValueError: If a graph cannot have the budget, or torch cannot trace the network.
 
     Example:
         >>> from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification
@@ -60,10 +61,16 @@ def trace_plan(plan: GraphPlan, config: Any) -> torch.export.ExportedProgram:
     """`trace`, of what `as_graph` gives."""
     pixels = torch.zeros(2, config.num_channels, *config.image_height_width)
     batch = {0: torch.export.Dim("batch", min=1)}
-    with torch.no_grad():
-        return torch.export.export(
-            plan.module, (pixels, *plan.inputs.values()), dynamic_shapes=(batch, *([None] * len(plan.inputs)))
-        )
+    inputs, shapes = (pixels, *plan.inputs.values()), (batch, *([None] * len(plan.inputs)))
+    try:
+        with torch.no_grad():
+            return torch.export.export(plan.module, inputs, dynamic_shapes=shapes)
+    except (RuntimeError, ValueError, UserError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        name = Budget(**plan.fixed).short(config.knobs)
+        raise ValueError(
+            f"Expected a network that torch can trace at {name}, for any number of images: {reason}"
+        ) from error
 
 
 def metadata(config: Any, plan: GraphPlan, precision: str) -> dict[str, Any]:

@@ -102,10 +102,12 @@ def _section(config: Any, url: str, space: str | None) -> str:
     budgets, adaptive = config.budgets(), config.adaptive_budgets()
     some = {**budgets[2 * len(budgets) // 3].kwargs, **(adaptive[len(adaptive) // 2].kwargs if adaptive else {})}
     parameters = json.dumps(some)
+    own = config.default_budget
+    uses = "the full network" if own == Budget() else f"the budget {own.short(config.knobs)}"
     knobs = " and ".join(f"`{name}`" for name in config.knobs.values())
     return f"""## {SECTION}
 
-Unless told otherwise, this model uses the budget {config.default_budget.short(config.knobs)} ({knobs} in config.json).{whole}
+Unless told otherwise, this model uses {uses} ({knobs} in config.json).{whole}
 
 The Hub's hosted widget does not run models that bring their own code, and has no place for a budget.
 {shown}As an Inference Endpoint the model is served by `handler.py`, which takes the budget with each request:

@@ -135,7 +135,7 @@ def test_one_image_has_percentiles(model, images, monkeypatch):
     rows = benchmark(model, images, [1, 2], single_calls=101, **arguments)
     assert {(row.batch_size, round(row.ms, 6), row.p50_ms == row.ms) for row in rows} == {(1, 51, True), (2, 2, False)}
     assert {row.p95_ms and round(row.p95_ms, 6) for row in rows} == {96, None}
-    heads = [[column.header for column in benchmark_table([row]).columns] for row in (rows[0], rows[-1])]
+    heads = [[column.header for column in benchmark_table([row], "queries").columns] for row in (rows[0], rows[-1])]
     assert "p50 (ms)" in heads[0]
     assert "p95 (ms)" in heads[0]
     assert "ms" in heads[1]
@@ -165,7 +165,7 @@ class TestTimm:
 
 
 def test_table_and_plot(rows, tmp_path):
-    table = benchmark_table(rows[:3])
+    table = benchmark_table(rows[:3], "queries")
     assert table.row_count == 3
     plot_benchmark(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
@@ -233,7 +233,7 @@ def test_command(tmp_path):
     assert "threads 1" in unwrapped(result.stdout)
     written = json.loads((tmp_path / "b.json").read_text())
     assert written["conditions"]["single_calls"] == 3
-    assert {"K=4", "full"} == {row["setting"] for row in written["rows"]}
+    assert {"K=4", "full", "all"} == {row["setting"] for row in written["rows"]}
     assert {row["form"] for row in written["rows"]} == {"eager float32", "int8", "timm's resnet10t, eager float32"}
     assert all(row["p50_ms"] <= row["p95_ms"] for row in written["rows"])
     assert (tmp_path / "b.png").exists()

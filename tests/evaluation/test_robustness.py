@@ -219,7 +219,7 @@ def test_card_has_a_sentence_of_it(trained, data, result, tmp_path):
     card = write_card(folder, trained, measured).read_text()
     assert "was not measured." not in card
     accuracy = 100 * result.cell("all", None)[3].accuracy
-    assert f"Under 2 corruptions (robustness.json) its mean accuracy at K = 64 is {accuracy:.2f} %" in card
+    assert f"Under 2 corruptions (robustness.json) its mean accuracy at full is {accuracy:.2f} %" in card
     (folder / "robustness.json").write_text("{}")
     with pytest.raises(ValueError, match="damaged"):
         write_card(folder, trained, measured)

@@ -29,14 +29,14 @@ from hf_visual_perceiver.inference import loading
 from hf_visual_perceiver.hub import publish as publishing
 from hf_visual_perceiver.data.image_processor import create_image_processor
 folder, repo, pushed, in_timm = sys.argv[1:5]
-sys.argv = ["visual-perceiver", "publish", folder, repo, "--operating-point", "k=16"]
+sys.argv = ["visual-perceiver", "publish", folder, repo, "--budget", "K=16"]
 try:
     cli.main()
 except SystemExit as stop:
     assert not stop.code, stop.code
 # A second version, without checking it again.
 with TemporaryDirectory() as stage:
-    plan = publishing.prepare(Path(folder), repo, Path(stage), operating_point="dqs=0.8", check=lambda stage: {})
+    plan = publishing.prepare(Path(folder), repo, Path(stage), budget="t=0.8", check=lambda stage: {})
     assert publishing.upload(plan, repo).tag == "v2"
 model = loading.load_model(folder)
 model.push_to_hub(pushed)

@@ -26,7 +26,7 @@ from hf_visual_perceiver.hub import folder_check
 from hf_visual_perceiver.hub import publish as publishing
 from hf_visual_perceiver.hub.errors import HubError, hub_step
 from hf_visual_perceiver.hub.folder_check import check_folder
-from hf_visual_perceiver.hub.publish import parse_operating_point, prepare
+from hf_visual_perceiver.hub.publish import prepare
 from hf_visual_perceiver.hub.space.repository import space_files
 from hf_visual_perceiver.inference.loading import default_model, load_config, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
@@ -77,7 +77,7 @@ def contents(folder):
 class TestLayout:
     def test_the_folder_stays_as_it_is(self, small, tmp_path):
         before = contents(small)
-        plan = laid_out(small, tmp_path, operating_point="k=3,dqs=0.5")
+        plan = laid_out(small, tmp_path, budget="K=3, t=0.5")
         assert contents(small) == before
         assert set(plan.sizes) == set(before) | {"handler.py", "requirements.txt"}
         assert plan.sizes == {name: len(data) for name, data in contents(plan.stage).items()}
@@ -93,18 +93,18 @@ class TestLayout:
         assert json.loads((plan.stage / "config.json").read_text()) == json.loads((small / "config.json").read_text())
 
     def test_a_point_replaces_the_whole_of_the_old_one(self, small, tmp_path):
-        plan = laid_out(small, tmp_path, operating_point="dqs=0.5")
+        plan = laid_out(small, tmp_path, budget="t=0.5")
         shutil.copyfile(plan.stage / "config.json", small / "config.json")
-        assert laid_out(small, tmp_path, operating_point="k=3").config.operating_point() == (3, None)
+        assert laid_out(small, tmp_path, budget="K=3").config.operating_point() == (3, None)
 
     def test_the_card_of_the_page(self, small, tmp_path):
-        plan = laid_out(small, tmp_path, operating_point="k=3", space="somebody/demo")
+        plan = laid_out(small, tmp_path, budget="K=3", space="somebody/demo")
         card = ModelCard.load(plan.stage / "README.md")
         url = f"https://huggingface.co/{REPO}"
         assert card.data.widget == [{"src": f"{url}/resolve/main/examples/000_red.png", "example_title": "red"}]
         assert f'from_pretrained("{REPO}"' in card.text
-        assert "the first 3 of 12 queries" in card.text
-        assert "`num_active_queries=12, dqs_threshold=1` is the whole network" in card.text
+        assert "uses the budget K=3" in card.text
+        assert '`num_active_queries=12, dqs_threshold=float("inf")` is the full network' in card.text
         assert "https://huggingface.co/spaces/somebody/demo" in card.text
         assert "does not run models that bring their own code" in card.text
         assert card.text.index("## On the Hub") < card.text.index("## Training")
@@ -112,8 +112,8 @@ class TestLayout:
         shutil.copyfile(plan.stage / "README.md", small / "README.md")
         again = (laid_out(small, tmp_path).stage / "README.md").read_text()
         assert again.count("## On the Hub") == 1
-        assert "uses all 12 queries" in again
-        assert "is the whole network" not in again
+        assert "uses the full network" in again
+        assert "is the full network" not in again
         assert "demo" not in again
 
     def test_the_bundled_card_reads_as_the_hub_reads_it(self, tmp_path):
@@ -132,8 +132,8 @@ class TestLayout:
         assert [example["example_title"] for example in after.data.widget] == ["cat", "ship", "ship"]
 
     def test_the_whole_network_in_the_cards_code_stays_the_whole_one(self, tmp_path):
-        text = (laid_out(Path(default_model()), tmp_path, operating_point="k=32").stage / "README.md").read_text()
-        assert "full = model(**inputs, num_active_queries=64, dqs_threshold=1).logits" in text
+        text = (laid_out(Path(default_model()), tmp_path, budget="K=32").stage / "README.md").read_text()
+        assert 'full = model(**inputs, num_active_queries=64, dqs_threshold=float("inf")).logits' in text
         text = (laid_out(Path(default_model()), tmp_path).stage / "README.md").read_text()
         assert "full = model(**inputs).logits" in text
 
@@ -147,17 +147,10 @@ class TestLayout:
             (small / name).write_text("secret")
         assert set(publishing.list_files(small)) == set(contents(save_small(small.parent / "clean")))
 
-    @pytest.mark.parametrize(
-        ("text", "point"),
-        [("k=16", (16, None)), ("dqs=0.8", (None, 0.8)), ("K = 32, DQS = -0.5", (32, -0.5))],
-    )
-    def test_operating_points(self, text, point):
-        assert tuple(parse_operating_point(text).values()) == point
-
-    @pytest.mark.parametrize("text", ["", "16", "k=", "k=1.5", "t=0.8", "k=3,k=4", "k=3;dqs=1"])
-    def test_no_operating_points(self, text):
-        with pytest.raises(ValueError, match=r'Expected an operating point such as "k=16"'):
-            parse_operating_point(text)
+    @pytest.mark.parametrize("text", ["16", "K=", "K=1.5", "dqs=0.8", "K=3,K=4", "K=3;t=1"])
+    def test_texts_that_are_no_budget(self, small, tmp_path, text):
+        with pytest.raises(ValueError, match="Expected"):
+            laid_out(small, tmp_path, budget=text)
 
 
 def spoil(name, content):
@@ -183,8 +176,8 @@ def spoil(name, content):
         ),
         (lambda folder: (folder / "config.json").unlink(), {}, "with a config.json"),
         (spoil("config.json", b'{"model_type": "vit"}'), {}, "Expected a model of type visual_perceiver"),
-        (lambda folder: None, {"operating_point": "k=13"}, r"integer in \[1, 12\], got 13"),
-        (lambda folder: None, {"operating_point": "dqs=nan"}, "finite number of at least -1, got nan"),
+        (lambda folder: None, {"budget": "K=13"}, r"integer in \[1, 12\], got 13"),
+        (lambda folder: None, {"budget": "t=-2"}, "at least -1, got -2"),
         (lambda folder: None, {"space": "demo"}, "form namespace/name, got 'demo'"),
     ],
 )
@@ -294,7 +287,7 @@ def publish(hub, monkeypatch, capsys):
 
 
 def test_publishing(hub, small, publish):
-    code, out, err = publish(small, "--operating-point", "k=3")
+    code, out, err = publish(small, "--budget", "K=3")
     assert (code, err) == (0, "")
     repository = hub.repositories[REPO]
     # One commit on the initial one, with everything, and its tag.
@@ -309,10 +302,10 @@ def test_publishing(hub, small, publish):
     for line in (f"{hub.url}/{REPO}", f'"{REPO}", revision="v1", trust_remote_code=True', f'"hf-hub:{REPO}@v1"'):
         assert line in out
     assert re.search(r"model\.safetensors +\d+\.\d kB", out)
-    assert "the first 3 of 12 queries" in out
+    assert "uses the budget K=3" in out
 
     # The same again changes nothing; something new is the next version, and what it dropped is gone.
-    code, out, _ = publish(small, "--operating-point", "k=3")
+    code, out, _ = publish(small, "--budget", "K=3")
     assert code == 0
     assert "Nothing changed since v1" in out
     assert len(repository.commits) == 2

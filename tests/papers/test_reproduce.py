@@ -233,7 +233,7 @@ def test_attention_maps_command(data, folder, tmp_path, monkeypatch, capsys):
     data.image(0).save(tmp_path / "image.png")
     out, result = tmp_path / "maps.png", tmp_path / "maps.json"
     command = ["attention-maps", "--model", folder / "masking", "--output", out]
-    arguments = [*command, tmp_path / "image.png", "--json", result, "--num-active-queries", 3]
+    arguments = [*command, tmp_path / "image.png", "--json", result, "--budget", "K=3"]
     assert run_main(cli_main, arguments, monkeypatch) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
     maps = np.array(json.loads(result.read_text())["maps"])
@@ -241,7 +241,7 @@ def test_attention_maps_command(data, folder, tmp_path, monkeypatch, capsys):
     expected = average_attention(model, [pixels_of(data, model)[:1]], 3)
     np.testing.assert_allclose(maps, expected, atol=1e-5)
     for more, message in (
-        (["--num-active-queries", 13], "integer in [1, 12], got 13"),
+        (["--budget", "K=13"], "integer in [1, 12], got 13"),
         ([tmp_path / "image.png", "--dataset", "x"], "either images or --dataset, got both"),
         (["--output", tmp_path / "maps.txt"], "Expected a plot's file to end in"),
         ([tmp_path / "absent.png"], "Cannot read"),
