@@ -141,6 +141,10 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         """One threshold for all exits."""
         return [Budget(exit_thresholds=[p] * (self.num_exits - 1)) for p in (0.5, 0.7, 0.8, 0.9, 0.95)]
 
+    def is_adaptive(self, budget: Budget) -> bool:
+        """Whether an image can stop early."""
+        return any(t != math.inf for t in self.resolve(**budget.kwargs)["exit_thresholds"])
+
     def resolve(self, **knobs: Any) -> dict[str, Any]:
         """Both knobs as `forward` takes them; thresholds left out are infinity, at which no image stops early.
 
@@ -157,9 +161,11 @@ class DynamicVisionTransformerConfig(FamilyConfig):
             thresholds = [thresholds] * (E - 1)
         values = [math.inf] * (E - 1) if thresholds is None else list(thresholds)
         if len(values) != E - 1 or any(
-            isinstance(t, bool) or not isinstance(t, (int, float)) or t != t for t in values
+            isinstance(t, bool) or not isinstance(t, (int, float)) or not t >= 0 for t in values
         ):
-            raise ValueError(f"Expected `exit_thresholds` to be a number or {E - 1} of them, got {thresholds!r}.")
+            raise ValueError(
+                f"Expected `exit_thresholds` to be a number of at least 0 or {E - 1} of them, got {thresholds!r}."
+            )
         return {"max_exit": last, "exit_thresholds": [float(t) for t in values]}
 
     def count_macs(self, budget: Budget | None = None, output: Any = None) -> Any:
@@ -171,7 +177,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         after = [0]
         for i in range(self.num_exits):
             after.append(after[-1] + self.exit_macs(i))
-        return after[last] if output is None else torch.tensor(after)[output.exits.cpu()]
+        return after[last] if output is None else torch.tensor(after)[output.used.cpu()]
 
     def exit_macs(self, exit: int) -> int:
         """Multiply-accumulates of one exit's transformer and classifier, and of what it reuses."""

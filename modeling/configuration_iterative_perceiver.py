@@ -149,12 +149,11 @@ class IterativePerceiverConfig(FamilyConfig):
         return iteration % (self.num_blocks // self.num_cross_attends) == 0
 
     def budgets(self) -> list[Budget]:
-        """Of queries and iterations alike 1, 2, 4, ... up to all."""
-        steps, K, i = [], 1, 1
-        while self.num_queries > K or i < self.num_blocks:
-            steps.append(Budget(num_active_queries=K, num_iterations=i))
-            K, i = min(2 * K, self.num_queries), min(2 * i, self.num_blocks) if self.num_queries < 4 * K else i
-        return [*steps, Budget()]
+        """The first 1, 2, 4, ... latents in all iterations, and all latents in the first 1, 2, 4, ... iterations."""
+        few = [Budget(num_active_queries=2**i) for i in range((self.num_queries - 1).bit_length())]
+        early = [Budget(num_iterations=2**i) for i in range((self.num_blocks - 1).bit_length())]
+        by_cost = {self.count_macs(budget): budget for budget in (*few, *early)}  # one of each cost
+        return [*(by_cost[macs] for macs in sorted(by_cost)), Budget()]
 
     def resolve(self, **knobs: Any) -> dict[str, Any]:
         """Both knobs as `forward` takes them.
@@ -183,7 +182,7 @@ class IterativePerceiverConfig(FamilyConfig):
         macs += iterations * own + D * self.num_labels
         if self.decoder_type == "query":
             macs += self.cross_macs(1, K, D, D)
-        return macs if output is None else torch.full((len(output.logits),), macs)
+        return macs if output is None else torch.full_like(output.used.cpu(), macs)
 
     def cross_macs(self, queries: int, inputs: int, channels: int, attention: int) -> int:
         """Multiply-accumulates of a cross-attend."""

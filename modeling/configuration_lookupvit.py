@@ -143,7 +143,7 @@ class LookupViTConfig(FamilyConfig):
         """Multiply-accumulates of an image; see `ElasticConfig.count_macs`."""
         size = self.resolve(**(self.default_budget if budget is None else budget).kwargs)["compressed_size"]
         if output is not None:
-            return torch.tensor([self.macs_of(tokens) for tokens in output.tokens.tolist()])
+            return torch.tensor([self.macs_of(tokens) for tokens in output.used.tolist()])
         return self.macs_of(size**2 if isinstance(size, int) else size[0] * size[1])
 
     def macs_of(self, M: int) -> int:

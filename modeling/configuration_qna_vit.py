@@ -169,7 +169,7 @@ class QnAViTConfig(FamilyConfig):
             macs += (self.qna_depths or [])[i] * self.qna_macs(C, C, h, HW, HW)
             if i + 1 < len(self.stages):
                 macs += self.qna_macs(C, 2 * C, (self.qna_heads or [])[i + 1], HW, HW // 4) + HW // 4 * C * 2 * C
-        return macs if output is None else torch.full((len(output.logits),), macs)
+        return macs if output is None else torch.full_like(output.used.cpu(), macs)
 
     def qna_macs(self, C: int, F: int, h: int, HW: int, out: int) -> int:
         """Multiply-accumulates of a QnA block from C to F channels, without a shortcut's convolution."""

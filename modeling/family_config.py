@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .elastic import ElasticConfig
+from .elastic import Budget, ElasticConfig
 
 
 @strict
@@ -60,6 +60,10 @@ class FamilyConfig(ElasticConfig, PreTrainedConfig):
         fits = [name for name, fields in self.named.items() if all(getattr(self, k) == v for k, v in fields.items())]
         # The most specific one; every config fits an architecture of defaults alone.
         return max(fits or self.named, key=lambda name: len(self.named[name]))
+
+    def is_adaptive(self, budget: Budget) -> bool:
+        """Whether each image takes what it needs."""
+        return False
 
     @property
     def summary(self) -> str:

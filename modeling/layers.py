@@ -32,7 +32,7 @@ class DropPath(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.probability == 0:
             return x
-        keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.probability
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.probability
         return x * (keep.to(x.dtype) / (1 - self.probability))
 
 
@@ -96,7 +96,7 @@ def check_images(pixel_values: torch.Tensor, config: Any) -> None:
         pixel_values is None
         or pixel_values.ndim != 4
         or tuple(pixel_values.shape[1:]) != expected
-        or not len(pixel_values)
+        or not pixel_values.shape[0]
     ):
         given = None if pixel_values is None else tuple(pixel_values.shape)
         raise ValueError(f"Expected `pixel_values` of shape (B, {', '.join(map(str, expected))}), got {given}.")

@@ -34,10 +34,12 @@ class DynamicVisionTransformerModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: (B, T, D) tokens of the last exit, normalised.
         pooler_output: (B, D) its class tokens.
+        used: (B,) the number of exits that each image went through.
     """
 
     last_hidden_state: torch.Tensor | None = None
     pooler_output: torch.Tensor | None = None
+    used: torch.Tensor | None = None
 
 
 @dataclass
@@ -181,7 +183,7 @@ class DynamicVisionTransformerExit(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, reused: Reused | None) -> tuple[torch.Tensor, Reused | None]:
         x = self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.dropout(x + self.position_embeddings)
         relations: Sequence[torch.Tensor | None] = [None] * len(self.layers)
         if self.relation is not None and reused is not None:
@@ -221,7 +223,7 @@ class DynamicVisionTransformerParts:
         check_images(pixel_values, self.config)
         x, reused, every = pixel_values, None, []
         early = any(t != math.inf for t in thresholds[: max_exit - 1])
-        images = torch.arange(len(x), device=x.device)
+        images = torch.arange(x.shape[0], device=x.device)
         logits = exits = None
         for i in range(max_exit):
             tokens, reused = self.exits[i](x, reused)
@@ -230,8 +232,8 @@ class DynamicVisionTransformerParts:
             if not early:
                 continue
             if logits is None or exits is None:
-                logits, exits = answers.new_zeros(len(pixel_values), answers.shape[-1]), torch.zeros_like(images)
-            sure = torch.ones(len(answers), dtype=torch.bool, device=x.device)
+                logits, exits = answers.new_zeros(pixel_values.shape[0], answers.shape[-1]), torch.zeros_like(images)
+            sure = torch.ones(answers.shape[0], dtype=torch.bool, device=x.device)
             if i + 1 < max_exit:
                 sure = answers.float().softmax(-1).amax(-1) >= thresholds[i]
             logits = logits.index_put((images[sure],), answers[sure])
@@ -291,21 +293,34 @@ class DynamicVisionTransformerModel(DynamicVisionTransformerPreTrainedModel, Dyn
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, max_exit: int | None = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        max_exit: int | None = None,
+        exit_thresholds: Sequence[float] | float | None = None,
+        **kwargs: Any,
     ) -> DynamicVisionTransformerModelOutput:
         """The tokens of the last exit, or of the exit `max_exit`.
 
         Args:
             pixel_values: (B, C, S, S), normalised.
             max_exit: In [1, E]; None is the config's, or E.
+            exit_thresholds: None or infinity: without classifiers no image can stop early.
             **kwargs: transformers' `return_dict`.
+
+        Raises:
+            ValueError: If the images or a knob are not as described.
         """
         check_images(pixel_values, self.config)
-        last = self.config.resolve(max_exit=self.config.max_exit if max_exit is None else max_exit)["max_exit"]
+        last = self.config.max_exit if max_exit is None else max_exit
+        knobs = self.config.resolve(max_exit=last, exit_thresholds=exit_thresholds)
+        if any(t != math.inf for t in knobs["exit_thresholds"]):
+            raise ValueError(f"Expected no `exit_thresholds`, as there are no classifiers, got {exit_thresholds}.")
+        last = knobs["max_exit"]
         reused = None
         for stage in self.exits[:last]:
             x, reused = stage(pixel_values, reused)
-        return DynamicVisionTransformerModelOutput(last_hidden_state=x, pooler_output=x[:, 0])
+        used = torch.full((x.shape[0],), last, device=x.device)
+        return DynamicVisionTransformerModelOutput(last_hidden_state=x, pooler_output=x[:, 0], used=used)
 
 
 class DynamicVisionTransformerForImageClassification(DynamicVisionTransformerPreTrainedModel, ElasticModel):

@@ -29,10 +29,12 @@ class IterativePerceiverModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: (B, K, D) latents after the last iteration.
         pooler_output: (B, D) their mean, or what the decoder's query reads from them.
+        used: (B,) the number of latents, K.
     """
 
     last_hidden_state: torch.Tensor | None = None
     pooler_output: torch.Tensor | None = None
+    used: torch.Tensor | None = None
 
 
 @dataclass
@@ -146,7 +148,7 @@ class IterativePerceiverParts(nn.Module):
     def run(self, pixel_values: torch.Tensor, num_active_queries: int, num_iterations: int) -> torch.Tensor:
         """The first K latents after the first iterations: (B, C, S, S) -> (B, K, D)."""
         check_images(pixel_values, self.config)
-        B, s = len(pixel_values), self.config.num_self_attends_per_block
+        B, s = pixel_values.shape[0], self.config.num_self_attends_per_block
         pixels = pixel_values.to(self.latents.dtype).flatten(2).transpose(1, 2)  # (B, M, 3)
         inputs = torch.cat([pixels, self.positions.to(pixels.dtype).expand(B, -1, -1)], dim=-1)  # (B, M, C)
         # A copy, as of an expanded parameter torch's FLOP counter cannot take the gradient away.
@@ -164,7 +166,7 @@ class IterativePerceiverParts(nn.Module):
         """(B, K, D) -> (B, D)."""
         if self.config.decoder_type == "mean":
             return x.mean(1)
-        return self.decoder(self.output_query.clone().expand(len(x), -1, -1), x)[:, 0]
+        return self.decoder(self.output_query.clone().expand(x.shape[0], -1, -1), x)[:, 0]
 
 
 class IterativePerceiverPreTrainedModel(PreTrainedModel):
@@ -234,7 +236,8 @@ class IterativePerceiverModel(IterativePerceiverPreTrainedModel, IterativePercei
         given = {"num_active_queries": num_active_queries, "num_iterations": num_iterations}
         knobs = {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
         x = self.run(pixel_values, **self.config.resolve(**knobs))
-        return IterativePerceiverModelOutput(last_hidden_state=x, pooler_output=self.pool(x))
+        used = torch.full((x.shape[0],), x.shape[1], device=x.device)
+        return IterativePerceiverModelOutput(last_hidden_state=x, pooler_output=self.pool(x), used=used)
 
 
 class IterativePerceiverForImageClassification(IterativePerceiverPreTrainedModel, ElasticModel):
@@ -279,8 +282,7 @@ class IterativePerceiverForImageClassification(IterativePerceiverPreTrainedModel
         outputs = self.iterative_perceiver(pixel_values, num_active_queries, num_iterations)
         logits = self.head(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        used = torch.full((len(logits),), outputs.last_hidden_state.shape[1], device=logits.device)
-        return IterativePerceiverImageClassifierOutput(loss=loss, logits=logits, used=used)
+        return IterativePerceiverImageClassifierOutput(loss=loss, logits=logits, used=outputs.used)
 
     def blocks(self) -> Iterable[nn.Module]:
         """The self-attention layers."""

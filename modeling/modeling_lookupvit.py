@@ -31,11 +31,13 @@ class LookupViTModelOutput(ModelOutput):
         last_hidden_state: (B, M, D) compressed tokens, normalised.
         pooler_output: (B, D) their mean.
         lookup_hidden_state: (B, N, D) lookup tokens, normalised.
+        used: (B,) the number of compressed tokens, M.
     """
 
     last_hidden_state: torch.Tensor | None = None
     pooler_output: torch.Tensor | None = None
     lookup_hidden_state: torch.Tensor | None = None
+    used: torch.Tensor | None = None
 
 
 @dataclass
@@ -219,7 +221,8 @@ class LookupViTModel(LookupViTPreTrainedModel, LookupViTParts):
         if isinstance(size, torch.Tensor):
             raise ValueError(f"Expected one grid for all images, got {size.tolist()}; the classifier takes several.")
         x, lookup = self.run(pixel_values, size)
-        return LookupViTModelOutput(last_hidden_state=x, pooler_output=x.mean(1), lookup_hidden_state=lookup)
+        used = torch.full((x.shape[0],), x.shape[1], device=x.device)
+        return LookupViTModelOutput(last_hidden_state=x, pooler_output=x.mean(1), lookup_hidden_state=lookup, used=used)
 
 
 class LookupViTForImageClassification(LookupViTPreTrainedModel, ElasticModel):
@@ -266,9 +269,9 @@ class LookupViTForImageClassification(LookupViTPreTrainedModel, ElasticModel):
         size = self.config.compressed_size if compressed_size is None else compressed_size
         size = self.config.resolve(compressed_size=size)["compressed_size"]
         if isinstance(size, torch.Tensor):
-            if len(size) != len(pixel_values):
-                raise ValueError(f"Expected `compressed_size` of {len(pixel_values)} images, got {len(size)}.")
-            first = second = pixel_values.new_zeros(len(pixel_values), self.num_labels)
+            if len(size) != pixel_values.shape[0]:
+                raise ValueError(f"Expected `compressed_size` of {pixel_values.shape[0]} images, got {len(size)}.")
+            first = second = pixel_values.new_zeros(pixel_values.shape[0], self.num_labels)
             for side in size.unique().tolist():
                 images = (size == side).nonzero()[:, 0].to(pixel_values.device)
                 a, b = self.classify(pixel_values[images], side)
@@ -277,7 +280,7 @@ class LookupViTForImageClassification(LookupViTPreTrainedModel, ElasticModel):
         else:
             first, second = self.classify(pixel_values, size)
             number = size**2 if isinstance(size, int) else size[0] * size[1]
-            tokens = torch.full((len(pixel_values),), number, device=pixel_values.device)
+            tokens = torch.full((pixel_values.shape[0],), number, device=pixel_values.device)
         loss = None
         if labels is not None:
             loss = (

@@ -30,10 +30,12 @@ class QnAViTModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: (B, N, D) positions of the last stage, normalised.
         pooler_output: (B, D) their mean.
+        used: (B,) ones.
     """
 
     last_hidden_state: torch.Tensor | None = None
     pooler_output: torch.Tensor | None = None
+    used: torch.Tensor | None = None
 
 
 @dataclass
@@ -251,7 +253,8 @@ class QnAViTModel(QnAViTPreTrainedModel, QnAViTParts):
             **kwargs: transformers' `return_dict`.
         """
         x = self.run(pixel_values)
-        return QnAViTModelOutput(last_hidden_state=x, pooler_output=x.mean(1))
+        used = torch.ones(x.shape[0], dtype=torch.long, device=x.device)
+        return QnAViTModelOutput(last_hidden_state=x, pooler_output=x.mean(1), used=used)
 
 
 class QnAViTForImageClassification(QnAViTPreTrainedModel, ElasticModel):
@@ -283,10 +286,10 @@ class QnAViTForImageClassification(QnAViTPreTrainedModel, ElasticModel):
             labels: (B,) class indices.
             **kwargs: transformers' `return_dict`.
         """
-        logits = self.head(self.qna_vit(pixel_values).pooler_output)
+        outputs = self.qna_vit(pixel_values)
+        logits = self.head(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        used = torch.ones(len(logits), dtype=torch.long, device=logits.device)
-        return QnAViTImageClassifierOutput(loss=loss, logits=logits, used=used)
+        return QnAViTImageClassifierOutput(loss=loss, logits=logits, used=outputs.used)
 
     def blocks(self) -> Iterable[nn.Module]:
         """The blocks of all stages."""

@@ -165,7 +165,11 @@ def elastic(request, toy):
     small = {"visual_perceiver": small_config}.get(request.param)
     family = FAMILIES[request.param]
     config = small() if small else family.create_config(next(iter(family.architectures)), num_labels=5)
-    return family.classifier(config).eval()
+    model = family.classifier(config).eval()
+    if hasattr(model, "heads"):  # some images are to stop early
+        for head in model.heads:
+            torch.nn.init.normal_(head.weight)
+    return model
 
 
 @pytest.fixture
@@ -282,7 +286,7 @@ class TestTools:
         for row in result.rows:
             assert f"| {row.budget.short(config.knobs)} |" in card
         knobs = [list(config.knobs), []] if config.adaptive_budgets() else [[]]
-        for search in knobs:
+        for search in knobs if len(config.budgets()) > 1 else []:
             budgets = candidate_budgets(config, search[-1:], Target("macs", 0.9))
             found = calibrate(elastic, data, Target("macs", 0.9), budgets, progress=False)
             assert found.achieved.macs <= 0.9 * found.full.macs + 1e-6 or not found.met
@@ -295,7 +299,7 @@ class TestTools:
         found = measure_retrieval(elastic.base_model, data, data, neighbours=1, progress=False)
         assert [row.accuracy for row in found.rows] == [1.0] * len(found.rows)
         assert found.rows[-1].used_mean == evaluate(elastic, data, [Budget()], progress=False).rows[0].used_mean
-        assert config.resolve(**found.rows[0].budget.kwargs)
+        assert found.rows[0].budget in default_budgets(config)
 
     def test_benchmark(self, elastic, pixels, monkeypatch):
         monkeypatch.setattr("hf_visual_perceiver.benchmark.benchmark.matmul_peak", lambda *_: 1.0)

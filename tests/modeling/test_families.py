@@ -81,7 +81,7 @@ PUBLISHED = {
     "dvt_nano_32": (1_329_118, 7.177856, 59.654784),
     "perceiver_224": (44_912_254, None, 353_139.54816),
     "perceiver_io_224": (48_440_627, None, 203_062.374400),
-    "perceiver_io_nano_32": (764_053, 10.63, 57.904384),
+    "perceiver_io_nano_32": (764_053, None, 57.904384),
     "lookupvit_base_patch16_224": (137_024_720, None, None),
     "lookupvit_nano_patch4_32": (902_372, 15.242112, 66.160512),
     "qna_vit_tiny_224": (15_715_560, 2423.0, 2423.0),
