@@ -132,7 +132,7 @@ class Nested:
 
     Args:
         ladder: Budgets, ascending.
-        seed: Of the run.
+        seed: Random seed of the run.
         block_ends: Such K, from the model's config (`nested_steps`).
         largest: Weights of the largest K, such as {16: 2, 64: 1}; None is always Q. Smaller ones make a step cheaper.
     """
@@ -258,8 +258,8 @@ def create_schedule(
         queries: `{"schedule": name, ...}` with the schedule's own arguments, and those of `SmallFirst` and `DqsTail` as
             `small_first` and `dqs_tail`.
         ladder: The config's.
-        seed: Of the run; the same on every process.
-        steps: Of the whole run.
+        seed: Random seed of the run; the same on every process.
+        steps: Number of steps of the whole run.
         block_ends: The config's `nested_steps`.
 
     Raises:

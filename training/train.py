@@ -1,7 +1,7 @@
 """Train a Visual Perceiver: `accelerate launch training/train.py --config training/recipes/NAME.yaml`.
 
-One process or many, CPU or GPU: accelerate decides. Everything random in a step is drawn from the recipe's seed and the
-step, so that a run in pieces, on whatever devices, is one run.
+accelerate decides on the number of processes and the device. All random numbers of a step are drawn from the recipe's seed and
+the step, so that a resumed run continues with the same draws on every device.
 """
 
 import logging
@@ -93,7 +93,7 @@ def command(
         typer.Option("--resume", help="Continue the run in the output folder, with its own recipe and what is given."),
     ] = False,
     max_minutes: Annotated[
-        float | None, typer.Option(help="Stop after this time with everything saved; --resume goes on.")
+        float | None, typer.Option(help="Save the run and stop after this time; --resume continues it.")
     ] = None,
     allow_recipe_change: Annotated[
         bool,

@@ -130,8 +130,8 @@ def plot_gallery(selection: Selection, data: ImageDataset, names: Sequence[str],
     Args:
         selection: Counts and predictions.
         data: The images.
-        names: Of the model's labels.
-        path: Of the picture.
+        names: Names of the model's labels.
+        path: File of the picture.
         count: Images of each kind; fewer if there are not as many.
     """
     count = max(1, min(count, len(data) // 2))

@@ -198,16 +198,16 @@ def measure(
     """Measure everything that the report shows.
 
     Args:
-        checkpoints: Of each role.
+        checkpoints: The checkpoint of each role.
         data: Images that the networks have labels for.
         batch_size: Images of a batch.
         device: torch's name.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
-        seed: Of the random subsets.
+        seed: Random seed of the subsets.
         example: Index of the image whose similarities are shown.
         progress: Say on stderr how far it is.
         robustness_images: Also measure this many images under common corruptions, evenly spaced; 0 for none.
-        robustness_severities: Of the corruptions, some of 1 to 5.
+        robustness_severities: Severities of the corruptions, some of 1 to 5.
         conditions: More facts to keep with the results, such as the name of the dataset.
 
     Raises:

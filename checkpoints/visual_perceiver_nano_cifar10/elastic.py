@@ -242,7 +242,7 @@ class ElasticConfig:
         """Multiply-accumulates of an image's forward in a training step; training takes about three times as many.
 
         Args:
-            budgets: Of the passes; adaptive ones count as if they spared nothing.
+            budgets: Budgets of the passes; adaptive ones count as if they saved nothing.
             shared: Every image makes every pass; if not, each makes one, and as many make each.
         """
         total = sum(self.count_macs(budget) for budget in budgets)

@@ -193,7 +193,7 @@ def benchmark(
         batch_sizes: Each is measured by itself.
         budgets: What to measure, beside the full network; None is the config's `budgets`. An adaptive one is measured beside
             the largest at which all images cost alike and no more than its mean on the batch.
-        forms: Of `FORMS`.
+        forms: Some of `FORMS`.
         dtypes: Each form is measured in each.
         repetitions: How often all settings are run.
         rivals: Other networks, by name.

@@ -1,4 +1,4 @@
-"""Images that a command is given: files, folders of them, or one on stdin."""
+"""Images given to a command: files, folders of files, or one image on stdin."""
 
 import re
 import sys

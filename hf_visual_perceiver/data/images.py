@@ -54,7 +54,7 @@ class ImageDataset:
         return ImageDataset(images, self.labels[indices], self.label_names)
 
     def split_off(self, count: int) -> tuple["ImageDataset", "ImageDataset"]:
-        """All but `count` images, and those: the last ones, or where they lie sorted by class, evenly spaced ones.
+        """Split off `count` images: returns the others, then these. They are the last ones, or evenly spaced if sorted by class.
 
         The last images of an imagefolder would all be of its last class.
         """
@@ -131,7 +131,7 @@ def _find_columns(table: datasets.Dataset, dataset: str) -> tuple[str, str]:
 
 
 def _choose(kind: str, columns: list[str], usual: Sequence[str], dataset: str) -> str:
-    """The only column of its kind, or the first with a usual name."""
+    """The only column of this kind, or the first one with a usual name."""
     if len(columns) == 1:
         return columns[0]
     if named := [name for name in usual if name in columns]:
@@ -195,7 +195,7 @@ def resize_transform(
 
 
 def seed_everything(*key: int) -> None:
-    """Seed Python, NumPy and torch (on the CPU) from a tuple of integers, so that what follows depends on nothing else."""
+    """Seed Python, NumPy and torch (on the CPU) from a tuple of integers."""
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -204,10 +204,10 @@ def seed_everything(*key: int) -> None:
 
 
 def share_of_batch(batch_size: int, rank: int, world_size: int) -> np.ndarray:
-    """The places in a batch of one of several processes.
+    """The positions in a batch that belong to one of several processes.
 
-    The i-th image from the front and from the back of the batch stay together, because mixup and cutmix pair exactly
-    those: what the images of a step are mixed with does not depend on the number of processes.
+    Mixup and cutmix pair the i-th image from the front with the i-th from the back. Both go to the same process, so the
+    pairs do not depend on the number of processes.
 
     Raises:
         ValueError: If the batch cannot be shared out in pairs.
@@ -227,9 +227,9 @@ def share_of_batch(batch_size: int, rank: int, world_size: int) -> np.ndarray:
 
 @dataclass
 class BatchOrder:
-    """Which images make up each step, for one of several processes.
+    """The images of each step, for one of several processes.
 
-    A step's batch is a function of the seed and the step; `share_of_batch` says which part of it is a process's.
+    A step's batch is a function of the seed and the step; `share_of_batch` gives each process its part.
 
     Iterating yields lists of (position in the epoch, epoch, index of the image).
     """
@@ -269,7 +269,7 @@ class BatchOrder:
 
 
 class ResizedImages(torch.utils.data.Dataset):
-    """Training images in the network's size; a random crop of each follows from the seed, the epoch and its place in it."""
+    """Training images in the network's size; the random crop of each is a function of the seed, the epoch and its position."""
 
     def __init__(self, data: ImageDataset, transform: Callable[[Image.Image], Image.Image], seed: int):
         self.data, self.transform, self.seed = data, transform, seed

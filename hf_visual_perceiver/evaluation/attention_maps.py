@@ -19,7 +19,7 @@ def average_attention(model: Any, batches: Iterable[torch.Tensor], budget: Budge
 
     Args:
         model: In eval mode; it has to have a `look`.
-        batches: Of `pixel_values`, (B, C, H, W) each.
+        batches: Batches of `pixel_values`, (B, C, H, W) each.
         budget: Whose tokens to look at; None is the full network.
 
     Returns:

@@ -140,7 +140,7 @@ def choose_budget(rows: Sequence[Row], target: Target, knobs: Mapping[str, str] 
     Ties go to the cheaper one in MACs, or the more accurate one.
 
     Args:
-        rows: Of measured budgets, the full network among them.
+        rows: Rows of the measured budgets, with the full network among them.
         target: What to meet.
         knobs: Names of the knobs by their short names, for the message.
 
@@ -171,7 +171,7 @@ def candidate_budgets(config: ElasticConfig, search: Sequence[str] = (), target:
     """What calibration tries: `candidates` of the config; with a target of MACs, also the largest budget that meets it.
 
     Args:
-        config: Of the model.
+        config: The model's config.
         search: The knobs to turn, by short or long names; none is the first that the family has.
         target: What to meet.
     """

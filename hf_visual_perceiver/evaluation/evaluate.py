@@ -101,7 +101,7 @@ class Evaluation:
     Attributes:
         rows: One for each budget.
         conditions: Hardware, versions, data.
-        confusion: Of the full network; None in results from before it was measured.
+        confusion: Confusion matrix of the full network; None in results of earlier versions.
         unit: What the images use different numbers of; see `ElasticConfig`.
         knobs: The names of the knobs, by their short names.
     """

@@ -75,12 +75,12 @@ class RetrievalRow:
 
     Attributes:
         budget: What the images might use.
-        used_mean: Of what a queried image used, such as queries.
-        macs: Of one queried image, mean.
+        used_mean: Mean of what a queried image used, such as queries.
+        macs: Mean multiply-accumulates of one queried image.
         accuracy: With a gallery at the same budget.
-        standard_error: Of that accuracy.
+        standard_error: Standard error of that accuracy.
         full_gallery_accuracy: With a gallery by the full network.
-        full_gallery_standard_error: Of that accuracy.
+        full_gallery_standard_error: Standard error of that accuracy.
     """
 
     budget: Budget

@@ -36,7 +36,7 @@ class Outcome:
     Attributes:
         budget: What the images might use.
         accuracy: Mean over images, and over corruptions and severities where the cell has several.
-        standard_error: Of `accuracy`, over images; the corruptions are taken as given.
+        standard_error: Standard error of `accuracy` over images, for the given corruptions.
         used_mean: Mean of what an image used, such as queries.
         adaptive: Whether each image takes what it needs.
     """

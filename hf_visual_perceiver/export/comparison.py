@@ -28,9 +28,9 @@ class ExportRow:
     Attributes:
         form: `"PyTorch"` or the file's name.
         budget: What the images might use.
-        megabytes: Of the weights, or of the file.
-        accuracy: Of the top label.
-        standard_error: Of the accuracy.
+        megabytes: Size of the weights, or of the file.
+        accuracy: Accuracy of the top label.
+        standard_error: Standard error of the accuracy.
         same_answer: Share of the images with PyTorch's label.
         used_mean: Mean of what an image used, such as queries.
         ms_per_image: Median over batches.

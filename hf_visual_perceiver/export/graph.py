@@ -78,7 +78,7 @@ def metadata(config: Any, plan: GraphPlan, precision: str) -> dict[str, Any]:
 
     Args:
         config: The checkpoint's.
-        plan: Of the graph.
+        plan: Plan of the graph.
         precision: `"float32"` or `"int8"`.
     """
     height, width = config.image_height_width

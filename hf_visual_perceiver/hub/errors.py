@@ -1,4 +1,4 @@
-"""huggingface_hub's errors in one line, without tokens and signed addresses, with the state that a failed step leaves."""
+"""huggingface_hub's errors in one line, without tokens and signed addresses, with the state that a failed step leaves behind."""
 
 import re
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ class HubError(OSError):
 
 @contextmanager
 def hub_step(doing: str, state: str, api: HfApi) -> Iterator[None]:
-    """Turn what fails inside into a `HubError`, or, for an interrupt, into a `KeyboardInterrupt` with a message.
+    """Turn an error inside into a `HubError`, and an interrupt into a `KeyboardInterrupt` with a message.
 
     Args:
         doing: The current step, such as "creating the repository", for the message.
@@ -45,7 +45,7 @@ def hub_step(doing: str, state: str, api: HfApi) -> Iterator[None]:
 
 
 def without_secrets(text: str, api: HfApi) -> str:
-    """The text with any token of this user replaced by stars, and addresses without what follows a question mark."""
+    """The text with any token of this user replaced by stars, and addresses without their query string."""
     for token in (api.token, get_token()):
         if isinstance(token, str) and token:
             text = text.replace(token, "***")

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's folder does for strangers what it does here: loaded three ways, it must give the same logits."""
+"""Checks that a checkpoint's folder gives the same logits when it is loaded in three ways."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def check_folder(folder: Path, timeout: float = 300) -> dict[str, float]:
     """Load a folder by this package, by its own code without this package, and by timm, and compare.
 
     The folder's own code runs in a process in which this package and timm cannot be imported, with no token in its
-    environment, without the Hub, and with a cache of its own. There alone `trust_remote_code` is turned on: for the
+    environment, without the Hub, and with a cache of its own. Only there `trust_remote_code` is turned on, for the
     folder that its owner asked to publish.
 
     Args:

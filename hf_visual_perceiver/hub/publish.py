@@ -1,4 +1,4 @@
-"""Publish a checkpoint's folder on the Hub: checked first, sent in one commit, tagged; whole or not at all."""
+"""Publish a checkpoint's folder on the Hub: check it, upload it in one commit, and tag the commit."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Published:
-    """Where a checkpoint is to be found."""
+    """A published checkpoint."""
 
     repo_id: str
     url: str
@@ -137,16 +137,16 @@ def upload(
     tag: str | None = None,
     api: HfApi | None = None,
 ) -> Published:
-    """Create the repository unless it is there, and make it hold the plan's files: one commit, then a tag.
+    """Create the repository if needed, upload the plan's files in one commit, and tag it.
 
-    Whatever fails, the branch holds either all or nothing of the new files, and the same call goes on from there.
+    After any failure the branch holds all of the new files or none, and the same call continues from there.
     Weights and code of an earlier publication that the plan does not have are removed in the same commit; other
     files of the repository stay.
 
     Args:
         plan: Plan from `prepare`.
         repo_id: "namespace/name".
-        private: Create it for its owner's eyes.
+        private: Create a private repository.
         revision: The branch; created from main if it is not there.
         tag: Its name for the commit; by default the next free one of v1, v2, ...
         api: With the endpoint and token to use; by default those of huggingface_hub.

@@ -1,4 +1,4 @@
-"""Load a checkpoint's folder as somebody does who has transformers but not this package, and print what came out.
+"""Load a checkpoint's folder with transformers but without this package, and save the logits.
 
 Run as source text in a process of its own (`folder_check.py` does), so it imports nothing of this package:
 
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 
 class Hidden:
-    """Finds nothing of this package and of timm, whether they are installed or not."""
+    """Hides this package and timm from imports, even if they are installed."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name.split(".")[0] in ("hf_visual_perceiver", "timm"):

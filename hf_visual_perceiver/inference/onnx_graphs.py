@@ -1,7 +1,7 @@
 """Stages of a network as ONNX graphs without weights, and ONNX Runtime sessions that run them with a network's weights.
 
-A graph says what is computed and depends on the network's sizes alone; the weights are handed to ONNX Runtime from memory. So
-a graph is some 50 KB, is exported once for an architecture, and serves every checkpoint and fine-tuned copy of it.
+A graph depends only on the network's sizes; ONNX Runtime takes the weights from memory. A graph therefore takes about 50 KB, is
+exported once for an architecture, and serves every checkpoint and fine-tuned copy.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ def import_onnxruntime() -> Any:
 
 
 def checked_threads(num_threads: int | None) -> int:
-    """Threads of a call; None is torch's number.
+    """Number of threads of a call; None is torch's number.
 
     Raises:
         ValueError: If it is not at least 1.
@@ -142,7 +142,7 @@ def export_stage(stage: Stage) -> Graph:
 
 
 def graphs_of(stages: Mapping[str, Stage], architecture: dict[str, Any], folders: Sequence[Path]) -> dict[str, Graph]:
-    """The graphs of a network's stages: from the first of `folders` that has them, or exported, and then kept in the last.
+    """The graphs of a network's stages, from the first of `folders` that has them; otherwise export them and keep them in the last.
 
     Args:
         stages: Stages by name.
@@ -169,7 +169,7 @@ def graphs_key(architecture: dict[str, Any]) -> str:
 
 
 def read_graphs(folder: Path, key: str, stages: Mapping[str, Stage]) -> dict[str, Graph] | None:
-    """The graphs in a folder, or None if there are none, they are of another architecture, or damaged."""
+    """The graphs in a folder; None if they are missing, damaged, or belong to another architecture."""
     try:
         index = json.loads((folder / INDEX).read_text())
         if index["key"] != key or set(index["stages"]) != set(stages):
@@ -185,7 +185,7 @@ def read_graphs(folder: Path, key: str, stages: Mapping[str, Stage]) -> dict[str
 
 
 def write_graphs(folder: Path, key: str, graphs: Mapping[str, Graph]) -> None:
-    """Write graphs, the index last, so that a folder without it holds nothing that counts."""
+    """Write graphs, and last the index; a folder without an index is ignored."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, graph in graphs.items():
         _write(folder / f"{name}.onnx", graph.content)
@@ -213,13 +213,13 @@ def cache_folder(architecture: dict[str, Any]) -> Path:
 class Sessions:
     """ONNX Runtime sessions, one for each stage, with the weights of a network.
 
-    They are made when first used, in each process anew, so that the object can be pickled, copied and used after a fork.
+    Sessions are created at first use in each process, so that the object can be pickled, copied and used after a fork.
 
     Args:
         graphs: Graphs by name, from `export_stage`.
         weights: Weights by name; they are copied.
-        num_threads: Threads of each call; None is torch's number.
-        int8: Quantise the weights of linears to 8 bits, and their inputs as they come.
+        num_threads: Number of threads of each call; None is torch's number.
+        int8: Quantise the weights of linear layers to 8 bits, and their inputs at run time.
 
     Raises:
         ValueError: If the number of threads is not at least 1.
@@ -292,7 +292,7 @@ class Sessions:
 
 
 def quantised(graph: Graph, weights: Mapping[str, np.ndarray]) -> Graph:
-    """The graph with its weights, linears in 8 bits.
+    """The graph with its weights, with linear layers in 8 bits.
 
     Raises:
         ImportError: If `onnx` is not installed.
@@ -329,7 +329,7 @@ def quantised(graph: Graph, weights: Mapping[str, np.ndarray]) -> Graph:
 
 
 def fold_transposes(model: Any) -> None:
-    """Replace each transpose of a two-dimensional weight by the transposed weight, as quantisation looks for weights alone."""
+    """Replace each transpose of a two-dimensional weight by the transposed weight, because quantisation only finds weights."""
     from onnx import numpy_helper
 
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}

@@ -1,8 +1,7 @@
-"""The Visual Perceiver by ONNX Runtime: every budget from a few graphs, selection and cascades that really skip work.
+"""The Visual Perceiver in ONNX Runtime: a few graphs serve every budget, and selection and cascades skip work.
 
-An image is read once; the queries that it keeps go through the trunk with those of images that keep as many, or nearly as
-many, padded to the longest. Which lengths share a call is decided by what a call and a token cost on this machine, measured
-when selection is first used.
+An image is read once. Images that keep equal or nearly equal numbers of queries go through the trunk together, padded to the
+longest. The measured cost of a call and of a token on this machine decides which lengths share a call.
 """
 
 import copy
@@ -73,8 +72,8 @@ class OnnxPerceiver:
     Args:
         parts: The network: a `PerceiverParts` with a decoder.
         head: The classifier.
-        num_threads: Threads of a call; None is torch's number.
-        int8: Linears in 8 bits.
+        num_threads: Number of threads of a call; None is torch's number.
+        int8: Run linear layers in 8 bits.
 
     Raises:
         ValueError: If the number of threads is not at least 1.
@@ -211,7 +210,7 @@ class OnnxPerceiver:
             first = end
 
     def start(self, pixel_values: torch.Tensor) -> "OnnxState":
-        """Read images, to answer with few queries first and with more later; see `VisualPerceiverForImageClassification.start`.
+        """Read images, for answers with few queries first and more later; see `VisualPerceiverForImageClassification.start`.
 
         Args:
             pixel_values: (B, C, H, W), normalised.
@@ -220,12 +219,12 @@ class OnnxPerceiver:
 
 
 class Reader:
-    """Images on their way through the levels of a stem, which are computed when a query asks for them.
+    """Images in the stem: each level is computed when a query first needs it.
 
     Args:
         engine: What computes.
         x: Images (n, C, H, W), or features of a level.
-        level: Level of `x`; -1 are images.
+        level: Level of `x`; -1 for images.
         tokens: (n, N, D) of the level, None if no query of the level will be read any more.
     """
 
@@ -280,7 +279,7 @@ class Reader:
 
 
 class CallCost:
-    """What a call of the trunk costs, in seconds: that of a call and of an image, a quadratic function of its length.
+    """Seconds that a call of the trunk takes: a constant for the call, and a quadratic function of the length for each image.
 
     Args:
         call: Seconds of a call, however small.
@@ -320,7 +319,7 @@ class CallCost:
 
 
 class OnnxState:
-    """Images that have been answered with some queries, and can be with more; see `IncrementalState`.
+    """Images with an answer from some queries, which more queries can extend; see `IncrementalState`.
 
     Args:
         engine: What computes.

@@ -89,7 +89,7 @@ def budget_for_macs(config: Any, share: float, knobs: Mapping[str, Any] | None =
     """The largest budget whose multiply-accumulates are at most a share of those of the full network.
 
     Args:
-        config: Of the model.
+        config: The model's config.
         share: In (0, 1].
         knobs: Further knobs, such as a threshold; by default those of the config's own budget that make it adaptive. What
             they cost is counted, what they spare is not, so that every image stays below the target.

@@ -1,6 +1,7 @@
-"""The Visual Perceiver in stages, as `onnx_graphs.py` exports them: read the image, select queries, answer, go on.
+"""The Visual Perceiver in stages, as `onnx_graphs.py` exports them: read the image, select queries, answer, extend the answer.
 
-Reading is one stage for an answer at once, and two for going on later: the image's tokens, then what some queries read in them.
+Reading is one stage for a single answer, and two stages for an answer that is extended later: the image's tokens, then the queries
+that read them.
 
 The arithmetic is that of `modeling/modeling_visual_perceiver.py`, on the same modules, written so that a graph of it is short. Which
 queries an image uses comes in as indices, so that one graph serves every budget, selection and padding.

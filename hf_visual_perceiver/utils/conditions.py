@@ -1,4 +1,4 @@
-"""Under which conditions a number was measured: hardware, versions, commit."""
+"""The conditions of a measurement: hardware, versions, commit."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from hf_visual_perceiver.version import __version__
 
 
 def measurement_conditions(device: str | torch.device = "cpu", **more: Any) -> dict[str, Any]:
-    """Hardware, versions and commit, as plain values to stand beside a measured number."""
+    """Hardware, versions and commit, as plain values."""
     device = torch.device(device)
     conditions = {
         "hardware": hardware_name(device),
@@ -33,19 +33,19 @@ def measurement_conditions(device: str | torch.device = "cpu", **more: Any) -> d
 
 
 def command_line() -> str:
-    """What this process was started with, for a shell; folders of this machine are not part of the program's name."""
+    """The command that started this process, quoted for a shell; the program's name has no folders of this machine."""
     module = sys.modules["__main__"].__spec__
     program = [Path(sys.argv[0]).name] if module is None else ["python", "-m", module.name]
     return shlex.join([*program, *sys.argv[1:]])
 
 
 def conditions_line(conditions: dict[str, Any]) -> str:
-    """The conditions of a measurement in one line, but for the command, which has a line of its own."""
+    """The conditions of a measurement in one line, without the command."""
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in conditions.items() if key != "command")
 
 
 def hardware_name(device: torch.device) -> str:
-    """Name of the processor behind a torch device; for CPUs with cores and what matters for matrix products."""
+    """Name of the processor behind a torch device; for CPUs also the number of cores and the instructions for matrix products."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name, flags = platform.processor() or platform.machine(), ""
@@ -61,7 +61,7 @@ def hardware_name(device: torch.device) -> str:
 
 
 def cpu_computes_in_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices itself; without, torch converts, which is many times slower than float32."""
+    """Whether the CPU multiplies bfloat16 matrices natively; otherwise torch converts, many times slower than float32."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     if supported is not None and not supported():
         return False  # or torch is told not to use what the CPU has

@@ -1,4 +1,4 @@
-"""What commands say on stderr: mistakes in one line, and how far they are."""
+"""Output of commands on stderr: errors in one line, and progress."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,12 +27,12 @@ def print_error(message: object) -> None:
 
 @contextmanager
 def errors_in_one_line(debug: bool = False, out_of_memory: str = "") -> Iterator[None]:
-    """Say in one line, without a traceback, what a user or a machine can cause, and exit with status 1.
+    """Print errors that a user or a machine can cause in one line, without a traceback, and exit with status 1.
 
-    A `TypeError` and the like are mistakes of this project, and keep their traceback.
+    A `TypeError` and the like are bugs of this project and keep their traceback.
 
     Args:
-        debug: Let the error through.
+        debug: Raise the error with its traceback.
         out_of_memory: Advice for the user if torch runs out of memory.
     """
     try:

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written aside, then renamed."""
+"""Files and folders that are never half-written: they are written under another name, then renamed."""
 
 import json
 import os
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
-    """A temporary file to write; it takes the place of `path` when the block ends, and is gone if the block fails."""
+    """A temporary file to write; it takes the place of `path` when the block ends, and is removed if the block fails."""
     path = Path(path)
     # The suffix stays, because libraries choose the format by it.
     aside = path.with_name(f".{path.stem}.tmp{path.suffix}")
@@ -51,7 +51,7 @@ def read_json(path: Path, convert: Callable[[Any], T]) -> T:
 
 @contextmanager
 def folder_written_aside(path: str | Path) -> Iterator[Path]:
-    """A temporary folder to fill; it takes the place of `path` when the block ends, and is gone if the block fails."""
+    """A temporary folder to fill; it takes the place of `path` when the block ends, and is removed if the block fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -67,7 +67,7 @@ def folder_written_aside(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise a `ValueError` unless a file of this name can be made."""
+    """Raise a `ValueError` unless a file of this name can be created."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"Expected a file name in an existing folder, got {str(path)!r}.")
 

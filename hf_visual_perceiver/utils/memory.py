@@ -1,4 +1,4 @@
-"""Batches that do not fit in memory: which size would. accelerate halves it (`find_executable_batch_size`)."""
+"""Finds a batch size that fits in memory, by halving (accelerate's `find_executable_batch_size`)."""
 
 import traceback
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""One table, two forms: Markdown for documents and cards, and the terminal's. (tabulate and pandas write Markdown without escaping.)"""
+"""Tables in Markdown and for the terminal. (tabulate and pandas write Markdown without escaping.)"""
 
 from collections.abc import Collection, Iterable, Sequence
 
@@ -28,11 +28,11 @@ def terminal_table(
     """The same for the terminal.
 
     Args:
-        title: Above the table.
+        title: Text above the table.
         headers: Headers of the columns.
         rows: Cells, without markup.
-        left: So many columns are aligned to the left.
-        ends: Places of the rows after which a line is drawn.
+        left: Number of columns that are aligned to the left.
+        ends: Indices of the rows after which a line is drawn.
     """
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, header in enumerate(headers):

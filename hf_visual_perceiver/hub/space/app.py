@@ -20,7 +20,7 @@ DELETE = (600, 3600)
 
 
 def build_app(demo: Demo) -> gr.Blocks:
-    """The page: a picture and two knobs on the left, what they make of it on the right.
+    """The page: a picture and two knobs on the left, the result on the right.
 
     Args:
         demo: The checkpoint.
@@ -103,7 +103,7 @@ def build_app(demo: Demo) -> gr.Blocks:
 
 
 def launch(app: gr.Blocks, host: str | None = None, port: int | None = None) -> None:
-    """Serve the app: on 127.0.0.1 unless `host`, or a Space's environment, says otherwise."""
+    """Serve the app, by default on 127.0.0.1; `host` or a Space's environment can change that."""
     # Fonts that every machine has: none are fetched from elsewhere.
     theme = gr.themes.Default(
         primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -122,7 +122,7 @@ def launch(app: gr.Blocks, host: str | None = None, port: int | None = None) -> 
 
 
 def _reason(error: Exception) -> str:
-    """Why a file is not shown, without what names where it lies on this machine."""
+    """Why a file is not shown, without its path on this machine."""
     if isinstance(error, OSError) or error.__cause__ is not None:
         return "It is damaged, or no image that can be read here."
     return str(error)

@@ -89,7 +89,7 @@ def _tile(title: str, number: str, unit: str, share: float, detail: str) -> str:
 
 
 def show_probabilities(names: list[str], picture: Picture, answer: Answer) -> str:
-    """The most probable labels, each with a tick where the full network has it."""
+    """The most probable labels, with a tick at the full network's probability."""
     rows = []
     for i in np.argsort(-answer.probabilities, kind="stable")[:LABELS]:
         p, full = float(answer.probabilities[i]), float(picture.full_probabilities[i])
@@ -105,7 +105,7 @@ def show_probabilities(names: list[str], picture: Picture, answer: Answer) -> st
 
 
 def show_queries(picture: Picture, answer: Answer) -> str:
-    """Each query's attention over the picture; those that are not used are grey, and say why when pointed at."""
+    """Each query's attention over the picture; unused queries are grey, and their tooltip says why."""
     Q, K = len(answer.active), answer.num_active_queries
     columns = math.ceil(math.sqrt(Q))
     dense = " vp-dense" if columns > LEGIBLE else ""
@@ -141,7 +141,7 @@ def _cell(picture: Picture, answer: Answer, i: int) -> str:
 
 
 def show_pictures(picture: Picture, answer: Answer) -> str:
-    """What the model sees, and what the used queries read of it together."""
+    """The model's input, and the attention of all used queries together."""
     together = _address(attention_overlay(picture.attention[answer.active].mean(0)))
     width, height = picture.view.size
     return (
@@ -166,7 +166,7 @@ def attention_overlay(attention: np.ndarray) -> Image.Image:
 
 @dataclass(frozen=True)
 class Curves:
-    """The trade-off figure as SVG, drawn once; what the knobs do is put on top of it.
+    """The trade-off figure as SVG, drawn once; the marks of the current setting are drawn on top.
 
     Attributes:
         svg: The figure, without marks.
@@ -189,7 +189,7 @@ class Curves:
 
 
 def draw_curves(evaluation: Evaluation) -> Curves:
-    """Draw what was measured.
+    """Draw the measured curves.
 
     Example:
         >>> from hf_visual_perceiver.inference.loading import default_model
@@ -271,7 +271,7 @@ def _squeeze(grey: int) -> int:
 
 
 def _address(image: Image.Image) -> str:
-    """The picture itself as an address."""
+    """The picture as a data address."""
     file = io.BytesIO()
     image.save(file, "png")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""The app as a Space on the Hub: which files it is made of, and how they get there, whole or not at all."""
+"""The app as a Space on the Hub: its files, and their upload in one commit."""
 
 import io
 import json
@@ -30,7 +30,7 @@ FRESH = {".gitattributes", "README.md"}
 
 @dataclass(frozen=True)
 class PublishedSpace:
-    """Where the app is to be found."""
+    """A published Space."""
 
     space: str
     url: str
@@ -40,7 +40,7 @@ class PublishedSpace:
 
 
 def space_files(repo_id: str, revision: str, license: str = "apache-2.0") -> dict[str, bytes]:
-    """The files of a Space that shows a checkpoint: contents by path.
+    """The files of a Space that shows a checkpoint, as contents by path.
 
     app.py, with the model's repository and revision; README.md, whose metadata configure the Space; requirements.txt, what
     this package depends on, and ONNX Runtime with what exports graphs for it; and the sources of this package as they run here,
@@ -48,8 +48,8 @@ def space_files(repo_id: str, revision: str, license: str = "apache-2.0") -> dic
 
     Args:
         repo_id: Hub id of the model.
-        revision: Its commit, so that the Space shows the same model tomorrow.
-        license: The model's.
+        revision: Commit of the model; the Space always shows this one.
+        license: License of the model.
 
     Example:
         >>> files = space_files("somebody/perceiver", "v1")
@@ -104,7 +104,7 @@ def _requirements() -> str:
 
 
 def _sources() -> dict[str, bytes]:
-    """This package's files, as a wheel lays them out; in a checkout, two of its folders lie elsewhere."""
+    """This package's files, laid out as in a wheel; in a checkout, two of its folders lie elsewhere."""
     files = {}
     folders = {
         "": Path(__file__).parents[2],
@@ -123,16 +123,16 @@ def _sources() -> dict[str, bytes]:
 
 
 def check_space(space: str, private: bool, api: HfApi) -> None:
-    """Find out, before anything is sent, whether a Space can be made or made anew under this name.
+    """Check, before anything is sent, that a Space of this name can be created or updated.
 
     Args:
         space: "namespace/name".
-        private: Whether it shall be for its owner's eyes.
+        private: Whether the Space is to be private.
         api: With the endpoint and token to use.
 
     Raises:
-        ValueError: If it is there and shows something else, or is public although `private` is asked for.
-        HubError: If the Hub cannot be asked.
+        ValueError: If the Space exists and shows something else, or is public although `private` is set.
+        HubError: If the Hub cannot be reached.
     """
     state = "Nothing was sent. The same command tries again."
     with hub_step("logging in", state, api):
@@ -157,7 +157,7 @@ def check_space(space: str, private: bool, api: HfApi) -> None:
 def upload_space(
     files: dict[str, bytes], space: str, message: str, state: str, *, private: bool, api: HfApi
 ) -> PublishedSpace:
-    """Create the Space unless it is there, and make it hold these files, in one commit.
+    """Create the Space if needed, and upload these files in one commit.
 
     Sources of an earlier publication that are not among them are removed in the same commit; other files stay.
 
@@ -165,8 +165,8 @@ def upload_space(
         files: Files from `space_files`.
         space: "namespace/name".
         message: Message of the commit.
-        state: How things are if it fails, and what to do then.
-        private: Create it for its owner's eyes.
+        state: What is on the Hub if this fails, and what to do then, for the error message.
+        private: Create a private Space.
         api: With the endpoint and token to use.
 
     Raises:
