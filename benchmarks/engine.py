@@ -22,10 +22,10 @@ import typer
 
 from hf_visual_perceiver.benchmark.timing import interleaved
 from hf_visual_perceiver.data.images import load_images, normalise
-from hf_visual_perceiver.evaluation.cascade import Cascade, cascade_macs
+from hf_visual_perceiver.evaluation.cascade import Cascade
 from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
 from hf_visual_perceiver.inference.onnx_graphs import Sessions, Stage, export_stage
-from hf_visual_perceiver.modeling import count_macs
+from hf_visual_perceiver.modeling import Budget, count_macs
 from hf_visual_perceiver.utils.conditions import measurement_conditions
 
 
@@ -101,13 +101,13 @@ def cascades(engine: Any, images: torch.Tensor, repetitions: int) -> dict[str, A
     """A cascade against a fixed K that costs as many multiply-accumulates."""
     config, rows = engine.config, []
     stages = [4, 16, config.num_queries]
-    costs = np.array(cascade_macs(config, stages), dtype=float)
+    budgets = [Budget(num_active_queries=K) for K in stages]
+    costs = np.array(config.count_stages(budgets), dtype=float)
     sure = engine(images, num_active_queries=stages[0]).logits.softmax(-1).amax(-1)
     for share in (0.9, 0.6, 0.3):
         threshold = sure.quantile(1 - share).item()
-        cascade = Cascade(engine, stages, [threshold, threshold])
-        used = cascade(images).active_queries.sum(1)
-        mean = float(sum(costs[i] * (used == K).float().mean().item() for i, K in enumerate(stages)))
+        cascade = Cascade(engine, budgets, [threshold, threshold])
+        mean = float(costs[cascade(images).stage.numpy()].mean())
         K = min(range(1, config.num_queries + 1), key=lambda K: abs(count_macs(config, K) - mean))
         runs = {"cascade": partial(cascade, images), "K": partial(engine, images, num_active_queries=K)}
         ms = medians(runs, repetitions)

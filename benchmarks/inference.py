@@ -21,8 +21,9 @@ from transformers import PerceiverConfig, PerceiverModel
 from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification
 from hf_visual_perceiver.benchmark.benchmark import FORMS, Rival, benchmark, benchmark_table, plot_benchmark
 from hf_visual_perceiver.data.images import load_images, normalise, pixels_of_size
+from hf_visual_perceiver.evaluation.paper import QUERIES
 from hf_visual_perceiver.inference.loading import choose_device, default_dataset, load_model
-from hf_visual_perceiver.modeling import select_queries
+from hf_visual_perceiver.modeling import Budget, select_queries
 from hf_visual_perceiver.utils.conditions import cpu_computes_in_bf16, measurement_conditions
 from hf_visual_perceiver.utils.console import run_command
 from hf_visual_perceiver.utils.files import write_json
@@ -156,19 +157,19 @@ def main(
     # On GPUs the mode of our optimised form, which replays CUDA graphs.
     mode = None if not compile_rivals else "default" if device == "cpu" else "reduce-overhead"
     rivals = {name: rival for kind in dtypes for name, rival in rivals_of(config, device, kind, mode).items()}
+    fixed = [Budget(num_active_queries=K) for K in num_active_queries or QUERIES if config.num_queries > K]
     rows = benchmark(
         network,
         pixels,
         batch_size,
-        thresholds,
+        [*fixed, *(Budget(dqs_threshold=t) for t in thresholds)],
         forms,
         dtypes,
         repetitions,
         rivals,
-        num_active_queries,
     )
     for size in batch_size:
-        console.print(benchmark_table([row for row in rows if row.batch_size == size]))
+        console.print(benchmark_table([row for row in rows if row.batch_size == size], config.unit))
     conditions = measurement_conditions(
         device, model=Path(model).name if model else architecture, repetitions=repetitions
     )

@@ -61,12 +61,17 @@ def pytorch_runtimes(model: VisualPerceiverForImageClassification, compile_model
     return runtimes
 
 
+def knobs(K: int) -> dict[str, float]:
+    """The inputs of a graph for the first K queries."""
+    return {"dqs_threshold": 1.0, "num_active_queries": K}
+
+
 def onnx_runtimes(path: Path, int8: Path) -> dict[str, Forward]:
     """The exported files in ONNX Runtime."""
     float32, quantised = OnnxClassifier(path), OnnxClassifier(int8)
     return {
-        "ONNX Runtime": lambda x, K: float32.run(x, 1.0, K)[0],
-        "ONNX Runtime, int8": lambda x, K: quantised.run(x, 1.0, K)[0],
+        "ONNX Runtime": lambda x, K: torch.from_numpy(float32.run(x, knobs(K))[0]),
+        "ONNX Runtime, int8": lambda x, K: torch.from_numpy(quantised.run(x, knobs(K))[0]),
     }
 
 
@@ -77,7 +82,7 @@ def openvino_runtime(path: Path) -> dict[str, Forward]:
 
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.compile_model(openvino.Core().read_model(path), "CPU", settings)
-    return {"OpenVINO": lambda x, K: torch.from_numpy(compiled(numpy_inputs(x, 1.0, K))["logits"])}
+    return {"OpenVINO": lambda x, K: torch.from_numpy(compiled(numpy_inputs(x, knobs(K)))["logits"])}
 
 
 def require_openvino() -> None:

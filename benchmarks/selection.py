@@ -26,12 +26,12 @@ from rich.progress import track
 from rich.table import Table
 
 from hf_visual_perceiver.data.images import ImageDataset, load_images, normalise, pixels_of_size
-from hf_visual_perceiver.evaluation.cascade import cascade_macs, search_thresholds, stopping_stages, top_probability
+from hf_visual_perceiver.evaluation.cascade import search_thresholds, stopping_stages, top_probability
 from hf_visual_perceiver.evaluation.evaluate import labels_of_model
 from hf_visual_perceiver.evaluation.plots import check_picture, save_figure
 from hf_visual_perceiver.evaluation.predictor import choose_budgets, fit_predictor, predicted_macs
 from hf_visual_perceiver.inference.loading import SAMPLE, choose_device, default_dataset, default_model, load_model
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs, select_queries
+from hf_visual_perceiver.modeling import Budget, VisualPerceiverForImageClassification, count_macs, select_queries
 from hf_visual_perceiver.modeling.macs import count_trunk_macs
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities
 from hf_visual_perceiver.modeling.ragged import PackedLayout
@@ -110,7 +110,7 @@ def predictor_options(
     """The predictor at several prices; `train` is what was read and which budgets were right, `right` (n, P)."""
     ks = budgets(model.config.num_queries)
     predictor = fit_predictor(torch.from_numpy(train[0]), torch.from_numpy(train[1]))
-    macs = np.array(predicted_macs(model.config, ks, predictor), dtype=float)
+    macs = np.array(predicted_macs(model.config, [Budget(num_active_queries=K) for K in ks], predictor), dtype=float)
     trunk = [count_trunk_macs(model.config, K) for K in ks]
     with torch.no_grad():
         odds = predictor(torch.from_numpy(y))
@@ -132,7 +132,8 @@ def cascade_option(
     ks, n = budgets(model.config.num_queries), len(right)
     best = None
     for columns in (c for S in (2, 3) for c in itertools.combinations(range(len(ks)), S)):
-        stages, macs = [ks[c] for c in columns], cascade_macs(model.config, [ks[c] for c in columns])
+        stages = [ks[c] for c in columns]
+        macs = model.config.count_stages([Budget(num_active_queries=K) for K in stages])
         if macs[0] > budget:
             continue
         columns = list(columns)

@@ -53,7 +53,7 @@ class EndpointHandler:
 
         Args:
             data: `inputs`: an image, or a list of images, each as base64 text, bytes or PIL image. `parameters`, all
-                optional: `num_active_queries`, `dqs_threshold` (by default those of config.json) and `top_k` (5).
+                optional: the knobs, such as `num_active_queries` (by default those of config.json), and `top_k` (5).
 
         Returns:
             For one image its most probable labels, `[{"label": ..., "score": ..., "queries_used": ...}, ...]`; for a
@@ -64,19 +64,20 @@ class EndpointHandler:
         """
         if "inputs" not in data:
             raise ValueError(f"Expected `inputs` in the request, got {sorted(data)}.")
-        K, t, top_k = read_parameters(data.get("parameters") or {})
+        config = self.model.config
+        knobs, top_k = read_parameters(data.get("parameters") or {}, list(config.knobs.values()))
         inputs = data["inputs"]
         images = [open_image(image) for image in (inputs if isinstance(inputs, list) else [inputs])]
         if not images:
             raise ValueError("Expected at least one image in `inputs`, got an empty list.")
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
-            output = self.model(pixels.to(self.model.device), num_active_queries=K, dqs_threshold=t)
+            output = self.model(pixels.to(self.model.device), **knobs)
         scores, labels = output.logits.float().softmax(-1).topk(min(top_k, output.logits.shape[-1]))
-        used = output.active_queries.sum(1).tolist()
-        names = self.model.config.label_names
+        used = output.used.tolist()
+        names = config.label_names
         answers = [
-            [{"label": names[i], "score": p, "queries_used": used[b]} for p, i in zip(*row, strict=True)]
+            [{"label": names[i], "score": p, f"{config.unit}_used": used[b]} for p, i in zip(*row, strict=True)]
             for b, row in enumerate(zip(scores.tolist(), labels.tolist(), strict=True))
         ]
         return answers if isinstance(inputs, list) else answers[0]
@@ -105,26 +106,32 @@ def on_cpu(model: Any, path: str) -> Any:
     return fast
 
 
-def read_parameters(parameters: dict[str, Any]) -> tuple[int | None, float | None, int]:
-    """(K, t, top_k) of a request. Parameters in an address's query are text, so text that is a number is taken.
+def read_parameters(parameters: dict[str, Any], knobs: list[str]) -> tuple[dict[str, Any], int]:
+    """Knobs and `top_k` of a request. Parameters in an address's query are text, so text that is a number is taken.
 
     Example:
-        >>> read_parameters({"dqs_threshold": "0.8"})
-        (None, 0.8, 5)
+        >>> read_parameters({"dqs_threshold": "0.8"}, ["num_active_queries", "dqs_threshold"])
+        ({'dqs_threshold': 0.8}, 5)
     """
-    if unknown := sorted(set(parameters) - {"num_active_queries", "dqs_threshold", "top_k"}):
-        raise ValueError(f"Expected `parameters` among num_active_queries, dqs_threshold and top_k, got {unknown}.")
-    values: dict[str, Any] = {"num_active_queries": None, "dqs_threshold": None, "top_k": 5}
+    if unknown := sorted(set(parameters) - {*knobs, "top_k"}):
+        raise ValueError(f"Expected `parameters` among {', '.join([*knobs, 'top_k'])}, got {unknown}.")
+    values: dict[str, Any] = {}
     for name, value in parameters.items():
-        number = float if name == "dqs_threshold" else int
         try:
-            values[name] = number(value) if isinstance(value, str) else value
+            values[name] = _number(value) if isinstance(value, str) else value
         except ValueError as error:
             raise ValueError(f"Expected `{name}` to be a number, got {value!r}.") from error
-    top_k = values["top_k"]
+    top_k = values.pop("top_k", 5)
     if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
         raise ValueError(f"Expected `top_k` to be an integer of at least 1, got {top_k!r}.")
-    return values["num_active_queries"], values["dqs_threshold"], top_k
+    return {name: value for name, value in values.items() if value is not None}, top_k
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def open_image(image: Any) -> Image.Image:

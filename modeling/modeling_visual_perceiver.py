@@ -1048,14 +1048,14 @@ class IncrementalState:
         return self.tokens.shape[1]
 
     @torch.no_grad()
-    def extend(self, num_active_queries: int) -> VisualPerceiverImageClassifierOutput:
-        """Answer with the first K queries, going on from those that there are.
+    def extend(self, num_active_queries: int | None = None) -> VisualPerceiverImageClassifierOutput:
+        """Answer with the first K queries, or all, going on from those that there are.
 
         Raises:
             ValueError: If K is out of its range or smaller than before, or the weights have changed since.
         """
         parts, before = self.parts, self.num_active_queries
-        K, _ = parts.config.operating_point(num_active_queries)
+        K = parts.config.resolve(num_active_queries=num_active_queries)["num_active_queries"]
         if before > K:
             raise ValueError(f"Expected at least the {before} queries that there are, got {K}.")
         if weight_versions(parts) != self.versions:
@@ -1307,6 +1307,25 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
         thresholds = [None, *(clear_threshold(cosines, t) for t in (0.6, 0.8, 0.95))]
         budgets = [*(K for K in (1, 2, 7, 16, 64) if Q > K), Q]
         return [Budget(num_active_queries=K, dqs_threshold=t) for K in budgets for t in thresholds]
+
+    def forward_chosen(
+        self, pixel_values: torch.Tensor, budgets: Sequence[Budget], choose: Callable[[torch.Tensor], torch.Tensor]
+    ) -> VisualPerceiverImageClassifierOutput:
+        """Classify each image at a budget that is chosen by what its queries have read.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+            budgets: Of K alone, ascending.
+            choose: Maps what the queries of the last budget read, (B, K, D), to places in `budgets`, (B,).
+        """
+        parts = self.visual_perceiver
+        steps = [self.config.resolve(**budget.kwargs)["num_active_queries"] for budget in budgets]
+        y = parts.read(pixel_values, steps[-1])
+        K = torch.tensor(steps, device=y.device)[choose(y)]
+        active = parts.process(parts.keep_queries(y, torch.arange(y.shape[1], device=y.device) < K[:, None]))
+        return VisualPerceiverImageClassifierOutput(
+            logits=self.head(parts.decode(active)), active_queries=parts.active_queries(active)
+        )
 
     def look(self, pixel_values: torch.Tensor, budget: Budget | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """What the first K queries read, (B, K, D), and from where, (B, K, rows, columns): the mean over heads.

@@ -445,6 +445,12 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         """Ends of blocks of a block-causal trunk."""
         return self.block_ends if self.trunk_attention == "block_causal" else None
 
+    def count_chosen(self, budgets: Sequence[Budget]) -> list[int]:
+        """Multiply-accumulates of an image at each budget if it is chosen by what all queries of the last have read."""
+        D, N = self.hidden_size, self.num_patches
+        steps = [self.resolve(**budget.kwargs)["num_active_queries"] for budget in budgets]
+        return [count_macs(self, K) + (steps[-1] - K) * (D**2 + 2 * N * D) for K in steps]
+
     def count_stages(self, budgets: Sequence[Budget]) -> list[int]:
         """Multiply-accumulates of an image that is answered with K queries, then with more, by `start` and `extend`.
 

@@ -1,4 +1,4 @@
-"""A cascade: a few queries first, more only for the images that the few leave uncertain.
+"""A cascade: a small budget first, more only for the images that it leaves uncertain.
 
 Shapes: B images, S stages, n images of a validation set.
 """
@@ -9,29 +9,57 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
-from hf_visual_perceiver.modeling.macs import count_extension_macs, count_trunk_macs
-from hf_visual_perceiver.modeling.modeling_visual_perceiver import VisualPerceiverImageClassifierOutput
+from hf_visual_perceiver.modeling import Budget, ElasticConfig
 from hf_visual_perceiver.modeling.query_selection import as_number
 from hf_visual_perceiver.utils.files import write_json
 
 
-class Cascade:
-    """Runs the first K_1 queries; an image whose top probability reaches the stage's threshold is done, the others go on.
+@dataclass(frozen=True)
+class CascadeOutput:
+    """What a cascade returns.
 
-    Images that are done leave the batch, so they cost nothing further. The others go on where they are: only the new queries
-    read, and with a block-causal trunk they alone go through it; otherwise the trunk runs anew on K_2 of them, for its
-    attention mixes the queries. (MSDNet and DVT stop likewise, by the top probability: Huang et al. 2018, Wang et
-    al. 2021.)
+    Attributes:
+        logits: (B, labels), each image's from its last stage.
+        used: (B,) what its last stage used, such as queries.
+        stage: (B,) the stage where it stopped.
+    """
+
+    logits: torch.Tensor
+    used: torch.Tensor
+    stage: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """What `start` of a model would give, for models that begin anew at each budget."""
+
+    model: Any
+    pixel_values: torch.Tensor
+
+    def extend(self, **knobs: Any) -> Any:
+        """The model's answer at a budget."""
+        return self.model(self.pixel_values, **self.model.config.resolve(**knobs))
+
+    def __getitem__(self, images: torch.Tensor) -> "Rerun":
+        return Rerun(self.model, self.pixel_values[images])
+
+
+class Cascade:
+    """Runs the first budget; an image whose top probability reaches the stage's threshold is done, the others go on.
+
+    Images that are done leave the batch, so they cost nothing further. The others go on where they are if the model can
+    (`start`), as the Visual Perceiver does, of which only the new queries read; otherwise they run anew. (MSDNet and DVT stop
+    likewise, by the top probability: Huang et al. 2018, Wang et al. 2021.)
 
     Args:
         model: Model in eval mode; its own default budget is ignored.
-        stages: K_1 < K_2 < ..., in [1, Q].
+        stages: Budgets at which all images cost alike, ascending in cost.
         thresholds: One for each stage but the last: the top probability at which an image stops there. 0 stops all,
             more than 1 none. The last stage stops all.
 
@@ -39,16 +67,14 @@ class Cascade:
         ValueError: If the stages or the thresholds are not as described.
 
     Example:
-        >>> from hf_visual_perceiver import VisualPerceiverConfig
+        >>> from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification
         >>> model = VisualPerceiverForImageClassification(VisualPerceiverConfig(num_labels=10)).eval()
-        >>> cascade = Cascade(model, stages=[8, 64], thresholds=[0.0])
-        >>> cascade(torch.zeros(2, 3, 32, 32)).active_queries.sum(1).tolist()
+        >>> cascade = Cascade(model, stages=[Budget(num_active_queries=8), Budget()], thresholds=[0.0])
+        >>> cascade(torch.zeros(2, 3, 32, 32)).used.tolist()
         [8, 8]
     """
 
-    def __init__(
-        self, model: VisualPerceiverForImageClassification, stages: Sequence[int], thresholds: Sequence[float]
-    ):
+    def __init__(self, model: Any, stages: Sequence[Budget], thresholds: Sequence[float]):
         self.model = model
         self.stages = check_stages(model.config, stages)
         if len(thresholds) != len(stages) - 1:
@@ -61,27 +87,26 @@ class Cascade:
                 raise ValueError(f"Expected thresholds of at least 0, got {threshold!r}.")
 
     @torch.no_grad()
-    def __call__(self, pixel_values: torch.Tensor) -> VisualPerceiverImageClassifierOutput:
+    def __call__(self, pixel_values: torch.Tensor) -> CascadeOutput:
         """Classify images.
 
         Args:
             pixel_values: (B, C, H, W), normalised.
-
-        Returns:
-            `logits` (B, labels), each image's from its last stage, and `active_queries` (B, Q).
         """
-        state = self.model.start(pixel_values)
+        start = getattr(self.model, "start", None)
+        state = Rerun(self.model, pixel_values) if start is None else start(pixel_values)
         B, device = pixel_values.shape[0], pixel_values.device
         going = torch.arange(B, device=device)  # images still in the batch
         logits: torch.Tensor | None = None
-        used = torch.zeros(B, dtype=torch.long, device=device)
-        for stage, K in enumerate(self.stages):
-            answer = state.extend(K).logits
+        used, stopped = (torch.zeros(B, dtype=torch.long, device=device) for _ in range(2))
+        for stage, budget in enumerate(self.stages):
+            output = state.extend(**budget.kwargs)
+            answer = output.logits
             if logits is None:
                 logits = answer.new_zeros(B, answer.shape[1])
             # Written at each stage, and overwritten for those that go on.
             logits = logits.index_copy(0, going, answer)
-            used[going] = K
+            used[going], stopped[going] = output.used, stage
             if stage == len(self.thresholds):
                 break
             on = top_probability(answer) < self.thresholds[stage]
@@ -89,15 +114,15 @@ class Cascade:
             if len(going) == 0:
                 break
             state = state[on]
-        active = torch.arange(self.model.config.num_queries, device=device) < used[:, None]
-        return VisualPerceiverImageClassifierOutput(logits=logits, active_queries=active)
+        assert logits is not None, "there is a stage"
+        return CascadeOutput(logits, used, stopped)
 
     def save(self, path: str | Path) -> None:
         """Write the stages and thresholds as JSON, such as `cascade.json` in the checkpoint's folder."""
-        write_json(path, {"stages": self.stages, "thresholds": self.thresholds})
+        write_json(path, {"stages": [stage.kwargs for stage in self.stages], "thresholds": self.thresholds})
 
     @classmethod
-    def load(cls, model: VisualPerceiverForImageClassification, path: str | Path) -> "Cascade":
+    def load(cls, model: Any, path: str | Path) -> "Cascade":
         """The inverse of `save`.
 
         Raises:
@@ -105,7 +130,7 @@ class Cascade:
         """
         try:
             values = json.loads(Path(path).read_text())
-            stages, thresholds = list(values["stages"]), list(values["thresholds"])
+            stages, thresholds = [Budget(**stage) for stage in values["stages"]], list(values["thresholds"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"Expected {path} to hold the stages and thresholds of a cascade, got {error!r}."
@@ -113,41 +138,21 @@ class Cascade:
         return cls(model, stages, thresholds)
 
 
-def check_stages(config: VisualPerceiverConfig, stages: Sequence[int]) -> list[int]:
-    """The stages as a list, or a `ValueError` unless they ascend within [1, Q]."""
-    checked = [config.operating_point(K)[0] for K in stages]
-    if not checked or any(a >= b for a, b in itertools.pairwise(checked)):
-        raise ValueError(f"Expected ascending stages, at least one, got {list(stages)}.")
-    return checked
+def check_stages(config: ElasticConfig, stages: Sequence[Budget]) -> list[Budget]:
+    """The stages as a list, or a `ValueError` unless all images cost alike at each, and they ascend in cost."""
+    for stage in stages:
+        if config.is_adaptive(stage):
+            raise ValueError(f"Expected stages at which all images cost alike, got {stage.short(config.knobs)}.")
+    costs = [config.count_macs(stage) for stage in stages]
+    if not costs or any(a >= b for a, b in itertools.pairwise(costs)):
+        names = ", ".join(stage.short(config.knobs) for stage in stages)
+        raise ValueError(f"Expected ascending stages, at least one, got {names or 'none'}.")
+    return list(stages)
 
 
 def top_probability(logits: torch.Tensor) -> torch.Tensor:
     """How sure an answer is: (B, labels) -> (B,), in float32."""
     return F.softmax(logits.float(), dim=-1).amax(dim=-1)
-
-
-def cascade_macs(config: VisualPerceiverConfig, stages: Sequence[int]) -> list[int]:
-    """Multiply-accumulates of an image that stops at each stage, by the formula of `count_macs`.
-
-    Reading is paid once, for the queries of the last stage reached, and so is the trunk if it is block-causal and the stages
-    are ends of blocks. Otherwise the trunk is paid once per stage, as the decoder and head always are.
-
-    Example:
-        >>> config = VisualPerceiverConfig(num_labels=10)
-        >>> cascade_macs(config, [8])[0] == count_macs(config, 8)
-        True
-        >>> cascade_macs(config, [8, 64])[1] > count_macs(config, 64)
-        True
-    """
-    stages = check_stages(config, stages)
-    if config.trunk_attention == "block_causal":
-        ends = [0, *config.block_ends]
-        starts = [max(end for end in ends if end <= K) for K in [0, *stages[:-1]]]
-        added = [count_extension_macs(config, start, K) for start, K in zip(starts, stages, strict=True)]
-    else:
-        added = [count_trunk_macs(config, K) for K in stages]
-    trunks = itertools.accumulate(added)
-    return [count_macs(config, K) - count_trunk_macs(config, K) + paid for K, paid in zip(stages, trunks, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ def search_thresholds(
     Args:
         confidence: (n, S) top probability of each image at each stage, on validation images.
         correct: (n, S) bool, whether the stage's answer is right.
-        macs: (S,) cost of stopping at each stage, ascending; see `cascade_macs`.
+        macs: (S,) cost of stopping at each stage, ascending; see `count_stages` of the config.
         budget: Highest mean cost per image, in the same unit.
         combinations: Number of combinations of thresholds to try.
 

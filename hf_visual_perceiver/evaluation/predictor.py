@@ -1,18 +1,17 @@
-"""A small network that guesses, from what the first queries read, which budgets K would classify an image rightly.
+"""A small network that guesses, from what the first tokens read, which budgets would classify an image rightly.
 
-Trained after the fact, the Visual Perceiver frozen. Shapes: B images, m probing queries, P budgets, D width.
+Trained after the fact, the classifier frozen; for classifiers with `forward_chosen`. Shapes: B images, m probing queries, P budgets, D width.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from hf_visual_perceiver.evaluation.cascade import check_stages
-from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
-from hf_visual_perceiver.modeling.macs import count_trunk_macs
-from hf_visual_perceiver.modeling.modeling_visual_perceiver import VisualPerceiverImageClassifierOutput
+from hf_visual_perceiver.modeling import Budget
 
 
 class BudgetPredictor(nn.Module):
@@ -71,50 +70,35 @@ def choose_budgets(log_odds: torch.Tensor, budget_macs: Sequence[float], price: 
     return (log_odds.float().sigmoid() - price * shares.to(log_odds.device)).argmax(dim=-1)
 
 
-def predicted_macs(config: VisualPerceiverConfig, budgets: Sequence[int], predictor: BudgetPredictor) -> list[int]:
-    """Multiply-accumulates of an image at each budget: its K queries, the reading of all candidates, the predictor.
-
-    As the selection by similarity, all candidates read before it is known which stay; they are the largest budget's.
-    """
-    D, N, most = config.hidden_size, config.num_patches, max(budgets)
-    return [count_macs(config, K) + (most - K) * (D**2 + 2 * N * D) + predictor.macs for K in budgets]
+def predicted_macs(config: Any, budgets: Sequence[Budget], predictor: BudgetPredictor) -> list[int]:
+    """Multiply-accumulates of an image at each budget, with reading all that the largest reads, and the predictor."""
+    return [macs + predictor.macs for macs in config.count_chosen(budgets)]
 
 
-class PredictedQueries:
-    """Runs each image with the first K queries, K by a predictor, all images packed in one batch.
+class PredictedBudgets:
+    """Runs each image at a budget that a predictor chooses, all images in one batch.
 
     Args:
         model: Model in eval mode; its own default budget is ignored.
         predictor: See `fit_predictor`.
-        budgets: The K that it predicts for, ascending.
-        price: Probability of a right answer that the MACs of the largest budget are worth; 0 gives the most accurate budget.
+        budgets: What it predicts for, ascending.
+        price: What all MACs of the largest budget are worth in probability of a right answer; 0 is the most accurate.
     """
 
-    def __init__(
-        self,
-        model: VisualPerceiverForImageClassification,
-        predictor: BudgetPredictor,
-        budgets: Sequence[int],
-        price: float,
-    ):
+    def __init__(self, model: Any, predictor: BudgetPredictor, budgets: Sequence[Budget], price: float):
         self.model, self.predictor, self.price = model, predictor, price
         self.budgets = check_stages(model.config, budgets)
-        if predictor.fc2.out_features != len(self.budgets) or predictor.num_probes > self.budgets[-1]:
+        if predictor.fc2.out_features != len(self.budgets):
             raise ValueError(
-                f"Expected a predictor of {len(self.budgets)} budgets and at most {self.budgets[-1]} probes, "
-                f"got {predictor.fc2.out_features} and {predictor.num_probes}."
+                f"Expected a predictor of {len(self.budgets)} budgets, got one of {predictor.fc2.out_features}."
             )
 
     @torch.no_grad()
-    def __call__(self, pixel_values: torch.Tensor) -> VisualPerceiverImageClassifierOutput:
-        """Classify images (B, C, H, W): `logits` (B, labels) and `active_queries` (B, Q)."""
-        parts = self.model.visual_perceiver
-        y = parts.read(pixel_values, self.budgets[-1])
-        macs = [count_trunk_macs(parts.config, K) for K in self.budgets]
-        choice = choose_budgets(self.predictor(y), macs, self.price)
-        K = torch.tensor(self.budgets, device=y.device)[choice]
-        keep = torch.arange(y.shape[1], device=y.device) < K[:, None]  # (B, K)
-        active = parts.process(parts.keep_queries(y, keep))
-        return VisualPerceiverImageClassifierOutput(
-            logits=self.model.head(parts.decode(active)), active_queries=parts.active_queries(active)
-        )
+    def __call__(self, pixel_values: torch.Tensor) -> Any:
+        """Classify images (B, C, H, W); what the model's forward returns."""
+        macs = self.model.config.count_chosen(self.budgets)
+
+        def choose(y: torch.Tensor) -> torch.Tensor:
+            return choose_budgets(self.predictor(y), macs, self.price)
+
+        return self.model.forward_chosen(pixel_values, self.budgets, choose)

@@ -337,14 +337,14 @@ class OnnxState:
         """K so far; 0 before the first answer."""
         return self.y.shape[1]
 
-    def extend(self, num_active_queries: int) -> Any:
-        """Answer with the first K queries, going on from those that there are.
+    def extend(self, num_active_queries: int | None = None) -> Any:
+        """Answer with the first K queries, or all, going on from those that there are.
 
         Raises:
             ValueError: If K is out of its range or smaller than before.
         """
         engine, before = self.engine, self.num_active_queries
-        K, _ = engine.config.operating_point(num_active_queries)
+        K = engine.config.resolve(num_active_queries=num_active_queries)["num_active_queries"]
         if before > K:
             raise ValueError(f"Expected at least the {before} queries that there are, got {K}.")
         causal = engine.config.trunk_attention == "block_causal"

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import ModelOutput
 from hf_visual_perceiver.benchmark.benchmark import benchmark, benchmark_table
 from hf_visual_perceiver.data.images import ImageDataset
 from hf_visual_perceiver.evaluation.calibration import Target, calibrate, candidate_budgets, with_default
+from hf_visual_perceiver.evaluation.cascade import Cascade, top_probability
 from hf_visual_perceiver.evaluation.evaluate import Evaluation, default_budgets, evaluate
 from hf_visual_perceiver.evaluation.retrieval import measure_retrieval
 from hf_visual_perceiver.evaluation.robustness import measure_robustness
@@ -300,6 +301,18 @@ class TestTools:
         assert [row.accuracy for row in found.rows] == [1.0] * len(found.rows)
         assert found.rows[-1].used_mean == evaluate(elastic, data, [Budget()], progress=False).rows[0].used_mean
         assert found.rows[0].budget in default_budgets(config)
+
+    @torch.no_grad()
+    def test_cascade(self, elastic, pixels):
+        budgets = elastic.config.budgets()
+        stages = [budgets[0], budgets[-1]]
+        sure = top_probability(elastic(pixels, **elastic.config.resolve(**stages[0].kwargs)).logits)
+        output = Cascade(elastic, stages, [sure.median().item()])(pixels)
+        assert set(output.stage.tolist()) == {0, 1}
+        for i, stage in enumerate(output.stage.tolist()):
+            alone = elastic(pixels[i, None], **elastic.config.resolve(**stages[stage].kwargs))
+            torch.testing.assert_close(output.logits[i, None], alone.logits, rtol=1e-4, atol=1e-5)
+            assert output.used[i] == alone.used[0]
 
     def test_benchmark(self, elastic, pixels, monkeypatch):
         monkeypatch.setattr("hf_visual_perceiver.benchmark.benchmark.matmul_peak", lambda *_: 1.0)

@@ -9,22 +9,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_visual_perceiver.evaluation.cascade import (
     Cascade,
-    cascade_macs,
     search_thresholds,
     stopping_stages,
     top_probability,
 )
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling import Budget, VisualPerceiverForImageClassification, count_macs
 
 
-STAGES = [2, 5, 12]
+QUERIES = [2, 5, 12]
+STAGES = [Budget(num_active_queries=2), Budget(num_active_queries=5), Budget()]
 
 
 @pytest.fixture
 def thresholds(model, images):
     """Such that of the eight images some stop at each stage; between two images' values, so that rounding moves none."""
     with torch.no_grad():
-        sure = [top_probability(model(images, num_active_queries=K).logits) for K in STAGES]
+        sure = [top_probability(model(images, num_active_queries=K).logits) for K in QUERIES]
     first = sure[0].quantile(0.5)  # of an even number: between two
     return [first.item(), sure[1][sure[0] < first].quantile(0.5).item()]
 
@@ -32,32 +32,32 @@ def thresholds(model, images):
 @torch.no_grad()
 def test_each_image_gets_the_answer_of_the_stage_where_it_stops(model, images, thresholds):
     output = Cascade(model, STAGES, thresholds)(images)
-    used = output.active_queries.sum(1)
-    assert set(used.tolist()) == set(STAGES)
-    assert output.active_queries.shape == (8, 12)
-    for image, K, logits, active in zip(images, used, output.logits, output.active_queries, strict=True):
+    used = output.used
+    assert set(used.tolist()) == set(QUERIES)
+    assert torch.equal(torch.tensor(QUERIES)[output.stage], used)
+    for image, K, logits in zip(images, used, output.logits, strict=True):
         alone = model(image[None], num_active_queries=K.item())
         torch.testing.assert_close(logits, alone.logits[0], atol=1e-5, rtol=1e-5)
-        assert torch.equal(active, alone.active_queries[0])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("threshold", "K"), [(1.5, 12), (0.0, 2)])
 def test_thresholds_at_the_ends_are_the_last_and_the_first_stage(model, images, threshold, K):
     output = Cascade(model, STAGES, [threshold] * 2)(images)
-    assert (output.active_queries.sum(1) == K).all()
+    assert (output.used == K).all()
     # New queries read in a call of their own, which may round otherwise in the last bit.
     torch.testing.assert_close(output.logits, model(images, num_active_queries=K).logits, atol=1e-6, rtol=1e-6)
 
 
 def test_numbers_of_other_libraries(model, tmp_path):
-    Cascade(model, np.array([2, 4]), torch.tensor([0.5])).save(tmp_path / "cascade.json")
+    stages = [Budget(num_active_queries=K) for K in np.array([2, 4])]
+    Cascade(model, stages, torch.tensor([0.5])).save(tmp_path / "cascade.json")
     cascade = Cascade.load(model, tmp_path / "cascade.json")
-    assert (cascade.stages, cascade.thresholds) == ([2, 4], [0.5])
+    assert (cascade.stages, cascade.thresholds) == (stages, [0.5])
 
 
 def test_one_stage_is_the_model_bit_for_bit(model, images):
-    output = Cascade(model, [7], [])(images)
+    output = Cascade(model, [Budget(num_active_queries=7)], [])(images)
     with torch.no_grad():
         assert torch.equal(output.logits, model(images, num_active_queries=7).logits)
 
@@ -68,7 +68,7 @@ def test_the_models_own_operating_point_plays_no_part(images):
     model.config.num_active_queries, model.config.dqs_threshold = 3, 0.1
     output = Cascade(model, STAGES, [0.3, 0.4])(images)
     assert torch.equal(output.logits, expected.logits)
-    assert torch.equal(output.active_queries, expected.active_queries)
+    assert torch.equal(output.used, expected.used)
 
 
 def test_batch_equals_one_by_one(model, images, thresholds):
@@ -77,14 +77,14 @@ def test_batch_equals_one_by_one(model, images, thresholds):
     for i, image in enumerate(images):
         alone = cascade(image[None])
         torch.testing.assert_close(alone.logits[0], together.logits[i], atol=1e-5, rtol=1e-5)
-        assert torch.equal(alone.active_queries[0], together.active_queries[i])
+        assert torch.equal(alone.used[0], together.used[i])
 
 
 def test_permuting_the_batch_permutes_the_answers(model, images, thresholds):
     cascade, order = Cascade(model, STAGES, thresholds), torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])
     straight, permuted = cascade(images), cascade(images[order])
     torch.testing.assert_close(permuted.logits, straight.logits[order], atol=1e-5, rtol=1e-5)
-    assert torch.equal(permuted.active_queries, straight.active_queries[order])
+    assert torch.equal(permuted.used, straight.used[order])
 
 
 def counted(function) -> int:
@@ -99,24 +99,24 @@ def test_counted_macs_are_those_of_the_real_forward(stop):
     model = VisualPerceiverForImageClassification(config).eval()
     cascade = Cascade(model, STAGES, [2.0 if stage < stop else 0.0 for stage in range(2)])
     image = torch.randn(1, 3, 16, 16)
-    assert counted(lambda: cascade(image)) == 2 * cascade_macs(config, STAGES)[stop]
+    assert counted(lambda: cascade(image)) == 2 * config.count_stages(STAGES)[stop]
 
 
 def test_images_that_stop_leave_the_batch(model, images, thresholds):
     rows = []
     model.visual_perceiver.layers[0].register_forward_hook(lambda m, args, out: rows.append(tuple(out.shape[:2])))
-    used = Cascade(model, STAGES, thresholds)(images).active_queries.sum(1)
-    assert rows == [((used >= K).sum().item(), K) for K in STAGES]
+    used = Cascade(model, STAGES, thresholds)(images).used
+    assert rows == [((used >= K).sum().item(), K) for K in QUERIES]
     rows.clear()
     Cascade(model, STAGES, [0.0, 0.0])(images)
     assert rows == [(8, 2)]
 
 
 def test_macs_of_a_cascade_pay_the_trunk_again(config):
-    macs = cascade_macs(config, STAGES)
+    macs = config.count_stages(STAGES)
     assert macs[0] == count_macs(config, 2)
     # More than the last stage alone, less than all stages separately.
-    assert count_macs(config, 12) < macs[2] < sum(count_macs(config, K) for K in STAGES)
+    assert count_macs(config, 12) < macs[2] < sum(count_macs(config, K) for K in QUERIES)
 
 
 @pytest.fixture
@@ -148,14 +148,14 @@ def test_more_budget_is_never_worse(answers):
 
 def test_the_search_and_the_cascade_stop_alike(model, images):
     with torch.no_grad():
-        logits = [model(images, num_active_queries=K).logits for K in STAGES]
+        logits = [model(images, num_active_queries=K).logits for K in QUERIES]
     confidence = torch.stack([top_probability(x) for x in logits], dim=1).numpy()
     correct = np.ones_like(confidence, dtype=bool)
     correct[:4, 0] = False
-    macs = cascade_macs(model.config, STAGES)
+    macs = model.config.count_stages(STAGES)
     choice = search_thresholds(confidence, correct, macs, np.mean(macs[:2]))
-    used = Cascade(model, STAGES, choice.thresholds)(images).active_queries.sum(1).numpy()
-    assert np.array_equal(used, np.array(STAGES)[stopping_stages(confidence, choice.thresholds)])
+    used = Cascade(model, STAGES, choice.thresholds)(images).used.numpy()
+    assert np.array_equal(used, np.array(QUERIES)[stopping_stages(confidence, choice.thresholds)])
 
 
 def test_saved_beside_the_checkpoint(model, images, thresholds, tmp_path):
@@ -183,7 +183,24 @@ def test_saved_beside_the_checkpoint(model, images, thresholds, tmp_path):
 )
 def test_bad_cascades(model, stages, thresholds, message):
     with pytest.raises(ValueError, match=message):
-        Cascade(model, stages, thresholds)
+        Cascade(model, [Budget(num_active_queries=K) for K in stages], thresholds)
+
+
+def test_stages_are_not_adaptive(model):
+    with pytest.raises(ValueError, match=r"cost alike, got t=0.8"):
+        Cascade(model, [Budget(dqs_threshold=0.8)], [])
+
+
+def test_a_model_that_cannot_go_on_runs_anew(model, images, thresholds):
+    class Anew:
+        config = model.config
+
+        def __call__(self, *args, **knobs):
+            return model(*args, **knobs)
+
+    expected, given = Cascade(model, STAGES, thresholds)(images), Cascade(Anew(), STAGES, thresholds)(images)
+    torch.testing.assert_close(given.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(given.stage, expected.stage)
 
 
 def test_bad_searches(answers):

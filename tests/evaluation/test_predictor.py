@@ -8,30 +8,31 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_visual_perceiver.evaluation.predictor import (
     BudgetPredictor,
-    PredictedQueries,
+    PredictedBudgets,
     choose_budgets,
     fit_predictor,
     predicted_macs,
 )
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
+from hf_visual_perceiver.modeling import Budget, VisualPerceiverForImageClassification
 
 
-BUDGETS = [2, 5, 12]
+QUERIES = [2, 5, 12]
+BUDGETS = [Budget(num_active_queries=2), Budget(num_active_queries=5), Budget()]
 
 
 @pytest.fixture
 def rule(model):
     torch.manual_seed(3)
-    return PredictedQueries(model, BudgetPredictor(24, 4, 3, hidden=16).eval(), BUDGETS, price=0.05)
+    return PredictedBudgets(model, BudgetPredictor(24, 4, 3, hidden=16).eval(), BUDGETS, price=0.05)
 
 
 @torch.no_grad()
 def test_each_image_runs_with_its_own_budget(model, images, rule):
     torch.nn.init.normal_(rule.predictor.fc2.weight, std=3)
     output = rule(images)
-    used = output.active_queries.sum(1)
+    used = output.used
     assert len(set(used.tolist())) > 1
-    assert set(used.tolist()) <= set(BUDGETS)
+    assert set(used.tolist()) <= set(QUERIES)
     for image, K, logits in zip(images, used, output.logits, strict=True):
         torch.testing.assert_close(
             logits, model(image[None], num_active_queries=K.item()).logits[0], atol=1e-5, rtol=1e-5
@@ -44,10 +45,10 @@ def test_counted_macs_are_those_of_the_real_forward(budget):
     predictor = BudgetPredictor(24, 4, 3, hidden=16).eval()
     torch.nn.init.constant_(predictor.fc2.bias, -20)
     predictor.fc2.bias.data[budget] = 20
-    rule = PredictedQueries(model, predictor, BUDGETS, price=0)
+    rule = PredictedBudgets(model, predictor, BUDGETS, price=0)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         used = rule(torch.randn(1, 3, 16, 16)).active_queries.sum().item()
-    assert used == BUDGETS[budget]
+    assert used == QUERIES[budget]
     assert counter.get_total_flops() == 2 * predicted_macs(model.config, BUDGETS, predictor)[budget]
 
 
@@ -76,4 +77,4 @@ def test_a_higher_price_never_costs_more():
 
 def test_a_predictor_that_does_not_fit(model):
     with pytest.raises(ValueError, match="predictor of 3 budgets"):
-        PredictedQueries(model, BudgetPredictor(24, 4, 2), BUDGETS, price=0)
+        PredictedBudgets(model, BudgetPredictor(24, 4, 2), BUDGETS, price=0)

@@ -18,7 +18,7 @@ from hf_visual_perceiver.evaluation.cascade import Cascade
 from hf_visual_perceiver.inference import onnx_graphs, onnx_perceiver
 from hf_visual_perceiver.inference.onnx_graphs import Graph, Sessions, read_graphs, write_graphs
 from hf_visual_perceiver.inference.onnx_perceiver import CallCost, OnnxPerceiver
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
+from hf_visual_perceiver.modeling import Budget, VisualPerceiverForImageClassification
 
 
 FORMS = {
@@ -183,8 +183,9 @@ def test_going_on_reads_new_queries_alone_and_of_images_that_are_left(both, imag
 def test_a_cascade(both, images):
     model, engine = both
     thresholds = [0.4, 0.5]
-    expected, output = Cascade(model, [2, 4, 12], thresholds)(images), Cascade(engine, [2, 4, 12], thresholds)(images)
-    assert torch.equal(output.active_queries, expected.active_queries)
+    stages = [Budget(num_active_queries=2), Budget(num_active_queries=4), Budget()]
+    expected, output = Cascade(model, stages, thresholds)(images), Cascade(engine, stages, thresholds)(images)
+    assert torch.equal(output.used, expected.used)
     torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 

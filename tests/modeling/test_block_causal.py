@@ -6,7 +6,7 @@ from support import small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_visual_perceiver.evaluation.cascade import Cascade, cascade_macs
+from hf_visual_perceiver.evaluation.cascade import Cascade
 from hf_visual_perceiver.modeling import Budget, Pass, VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.modeling.spatial_init import cell, sobol_point
 
@@ -72,14 +72,15 @@ def test_going_on_refuses(causal, images):
 @torch.no_grad()
 def test_what_going_on_costs(causal, images):
     stages = [2, 4, 12]
-    costs = cascade_macs(causal.config, stages)
+    budgets = [Budget(num_active_queries=K) for K in stages]
+    costs = causal.config.count_stages(budgets)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        Cascade(causal, stages, [2.0, 2.0])(images[:1])
+        Cascade(causal, budgets, [2.0, 2.0])(images[:1])
     # The decoder projects keys and values of all K tokens anew at each stage, in both.
     assert counter.get_total_flops() / 2 == pytest.approx(costs[-1], rel=5e-3)
     # Each stage after the first costs its decoder, and less than starting again.
     full = VisualPerceiverForImageClassification(small_config())
-    assert costs[-1] < cascade_macs(full.config, stages)[-1]
+    assert costs[-1] < full.config.count_stages(budgets)[-1]
     assert costs[0] == count_macs(causal.config, 2)
 
 

@@ -117,7 +117,9 @@ def test_a_photo_is_turned_upright():
 
 
 def test_parameters_of_an_address_are_text():
-    assert read_parameters({"num_active_queries": "16", "dqs_threshold": "0.8", "top_k": "2"}) == (16, 0.8, 2)
+    names = ["num_active_queries", "dqs_threshold"]
+    given = {"num_active_queries": "16", "dqs_threshold": "0.8", "top_k": "2"}
+    assert read_parameters(given, names) == ({"num_active_queries": 16, "dqs_threshold": 0.8}, 2)
 
 
 @pytest.mark.parametrize(
