@@ -95,6 +95,7 @@ REMOTE = [
 
 HARMLESS = {
     "ast",
+    "bisect",
     "collections",
     "contextlib",
     "copy",
