@@ -153,7 +153,8 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         """
         self.check_knobs(knobs)
         E = self.num_exits
-        last, thresholds = knobs.get("max_exit"), knobs.get("exit_thresholds")
+        last: Any = knobs.get("max_exit")
+        thresholds: Any = knobs.get("exit_thresholds")
         last = E if last is None else last
         if isinstance(last, bool) or not isinstance(last, int) or not 1 <= last <= E:
             raise ValueError(f"Expected `max_exit` to be an integer in [1, {E}], got {last!r}.")
@@ -193,7 +194,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         if exit and self.relation_reuse:
             before = self.grids[exit - 1][0] * self.grids[exit - 1][1] + 1
             macs += 6 * (H * L) ** 2 * before**2
-        return macs + D * self.num_labels
+        return macs + D * len(self.label_names)
 
 
 __all__ = ["DynamicVisionTransformerConfig"]

@@ -179,7 +179,7 @@ class IterativePerceiverConfig(FamilyConfig):
         crosses = sum(self.reads_at(i) for i in range(iterations))
         own = s * (4 * K * D**2 + 2 * K**2 * D + 2 * w * K * D**2)
         macs = crosses * self.cross_macs(K, self.image_size**2, self.input_channels, self.attention_channels)
-        macs += iterations * own + D * self.num_labels
+        macs += iterations * own + D * len(self.label_names)
         if self.decoder_type == "query":
             macs += self.cross_macs(1, K, D, D)
         return macs if output is None else torch.full_like(output.used.cpu(), macs)

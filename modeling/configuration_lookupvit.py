@@ -127,7 +127,8 @@ class LookupViTConfig(FamilyConfig):
             ValueError: If a value is out of its range, or there is no such knob.
         """
         self.check_knobs(knobs)
-        size, most = as_number(knobs.get("compressed_size")), self.max_compressed_size
+        most = self.max_compressed_size
+        size: Any = as_number(knobs.get("compressed_size"))
         size = most if size is None else size
         each = isinstance(size, torch.Tensor)
         values = size.tolist() if each else list(size) if isinstance(size, (list, tuple)) else [size]
@@ -148,7 +149,7 @@ class LookupViTConfig(FamilyConfig):
 
     def macs_of(self, M: int) -> int:
         """Multiply-accumulates with M compressed tokens."""
-        N, D, labels = self.num_patches, self.hidden_size, self.num_labels
+        N, D, labels = self.num_patches, self.hidden_size, len(self.label_names)
         wide, narrow = int(D * self.mlp_ratio), int(D * self.lookup_mlp_ratio)
         block = (3 * N * M + 2 * M**2) * D + (2 * M + 4 * M + M + 3 * N) * D**2 + 2 * M * D * wide + 2 * N * D * narrow
         heads = 2 if self.classify_with == "both" else 1

@@ -159,7 +159,7 @@ class QnAViTConfig(FamilyConfig):
     def count_macs(self, budget: Budget | None = None, output: Any = None) -> Any:
         """Multiply-accumulates of an image; see `ElasticConfig.count_macs`."""
         self.resolve(**(budget or Budget()).kwargs)
-        macs = self.hidden_size * self.num_labels
+        macs = self.hidden_size * len(self.label_names)
         for i, (C, side) in enumerate(self.stages):
             HW, w, h = side**2, (self.window_sizes or [])[i], (self.qna_heads or [])[i]
             if i == 0:

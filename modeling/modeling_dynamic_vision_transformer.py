@@ -337,9 +337,11 @@ class DynamicVisionTransformerForImageClassification(DynamicVisionTransformerPre
 
     def __init__(self, config: DynamicVisionTransformerConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = len(config.label_names)
         self.dynamic_vision_transformer = DynamicVisionTransformerModel(config)
-        self.heads = nn.ModuleList(nn.Linear(config.hidden_size, config.num_labels) for _ in range(config.num_exits))
+        self.heads = nn.ModuleList(
+            nn.Linear(config.hidden_size, len(config.label_names)) for _ in range(config.num_exits)
+        )
         self.post_init()
 
     @can_return_tuple
@@ -392,7 +394,8 @@ class DynamicVisionTransformerForImageClassification(DynamicVisionTransformerPre
 
     def blocks(self) -> Iterable[nn.Module]:
         """The layers of all exits."""
-        return [layer for stage in self.dynamic_vision_transformer.exits for layer in stage.layers]
+        stages: Any = self.dynamic_vision_transformer.exits
+        return [layer for stage in stages for layer in stage.layers]
 
 
 __all__ = [

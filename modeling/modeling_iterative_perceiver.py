@@ -92,8 +92,9 @@ class CrossAttend(nn.Module):
 
     def forward(self, x: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         inputs = self.norm_inputs(inputs)
-        parts = (self.query(self.norm_queries(x)), self.key(inputs), self.value(inputs))
-        y, _ = attend(*(split_heads(part, self.heads) for part in parts))
+        query, key = self.query(self.norm_queries(x)), self.key(inputs)
+        H, value = self.heads, self.value(inputs)
+        y, _ = attend(split_heads(query, H), split_heads(key, H), split_heads(value, H))
         x = x + self.proj(y)
         return x + self.mlp(self.norm(x))
 
@@ -112,7 +113,8 @@ class IterativePerceiverLayer(GradientCheckpointingLayer):
         self.mlp = MLP(D, D * config.widening_factor, D, config.hidden_act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y, _ = attend(*(split_heads(part, self.heads) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)))
+        query, key, value = (split_heads(part, self.heads) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        y, _ = attend(query, key, value)
         x = x + self.proj(y)
         return x + self.mlp(self.norm2(x))
 
@@ -253,9 +255,9 @@ class IterativePerceiverForImageClassification(IterativePerceiverPreTrainedModel
 
     def __init__(self, config: IterativePerceiverConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = len(config.label_names)
         self.iterative_perceiver = IterativePerceiverModel(config)
-        self.head = nn.Linear(config.hidden_size, config.num_labels)
+        self.head = nn.Linear(config.hidden_size, len(config.label_names))
         self.post_init()
 
     @can_return_tuple
@@ -302,7 +304,7 @@ class IterativePerceiverForImageClassification(IterativePerceiverPreTrainedModel
             ValueError: If it is another kind of model, or of settings that this family does not have.
         """
         c, preprocessor = model.config, getattr(getattr(model, "perceiver", None), "input_preprocessor", None)
-        embedding = getattr(preprocessor, "position_embeddings", None)
+        embedding: Any = getattr(preprocessor, "position_embeddings", None)
         if getattr(preprocessor, "prep_type", None) != "pixels" or not hasattr(embedding, "num_bands"):
             raise ValueError(
                 f"Expected transformers' PerceiverForImageClassificationFourier, got {type(model).__name__}."

@@ -239,10 +239,10 @@ class LookupViTForImageClassification(LookupViTPreTrainedModel, ElasticModel):
 
     def __init__(self, config: LookupViTConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = len(config.label_names)
         self.lookupvit = LookupViTModel(config)
-        self.head = nn.Linear(config.hidden_size, config.num_labels)
-        self.lookup_head = nn.Linear(config.hidden_size, config.num_labels)
+        self.head = nn.Linear(config.hidden_size, len(config.label_names))
+        self.lookup_head = nn.Linear(config.hidden_size, len(config.label_names))
         self.post_init()
 
     @can_return_tuple

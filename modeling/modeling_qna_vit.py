@@ -270,9 +270,9 @@ class QnAViTForImageClassification(QnAViTPreTrainedModel, ElasticModel):
 
     def __init__(self, config: QnAViTConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = len(config.label_names)
         self.qna_vit = QnAViTModel(config)
-        self.head = nn.Linear(config.hidden_size, config.num_labels)
+        self.head = nn.Linear(config.hidden_size, len(config.label_names))
         self.post_init()
 
     @can_return_tuple

@@ -206,7 +206,7 @@ class VisualPerceiverEmbeddings(nn.Module):
         tokens = []
         for level in range(first, end):
             x, grid = self.patch_embeddings(x) if level == 0 else self.levels[level - 1](x)
-            positions = self.position_embeddings
+            positions: torch.Tensor = self.position_embeddings
             if interpolate_pos_encoding:
                 height, width = self.config.image_height_width
                 size = self.config.patch_size

@@ -33,7 +33,7 @@ class DynamicVisionTransformer(TimmClassifier, DynamicVisionTransformerParts):
         self.heads = nn.ModuleList(self.new_head() for _ in range(self.config.num_exits))
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Module:  # type: ignore[override]
         """The classifier of the last exit."""
         return self.heads[-1]
 

@@ -233,7 +233,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in the YAML."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self)  # type: ignore[call-overload]  # pydantic's dataclass is one
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -497,7 +497,7 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         K = Q if K is None else K
         off = t is None or (isinstance(t, float) and t == math.inf)
         t = None if off else checked_threshold(t)
-        if not isinstance(K, int) and (isinstance(K, (list, tuple)) or getattr(K, "ndim", 0)):
+        if not isinstance(K, int) and (isinstance(K, (list, tuple)) or getattr(K, "ndim", False)):
             each = torch.as_tensor(K)
             whole = each.ndim == 1 and each.numel() and not each.is_floating_point() and each.dtype != torch.bool
             if not whole or each.min() < 1 or each.max() > Q:

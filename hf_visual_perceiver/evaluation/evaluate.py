@@ -286,8 +286,8 @@ def pixel_batches(
     cfg = config.timm_pretrained_cfg
     batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
     for indices in tracked(batches, description):
-        pixels = pixels_of_size(data, indices, config.image_height_width, cfg["interpolation"])
-        pixels = normalise(pixels, cfg["mean"], cfg["std"])
+        sized = pixels_of_size(data, indices, config.image_height_width, cfg["interpolation"])
+        pixels = normalise(sized, cfg["mean"], cfg["std"])
         yield indices, pixels.to(model.device, model.dtype)
 
 

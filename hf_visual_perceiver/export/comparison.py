@@ -97,8 +97,8 @@ def compare_exports(
     seconds: dict[tuple[Budget, str], list[float]] = {key: [] for key in answers}
     batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
     for number, indices in enumerate(tracked(batches, "comparing" if progress else None)):
-        pixels = pixels_of_size(data, indices, model.config.image_height_width, cfg["interpolation"])
-        pixels = normalise(pixels, cfg["mean"], cfg["std"])
+        sized = pixels_of_size(data, indices, model.config.image_height_width, cfg["interpolation"])
+        pixels = normalise(sized, cfg["mean"], cfg["std"])
         for budget in chosen:
             for form, classifier in forms.items():
                 if number == 0:

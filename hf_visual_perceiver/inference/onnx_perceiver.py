@@ -120,7 +120,7 @@ class OnnxPerceiver:
         """
         pixels = pixel_values.detach().float().numpy()
         B, each = len(pixels), isinstance(K, torch.Tensor)
-        if each and len(K) != B:
+        if isinstance(K, torch.Tensor) and len(K) != B:
             raise ValueError(f"Expected `num_active_queries` of {B} images, got {len(K)}.")
         most = int(K.max()) if isinstance(K, torch.Tensor) else K
         keep = np.ones((B, most), dtype=bool)
@@ -244,6 +244,7 @@ class Reader:
         for level, a, b in spans:
             query = engine.places[a:b]
             if level == self.level:
+                assert self.tokens is not None, "the level is kept for as long as it has queries to read it"
                 results += sessions.run("read", tokens=self.tokens, query=query)
                 continue
             last = (level, a, b) == spans[-1]
