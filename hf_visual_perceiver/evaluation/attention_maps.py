@@ -37,7 +37,7 @@ def average_attention(model: Any, batches: Iterable[torch.Tensor], budget: Budge
     """
     if not hasattr(model, "look"):
         raise ValueError(f"Expected a model whose attention can be shown, got one of type {model.config.model_type}.")
-    total, images = 0, 0
+    total, images = torch.zeros(()), 0
     for pixels in batches:
         _, attention = model.look(pixels, budget)  # (B, K, rows, columns)
         total = total + attention.double().sum(0).cpu()

@@ -4,9 +4,10 @@ import pytest
 
 from hf_visual_perceiver.data.images import load_images
 from hf_visual_perceiver.evaluation.calibration import Target, calibrate
-from hf_visual_perceiver.evaluation.evaluate import OperatingPoint, evaluate
+from hf_visual_perceiver.evaluation.evaluate import evaluate
 from hf_visual_perceiver.evaluation.retrieval import measure_retrieval
 from hf_visual_perceiver.evaluation.robustness import measure_robustness
+from hf_visual_perceiver.modeling import Budget
 from hf_visual_perceiver.training import console
 from hf_visual_perceiver.utils.console import print_error, tracked
 
@@ -37,21 +38,21 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
 
 def test_an_evaluation_says_how_far_it_is(slow, capsys, trained, cifar10):
     data = load_images(cifar10, "test").subset(slice(0, 4))
-    evaluate(trained, data, [OperatingPoint(1)], batch_size=1)
+    evaluate(trained, data, [Budget(num_active_queries=1)], batch_size=1)
     output = capsys.readouterr()
     assert "evaluating:" in output.err
     assert not output.out
-    evaluate(trained, data, [OperatingPoint(1)], batch_size=1, progress=False)
+    evaluate(trained, data, [Budget(num_active_queries=1)], batch_size=1, progress=False)
     assert capsys.readouterr() == ("", "")
 
 
 def test_other_long_measurements_say_how_far_they_are(slow, capsys, trained, cifar10):
     data = load_images(cifar10, "test").subset(slice(0, 4))
-    measure_robustness(trained, data, [OperatingPoint(64)], ["contrast"], [1])
+    measure_robustness(trained, data, [Budget()], ["contrast"], [1])
     assert "corrupting:" in capsys.readouterr().err
-    measure_retrieval(trained.visual_perceiver, data, data, [OperatingPoint(1)], neighbours=1, batch_size=2)
+    measure_retrieval(trained.visual_perceiver, data, data, [Budget(num_active_queries=1)], neighbours=1, batch_size=2)
     assert "gallery:" in capsys.readouterr().err
-    calibrate(trained, data, Target("macs", 0.5), [OperatingPoint(1)], batch_size=1)
+    calibrate(trained, data, Target("macs", 0.5), [Budget(num_active_queries=1)], batch_size=1)
     assert "evaluating:" in capsys.readouterr().err
 
 

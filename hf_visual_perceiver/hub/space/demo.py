@@ -243,8 +243,8 @@ class Demo:
             return None
         if not known or not known[0][0] <= at <= known[-1][0]:
             return None
-        knobs, macs, accuracies = zip(*known, strict=True)
-        return Expected(float(np.interp(at, knobs, macs)), float(np.interp(at, knobs, accuracies)), measured=False)
+        knobs, costs, accuracies = zip(*known, strict=True)
+        return Expected(float(np.interp(at, knobs, costs)), float(np.interp(at, knobs, accuracies)), measured=False)
 
     def _probabilities(self, logits: torch.Tensor) -> np.ndarray:
         return logits[0].float().softmax(-1).cpu().numpy()
