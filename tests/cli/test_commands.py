@@ -161,7 +161,7 @@ class TestResults:
     def test_json_on_stdout_is_alone_there(self, arguments, pictures, tmp_path, request, monkeypatch):
         places = {"picture": pictures[0], "folder": tmp_path}
         if "{graph}" in arguments:
-            export_onnx(request.getfixturevalue("trained"), tmp_path / "m.onnx", 2)
+            export_onnx(request.getfixturevalue("trained"), tmp_path / "m.onnx", Budget(num_active_queries=2))
             places["graph"] = tmp_path / "m.onnx"
         if "{run}" in arguments:
             places["run"] = finished_run(tmp_path / "run")

@@ -305,6 +305,8 @@ class TestTools:
     @torch.no_grad()
     def test_cascade(self, elastic, pixels):
         budgets = elastic.config.budgets()
+        if len(budgets) == 1:  # a static network has nothing to go on with
+            return
         stages = [budgets[0], budgets[-1]]
         sure = top_probability(elastic(pixels, **elastic.config.resolve(**stages[0].kwargs)).logits)
         output = Cascade(elastic, stages, [sure.median().item()])(pixels)

@@ -43,7 +43,12 @@ from hf_visual_perceiver.hub.space.draw import (
 )
 from hf_visual_perceiver.hub.space.repository import GRADIO, space_files, upload_space
 from hf_visual_perceiver.inference.loading import default_model, load_model
-from hf_visual_perceiver.modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling import (
+    Budget,
+    OptimizedVisualPerceiver,
+    VisualPerceiverForImageClassification,
+    count_macs,
+)
 from hf_visual_perceiver.modeling.handler import MAX_PIXELS
 
 
@@ -167,13 +172,15 @@ class TestNumbers:
 
 
 def row(K, t, macs, accuracy):
-    return Row(K, t, 1.0, 0.0, 1, 1, macs, accuracy, 0.01, 1.0, 1.0)
+    budget = Budget(num_active_queries=K, dqs_threshold=t)
+    return Row(budget, 1.0, 0.0, 1, 1, macs, accuracy, 0.01, 1.0, 1.0)
 
 
 class TestTradeoff:
     def test_settings_that_were_measured(self, demo):
         for measured in demo.evaluation.rows:
-            expected = demo.expected(measured.num_active_queries or 64, measured.dqs_threshold)
+            knobs = measured.budget.kwargs
+            expected = demo.expected(knobs.get("num_active_queries", 64), knobs.get("dqs_threshold"))
             assert (expected.macs, expected.accuracy, expected.measured) == (measured.macs, measured.accuracy, True)
 
     def test_settings_between_and_beyond(self, model):

@@ -11,10 +11,10 @@ import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from hf_visual_perceiver import training
 from hf_visual_perceiver.hub.errors import hub_step
 from hf_visual_perceiver.hub.publish import is_on_hub
 from hf_visual_perceiver.modeling import handler
-from hf_visual_perceiver.utils import files as training_files
 
 
 # The versions that the app is tested with.
@@ -109,7 +109,7 @@ def _sources() -> dict[str, bytes]:
     folders = {
         "": Path(__file__).parents[2],
         "modeling": Path(handler.__file__).parent,
-        "training": Path(training_files.__file__).parent,
+        "training": Path(next(iter(training.__path__))),
     }
     for name, folder in folders.items():
         for path in sorted(folder.rglob("*")):
