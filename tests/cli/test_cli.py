@@ -33,11 +33,11 @@ def test_evaluate(tmp_path):
     result = cli("evaluate", "--plot", tmp_path / "plot.png", "--json", tmp_path / "result.json")
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
-    assert len(rows) == 14
+    assert len(rows) == 13
     for row in rows:
         assert f"{100 * row['accuracy']:.2f} ±" in result.stdout
-    assert "K = 64" in result.stdout
-    assert "t = 0.99" in result.stdout
+    assert "full" in result.stdout
+    assert "t=0.99" in result.stdout
     assert "dtype float32" in unwrapped(result.stdout)
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
