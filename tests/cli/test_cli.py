@@ -36,8 +36,8 @@ def test_evaluate(tmp_path):
     assert len(rows) == 13
     for row in rows:
         assert f"{100 * row['accuracy']:.2f} ±" in result.stdout
-    assert "K = 64" in result.stdout
-    assert "t = 0.99" in result.stdout
+    assert "full" in result.stdout
+    assert "t=0.99" in result.stdout
     assert "dtype float32" in unwrapped(result.stdout)
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
