@@ -261,7 +261,9 @@ def measure(
         result.conditions = result.conditions or measured_under
     for role, network in networks.items():
         batches = (pixels for _, pixels in pixel_batches(network, data, batch_size))
-        result.attention[role] = average_attention(network, batches, _specialised(role, checkpoints))
+        result.attention[role] = average_attention(
+            network, batches, Budget(num_active_queries=_specialised(role, checkpoints))
+        )
     result.conditions = {**result.conditions, **(conditions or {}), "seed": seed}
     return result
 

@@ -20,6 +20,7 @@ from hf_visual_perceiver.data.parts import at_most, evenly_spaced
 from hf_visual_perceiver.data.sample_images import write_sample_images
 from hf_visual_perceiver.export.graph import export_onnx
 from hf_visual_perceiver.inference import classification
+from hf_visual_perceiver.modeling import Budget
 
 
 FEW = ["--max-images", "20"]

@@ -76,7 +76,7 @@ def test_the_installed_wheel_works(wheel, tmp_path):
         timeout=PATIENCE,
     )
     assert result.returncode == 0, result.stderr
-    assert "K = 4" in result.stdout
+    assert "K=4" in result.stdout
 
 
 REMOTE = [

@@ -613,7 +613,7 @@ class TestSpace:
         assert {name: data for name, data in space.files().items() if name != ".gitattributes"} == expected
         assert f"/spaces/{SPACE})" in model.files()["README.md"].decode()
         assert f"{hub.url}/spaces/{SPACE}" in out
-        assert re.search(r"hf_visual_perceiver/ +\d+\.\d [kM]B", out)
+        assert re.search(r"hf_visual_perceiver/ +[\d.]+ [kM]B", out)
         assert [r.split("/")[2] for r in hub.requests if "/commit/" in r] == ["models", "spaces"]
 
         # The same again changes nothing.

@@ -485,7 +485,7 @@ def test_a_published_space_runs(tmp_path, monkeypatch):
     with Hub() as hub:
         api = HfApi(endpoint=hub.url, token="writer")
         repo, space = "somebody/perceiver", "somebody/demo"
-        plan = prepare(Path(default_model()), repo, tmp_path / "stage", operating_point="k=24", check=lambda stage: {})
+        plan = prepare(Path(default_model()), repo, tmp_path / "stage", budget="K=24", check=lambda stage: {})
         published = upload(plan, repo, api=api)
         upload_space(space_files(repo, published.commit), space, "Show it", "", private=False, api=api)
         folder = tmp_path / "space"

@@ -26,7 +26,7 @@ from hf_visual_perceiver.data.images import ImageDataset, load_images, normalise
 from hf_visual_perceiver.evaluation import paper
 from hf_visual_perceiver.evaluation.attention_maps import average_attention, plot_attention_maps
 from hf_visual_perceiver.inference.loading import default_model
-from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
+from hf_visual_perceiver.modeling import Budget, VisualPerceiverForImageClassification
 from hf_visual_perceiver.modeling.query_selection import select_queries
 from hf_visual_perceiver.training.folder import save_folder
 
@@ -107,7 +107,7 @@ def test_selection_is_that_of_each_image(data):
 def test_average_attention(data):
     model = network(data, num_attention_heads=3, num_cross_attention_heads=2)
     pixels = pixels_of(data, model)
-    maps = average_attention(model, pixels.split(8), 7)
+    maps = average_attention(model, pixels.split(8), Budget(num_active_queries=7))
     weights = model(pixels, num_active_queries=7, output_attentions=True).cross_attentions[0]
     np.testing.assert_allclose(maps.reshape(7, -1), weights.mean((0, 1)).numpy(), atol=1e-6)
     np.testing.assert_allclose(maps.sum((1, 2)), 1, atol=1e-5)
@@ -238,7 +238,7 @@ def test_attention_maps_command(data, folder, tmp_path, monkeypatch, capsys):
     assert out.read_bytes().startswith(b"\x89PNG")
     maps = np.array(json.loads(result.read_text())["maps"])
     model = network(data)
-    expected = average_attention(model, [pixels_of(data, model)[:1]], 3)
+    expected = average_attention(model, [pixels_of(data, model)[:1]], Budget(num_active_queries=3))
     np.testing.assert_allclose(maps, expected, atol=1e-5)
     for more, message in (
         (["--budget", "K=13"], "integer in [1, 12], got 13"),

@@ -93,7 +93,7 @@ def test_it_learns_and_the_folder_is_what_was_learnt(story, place, batch):
         "visual-perceiver", "evaluate", "--model", folder, "--dataset", place / "pictures", "--budget", "t=0.8"
     )
     assert result.returncode == 0, result.stderr
-    assert "t = 0.8" in result.stdout
+    assert "t=0.8" in result.stdout
 
 
 @torch.no_grad()

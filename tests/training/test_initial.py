@@ -65,7 +65,7 @@ class TestWeights:
             shutil.copy(f"{default_model()}/{file}", tmp_path / "damaged")
         (tmp_path / "damaged" / "model.safetensors").write_bytes(b"no weights")
         for source, message in (
-            (tmp_path / "absent", "`initial_model` to be a folder or Hub id of a Visual Perceiver, got '.*absent'"),
+            (tmp_path / "absent", "`initial_model` to be a folder or Hub id of .*, got '.*absent'"),
             (tmp_path / "vit", "got '.*vit': it is a model of type vit"),
             (tmp_path / "damaged", "got '.*damaged': "),
             (default_model(), r"sizes of the recipe's `architecture` and `config`, got .* of shape \[.*\] for "),
@@ -89,7 +89,8 @@ def test_a_second_stage(tmp_path):
     assert facts["earlier_training"]["recipe_name"] == "first.yaml"
     line = next(line for line in training_lines(facts) if line.startswith("Began with"))
     assert (
-        "the weights of first, trained by first.yaml: 4 steps of 16 images, K by the schedule uniform, seed 0" in line
+        "the weights of first, trained by first.yaml: 4 steps of 16 images, budgets by the schedule uniform, seed 0"
+        in line
     )
 
 

@@ -59,7 +59,7 @@ def space_files(repo_id: str, revision: str, license: str = "apache-2.0") -> dic
     app = f'''"""Shows {repo_id}: what two knobs do to one image. Made by `visual-perceiver publish --space`."""
 
 from {PACKAGE}.hub.space.app import build_app, launch
-from {PACKAGE}.space.demo import Demo
+from {PACKAGE}.hub.space.demo import Demo
 
 
 demo = build_app(Demo.load({json.dumps(repo_id)}, revision={json.dumps(revision)}))
