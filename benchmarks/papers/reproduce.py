@@ -67,6 +67,11 @@ def _introduction(found: Measurements) -> str:
     )
 
 
+def _row(row: Any) -> dict[str, Any]:
+    budget = getattr(row, "budget", None)
+    return {**asdict(row), **({} if budget is None else {"budget": budget.kwargs})}
+
+
 def _plain(found: Measurements) -> dict[str, Any]:
     """The numbers behind the report, for JSON."""
     selection = found.selection
@@ -74,9 +79,9 @@ def _plain(found: Measurements) -> dict[str, Any]:
         "conditions": found.conditions,
         "missing": found.missing,
         "query_masking": found.query_masking.to_dict() if found.query_masking else None,
-        "specialists": {str(K): asdict(row) for K, row in found.specialists.items()},
+        "specialists": {str(K): _row(row) for K, row in found.specialists.items()},
         "robustness": found.robustness and found.robustness.to_dict(),
-        "random_subsets": [asdict(row) for row in found.random_subsets],
+        "random_subsets": [_row(row) for row in found.random_subsets],
         "selection": selection
         and {"threshold": selection.threshold, "counts": selection.counts.tolist(), "example": selection.example},
         "attention": {role: maps.round(6).tolist() for role, maps in found.attention.items()},

@@ -148,7 +148,7 @@ def test_the_report_has_everything_and_says_what_is_missing(data, folder, tmp_pa
         assert f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}" in report
     for row in found.random_subsets:
         assert f"{100 * row.mean:.2f} ± {100 * row.deviation:.2f}" in report
-    assert found.specialists[4].queries_mean == 4
+    assert found.specialists[4].used_mean == 4
     numbers = json.loads((tmp_path / "out" / "paper" / "measurements.json").read_text())
     assert len(numbers["selection"]["counts"]) == len(data)
     assert numbers["robustness"]["conditions"]["images"] == 4

@@ -11,10 +11,10 @@ import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from hf_visual_perceiver import training
 from hf_visual_perceiver.hub.errors import hub_step
 from hf_visual_perceiver.hub.publish import is_on_hub
 from hf_visual_perceiver.modeling import handler
+from hf_visual_perceiver.training import folder as training_folder
 
 
 # The versions that the app is tested with.
@@ -109,7 +109,7 @@ def _sources() -> dict[str, bytes]:
     folders = {
         "": Path(__file__).parents[2],
         "modeling": Path(handler.__file__).parent,
-        "training": Path(next(iter(training.__path__))),
+        "training": Path(training_folder.__file__).parent,
     }
     for name, folder in folders.items():
         for path in sorted(folder.rglob("*")):
