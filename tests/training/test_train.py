@@ -478,7 +478,9 @@ class TestMistakes:
             return original(*args) * (float("nan") if len(calls) == 3 else 1)
 
         monkeypatch.setattr(objective, "soft_cross_entropy", explode)
-        with pytest.raises(FloatingPointError, match=rf"{what}.* at step \d with (K=\d|full); complete checkpoints: \[2\]"):
+        with pytest.raises(
+            FloatingPointError, match=rf"{what}.* at step \d with (K=\d|full); complete checkpoints: \[2\]"
+        ):
             train(small_recipe(log_every=log_every), tmp_path / "run")
         # What is not finite took no checkpoint's place.
         run = RunFolder(tmp_path / "run")
