@@ -1315,7 +1315,7 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
 
         Args:
             pixel_values: (B, C, H, W), normalised.
-            budgets: Of K alone, ascending.
+            budgets: Ascending budgets that set K only.
             choose: Maps what the queries of the last budget read, (B, K, D), to places in `budgets`, (B,).
         """
         parts = self.visual_perceiver

@@ -71,7 +71,7 @@ def check_quantised(classify: Callable[..., Any], model: Any, fixed: dict[str, A
         if not difference <= INT8_TOLERANCE:
             raise ValueError(
                 f"Expected int8 logits within {INT8_TOLERANCE:g} deviations of float32's on average, "
-                f"got {difference:.3g} at {budget.short(config.knobs)}; this model does not bear quantisation."
+                f"got {difference:.3g} at {budget.short(config.knobs)}; quantising changes the answers of this model too much."
             )
         largest = max(largest, difference)
     return largest
