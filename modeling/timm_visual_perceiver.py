@@ -78,8 +78,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
         stem_downsample: str = "pool",
         stem_residual: bool = False,
         level_starts: Sequence[int] | None = None,
-        level_depths: Sequence[int] | None = None,
-        level_resolutions: int = 1,
+        level_widths: Sequence[int] | None = None,
         trunk_attention: str = "full",
         query_blocks: Sequence[int] | None = None,
         decoder_reads: str = "all",
@@ -117,8 +116,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             stem_downsample: Between stages, `"pool"` or `"stride"`.
             stem_residual: Give convolutions that keep their shape a shortcut.
             level_starts: Queries from which on a further level of the stem is read; None is one level.
-            level_depths: Residual convolutions of each further level.
-            level_resolutions: At how many resolutions a level computes, 1 or 2.
+            level_widths: Channels that each further level adds to the stem's second convolution, and in proportion to later ones.
             trunk_attention: Which queries see each other, `"full"` or `"block_causal"`.
             query_blocks: Where blocks of queries end; None is 1, 2, 4, 8, ... up to Q.
             decoder_reads: What the output query reads, `"all"` tokens or those of the `"last_block"`.
@@ -154,8 +152,7 @@ class VisualPerceiver(nn.Module, PerceiverParts):
             "stem_downsample": stem_downsample,
             "stem_residual": stem_residual,
             "level_starts": None if level_starts is None else list(level_starts),
-            "level_depths": None if level_depths is None else list(level_depths),
-            "level_resolutions": level_resolutions,
+            "level_widths": None if level_widths is None else list(level_widths),
             "trunk_attention": trunk_attention,
             "query_blocks": None if query_blocks is None else list(query_blocks),
             "decoder_reads": decoder_reads,

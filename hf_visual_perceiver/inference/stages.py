@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from hf_visual_perceiver.inference.onnx_graphs import Stage
 from hf_visual_perceiver.modeling import VisualPerceiverConfig
+from hf_visual_perceiver.modeling.conv_stem import packed
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities
 
 
@@ -108,10 +109,12 @@ class LevelStage(PerceiverStage):
         self.level = level
 
     def forward(self, x: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        (tokens,), features = self.visual_perceiver.embeddings(x, first=self.level, end=self.level + 1)
+        embeddings = self.visual_perceiver.embeddings
+        before = embeddings.levels[self.level - 1].unpack(x) if self.level else x
+        (tokens,), features = embeddings(before, first=self.level, end=self.level + 1)
         tokens = self.tokens(tokens)
         y = self.ask(tokens, query)
-        return (y, tokens) if self.level == self.config.num_levels - 1 else (y, tokens, features)
+        return (y, tokens) if self.level == self.config.num_levels - 1 else (y, tokens, packed(features))
 
 
 class SelectStage(nn.Module):
@@ -195,9 +198,9 @@ def stages_of(parts: Any, head: nn.Module) -> dict[str, Stage]:
             {"x": images, "query": {0: "queries"}},
             ("y", "tokens") if last else ("y", "tokens", "features"),
         )
-        if level == 0 and not last:
+        if not last:
             with torch.no_grad():
-                x = torch.zeros_like(parts.embeddings(x)[1])
+                x = stages[f"level_{level}"].module(x, places)[2]
     stages["read"] = Stage(
         ReadStage(parts, head),
         {"tokens": torch.zeros(n, N, D if config.num_cross_attention_heads == 1 else 2 * D), "query": places},

@@ -31,10 +31,9 @@ FORMS = {
     },
     "levels": {
         "stem": "conv",
-        "stem_widths": [[4], [6], [8]],
+        "stem_widths": [[4, 8], [8], [12]],
         "level_starts": [2, 6],
-        "level_depths": [1, 2],
-        "level_resolutions": 2,
+        "level_widths": [4, 2],
         "decoder_reads": "last_block",
         "trunk_attention": "block_causal",
     },

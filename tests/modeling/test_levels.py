@@ -4,12 +4,14 @@ import pytest
 import timm
 import torch
 from support import small_config, with_statistics
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
 from hf_visual_perceiver.export.graph import trace
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling.conv_stem import packed
 from hf_visual_perceiver.modeling.elastic import Budget
 from hf_visual_perceiver.modeling.modeling_visual_perceiver import ActiveTokens
 from hf_visual_perceiver.training.folder import save_folder
@@ -17,26 +19,26 @@ from hf_visual_perceiver.training.folder import save_folder
 
 LEVELS = {
     "stem": "conv",
-    "stem_widths": [[6], [8], [10]],
+    "stem_widths": [[6, 8], [8], [12]],
     "level_starts": [1, 6],
-    "level_depths": [1, 2],
+    "level_widths": [4, 2],
     "trunk_attention": "block_causal",
     "decoder_reads": "last_block",
 }
 
 
-@pytest.fixture(params=[1, 2], ids=["one resolution", "two"])
+@pytest.fixture(params=["pool", "stride"])
 def layered(request) -> VisualPerceiverForImageClassification:
-    fields = {**LEVELS, "level_resolutions": request.param}
+    fields = {**LEVELS, "stem_downsample": request.param, "stem_residual": request.param == "pool"}
     return with_statistics(VisualPerceiverForImageClassification(small_config(**fields)))
 
 
 @torch.no_grad()
 def test_levels_are_computed_when_queries_ask_for_them_and_counted(layered, images):
     ran = []
-    for level in layered.visual_perceiver.embeddings.levels:
-        level.register_forward_hook(lambda module, *_: ran.append(len(module.blocks)))
-    for K, expected in ((1, []), (2, [1]), (6, [1]), (7, [1, 2]), (12, [1, 2])):
+    for i, level in enumerate(layered.visual_perceiver.embeddings.levels):
+        level.register_forward_hook(lambda *_, i=i: ran.append(i))
+    for K, expected in ((1, []), (2, [0]), (6, [0]), (7, [0, 1]), (12, [0, 1])):
         ran.clear()
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             layered(images[:1], num_active_queries=K)
@@ -45,19 +47,30 @@ def test_levels_are_computed_when_queries_ask_for_them_and_counted(layered, imag
 
 
 @torch.no_grad()
-def test_a_level_of_two_resolutions(images):
-    """Against the same convolutions, called one by one."""
-    model = with_statistics(VisualPerceiverForImageClassification(small_config(**LEVELS, level_resolutions=2)))
-    embeddings = model.visual_perceiver.embeddings
-    *_, fine, coarse = embeddings.patch_embeddings.stem.stages_of(images)
-    for level in embeddings.levels:
-        for i in range(len(level.blocks)):
-            fine = fine + level.fine[i].act(level.fine[i].norm(level.fine[i].conv(fine)))
-            coarse = coarse + level.down[i].act(level.down[i].norm(level.down[i].conv(fine)))
-            coarse = coarse + level.blocks[i].act(level.blocks[i].norm(level.blocks[i].conv(coarse)))
-    tokens, _ = embeddings(images, end=3)
-    expected = level.projection(coarse).flatten(2).transpose(1, 2) + embeddings.position_embeddings
+def test_a_level_adds_channels(layered, images):
+    """Against convolutions of all levels' channels at once, whose weights from later to earlier levels are zero."""
+    embeddings = layered.visual_perceiver.embeddings
+    stem, (first, second) = embeddings.patch_embeddings.stem, embeddings.levels
+    shared, *own = [block for stage in stem.stages for block in stage]
+    x, outputs = shared(images), []
+    for i, blocks in enumerate(zip(own, first.blocks, second.blocks, strict=True)):
+        if i > 0 and stem.pool:
+            outputs = [F.max_pool2d(y, 2) for y in outputs]
+        new = []
+        for level, block in enumerate(blocks):
+            inputs = x if i == 0 else torch.cat(outputs[: level + 1], 1)
+            y = block.act(block.norm(block.conv(inputs)))
+            assert block.residual == (stem.pool and i == 1)
+            new.append(y + outputs[level] if block.residual else y)
+        outputs = new
+    tokens, features = embeddings(images, end=3)
+    torch.testing.assert_close(features[-1], torch.cat(outputs, 1), rtol=1e-5, atol=1e-5)
+    expected = second.projection(torch.cat(outputs, 1)).flatten(2).transpose(1, 2) + embeddings.position_embeddings
     torch.testing.assert_close(tokens[2], expected, rtol=1e-5, atol=1e-5)
+    # Packed for an engine and unpacked, they are the same.
+    _, before = embeddings(images, end=2)
+    for a, b in zip(second.unpack(packed(before)), before, strict=True):
+        assert torch.equal(a, b)
 
 
 @torch.no_grad()
@@ -68,7 +81,7 @@ def test_queries_read_their_own_level(layered, images):
     tokens, features = base.embeddings(images, end=3)
     assert y.shape == (len(images), 12, 24)
     assert weights.shape == (len(images), 1, 12, 16)
-    assert features.shape[1:] == ((10, 4, 4) if base.config.level_resolutions == 1 else (10 + 4 * 8, 4, 4))
+    assert features[-1].shape[1:] == (12 + 6 + 3, 4, 4)
     cross = base.cross_attention
     for query, level in ((0, 0), (1, 1), (5, 1), (6, 2), (11, 2)):
         key, value = cross.key_value(cross.norm_inputs(tokens[level])).chunk(2, dim=-1)
@@ -120,7 +133,7 @@ def test_a_number_of_queries_for_each_image(layered, images, threshold):
     K = torch.arange(len(images)) % 12 + 1
     levels = []
     for level in layered.visual_perceiver.embeddings.levels:
-        level.register_forward_hook(lambda _module, x, _output: levels.append(len(x[0])))
+        level.register_forward_hook(lambda _module, x, _output: levels.append(len(x[0][0])))
     output = layered(images, num_active_queries=K, dqs_threshold=threshold)
     assert levels == [int((K > 1).sum()), int((K > 6).sum())]  # images that need a level, and no others
     engine = layered.optimize_for_inference(backend="torch")
@@ -167,12 +180,12 @@ def test_graph_with_k_as_an_input(layered, images):
         ({"level_starts": [6, 6]}, "ascend"),
         ({"level_starts": [6, 12]}, "ascend"),
         ({"level_starts": None}, "ascend"),
-        ({"level_depths": [1]}, "2 `level_depths`"),
-        ({"level_depths": [0, 1]}, "at least 1"),
-        ({"level_depths": None}, "`level_depths`"),
-        ({"level_resolutions": 3}, "1 or 2"),
+        ({"level_widths": [2]}, "2 `level_widths`"),
+        ({"level_widths": [0, 2]}, "at least 1"),
+        ({"level_widths": None}, "`level_widths`"),
+        ({"level_widths": [2, 1]}, "in proportion"),
         ({"decoder_reads": "first"}, "'last_block'"),
-        ({"level_resolutions": 2, "stem_widths": [[6], [], [10]]}, "in the last 2"),
+        ({"stem_widths": [[6, 8], [], [12]]}, "in each"),
     ],
     ids=str,
 )

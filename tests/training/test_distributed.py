@@ -15,7 +15,7 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(0)
 levels = {levels}
-stem = {"stem": "conv", "stem_widths": [[4], [6], [8]], "level_starts": [1, 5], "level_depths": [1, 1]}
+stem = {"stem": "conv", "stem_widths": [[4], [6], [12]], "level_starts": [1, 5], "level_widths": [6, 3]}
 fields = stem if levels else {}
 config = VisualPerceiverConfig(
     image_size=16, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_queries=12, num_labels=5, initializer_range=0.3, **fields
