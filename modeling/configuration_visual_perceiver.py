@@ -51,7 +51,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "hidden_act": "relu",  # which takes CPUs far less time than GELU
         "trunk_attention": "block_causal",
         "decoder_reads": "last_block",
-        "query_init": "spatial",
     },
     "visual_perceiver_tiny_conv_32": {
         "num_hidden_layers": 8,

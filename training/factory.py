@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch import nn
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
 from hf_visual_perceiver.data.images import seed_everything
@@ -84,7 +85,7 @@ def mean_macs(model: Network, schedule: Schedule, steps: int) -> float:
     return sum(step_macs(model.config, schedule, step) for step in sampled) / len(sampled)
 
 
-def create_optimizer(model: Network, recipe: Recipe) -> torch.optim.Optimizer:
+def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """timm's optimiser of that name; biases, norms, positions and queries are not decayed, as timm does for its models."""
     spared = {name for name, _ in model.named_parameters() if name.endswith(("queries", "position_embeddings"))}
     groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=spared)

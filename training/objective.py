@@ -1,12 +1,15 @@
 """What a training step minimises: the losses of several passes over one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_visual_perceiver.modeling import Pass
+from hf_visual_perceiver.modeling import Pass, VisualPerceiverConfig
+from hf_visual_perceiver.modeling.conv_stem import level_channels
 from hf_visual_perceiver.training.factory import Network
 from hf_visual_perceiver.training.recipe import StudentLoss, TeacherLoss
 
@@ -26,6 +29,7 @@ class Objective(nn.Module):
         network: The classifier.
         students: Weights of the students' loss.
         teacher: Weights of the frozen teacher's share; None if there is none.
+        stem_weight: Weight of the mean loss of `StemClassifiers`, added to what learns from the labels; 0 is without.
     """
 
     def __init__(
@@ -33,9 +37,12 @@ class Objective(nn.Module):
         network: Network,
         students: StudentLoss | None = None,
         teacher: TeacherLoss | None = None,
+        stem_weight: float = 0.0,
     ):
         super().__init__()
         self.network = network
+        self.stem_weight = stem_weight
+        self.stem_classifiers = StemClassifiers(network.config) if stem_weight > 0 else None
         self.students = students or StudentLoss()
         self.teacher = teacher
 
@@ -61,7 +68,8 @@ class Objective(nn.Module):
         Returns:
             (2,) float32: what learns from the labels, and the students' mean; the step minimises `total_loss` of it.
         """
-        all_logits = [logits.float() for logits in self.network.forward_budgets(pixel_values, passes)]
+        with captured_features(self.network) if self.stem_classifiers else nullcontext([]) as features:
+            all_logits = [logits.float() for logits in self.network.forward_budgets(pixel_values, passes)]
         learners = list(zip(passes, all_logits, strict=True))
         pupils: list[torch.Tensor] = []
         if distils:
@@ -72,6 +80,10 @@ class Objective(nn.Module):
             taught = None if teacher_logits is None else teacher_logits[p.images]
             # An answer counts alike, however many share its pass.
             labelled = labelled + self.labelled_loss(logits, targets[p.images], taught) * (len(logits) / answers)
+        if self.stem_classifiers is not None:
+            guesses = self.stem_classifiers(features[0])
+            losses = [self.labelled_loss(logits.float(), targets, teacher_logits) for logits in guesses]
+            labelled = labelled + self.stem_weight * torch.stack(losses).mean()
         if not pupils:
             return torch.stack([labelled, torch.zeros_like(labelled)])
         answer = (all_logits[0] if averaged_logits is None else averaged_logits.float()).detach()
@@ -92,6 +104,38 @@ class Objective(nn.Module):
     def total_loss(self, losses: torch.Tensor) -> torch.Tensor:
         """The weighted sum of what `forward` returns."""
         return losses[0] + self.students.weight * losses[1]
+
+
+class StemClassifiers(nn.Module):
+    """Linear classifiers of the pooled features of a stem's levels: (B, C, h, w) -> (B, labels) of each level.
+
+    In training they let convolutions learn as in a network of convolutions, while the queries learn to read them
+    (Lee et al. 2015, "Deeply-Supervised Nets"). They are no part of the trained model.
+
+    Args:
+        config: Of a Visual Perceiver with a convolutional stem.
+    """
+
+    def __init__(self, config: VisualPerceiverConfig):
+        super().__init__()
+        channels = [levels[-1] for levels in level_channels(config.stem_widths or [], config.level_widths or [])]
+        self.heads = nn.ModuleList(nn.Linear(end, config.num_labels) for end in accumulate(channels))
+
+    def forward(self, features: torch.Tensor) -> list[torch.Tensor]:
+        pooled = features.mean((2, 3))
+        known = [head for head in self.heads if head.in_features <= pooled.shape[1]]
+        return [head(pooled[:, : head.in_features]) for head in known]
+
+
+@contextmanager
+def captured_features(network: Network) -> Iterator[list[torch.Tensor]]:
+    """What a Visual Perceiver's stem makes of images while this is open: (B, C, h, w) of the levels that were computed."""
+    features: list[torch.Tensor] = []
+    hook = network.visual_perceiver.embeddings.register_forward_hook(lambda *call: features.append(call[-1][1][-1]))
+    try:
+        yield features
+    finally:
+        hook.remove()
 
 
 def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -104,6 +104,9 @@ class Recipe:
     config: dict[str, Any] = field(default_factory=dict)
     initial_model: str | None = None  # a folder or Hub id whose weights the run begins with; None is random weights
     initial_stem: str | None = None  # a folder or Hub id of a trained conv_stem_classifier_32, for a convolutional stem
+    # Weight of the loss of linear classifiers on the pooled features of each level of a convolutional stem; they are dropped
+    # after training.
+    stem_loss: AtLeast0 = 0.0
     attention: str | None = None  # sdpa, eager or flash_attention_2; None is transformers' choice
 
     dataset: str = "uoft-cs/cifar10"  # Hub id, folder of parquet files, or imagefolder
@@ -191,9 +194,9 @@ class Recipe:
         require(not unknown, "config", f"fields of {kind.__name__}", unknown)
         config = self.model_config(num_labels=2)
         require(config.num_channels == 3, "config.num_channels", "3, as images are read in RGB", config.num_channels)
-        if self.initial_stem is not None:
+        for key in ("initial_stem", "stem_loss"):
             stem = getattr(config, "stem", None)
-            require(stem == "conv", "config.stem", "conv with `initial_stem`", stem)
+            require(stem == "conv" or not getattr(self, key), "config.stem", f"conv with `{key}`", stem)
         steps = len(config.ladder())
         for K in self.evaluate_queries or []:
             require(steps >= K, "evaluate_queries", f"an integer in [1, {steps}]", K)
@@ -223,6 +226,7 @@ class Recipe:
         for key in ("initial_model", "initial_stem", "attention"):
             value = getattr(self, key)
             require(value is None, key, "null for a timm network", value)
+        require(not self.stem_loss, "stem_loss", "0 for a timm network", self.stem_loss)
 
     def model_config(self, **fields: Any) -> Any:
         """The config of the model to train; `fields` adds what the dataset knows, such as the labels."""

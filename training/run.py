@@ -123,7 +123,8 @@ class TrainingRun:
             self.cache_facts = self.facts_of_cache(recipe.teacher)
             if Path(recipe.teacher.cache).exists():
                 self.cache = open_cache(recipe.teacher.cache, self.cache_facts, self.view_augmentation())
-        self.optimizer = create_optimizer(self.network, recipe)
+        self.objective = Objective(self.network, recipe.students, recipe.teacher, recipe.stem_loss)
+        self.optimizer = create_optimizer(self.objective, recipe)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched="cosine",
@@ -188,13 +189,12 @@ class TrainingRun:
         if recipe.compile:
             compile_blocks(self.network)
         self.network.packs_passes = {"packed": True, "split": False}.get(recipe.trunk)
-        objective = Objective(self.network, recipe.students, recipe.teacher)
         if accelerator.state.deepspeed_plugin is not None:  # which asks a data loader, of which there is none
             batch = recipe.micro_batch_size or recipe.batch_size // accelerator.num_processes
             accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch
         if self.network.skips_parameters:
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.model, self.optimizer = accelerator.prepare(objective, self.optimizer)
+        self.model, self.optimizer = accelerator.prepare(self.objective, self.optimizer)
         self.average = ModelEmaV3(self.network, decay=recipe.ema_decay) if recipe.ema_decay else None
         if self.resume:
             self.restore()
