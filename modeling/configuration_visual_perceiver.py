@@ -275,7 +275,9 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         if self.stem != "conv":
             raise ValueError(f"Expected `stem` to be 'conv' with `level_starts`, got {self.stem!r}.")
         if not all(widths) or sum(map(len, widths)) < 2:
-            raise ValueError(f"Expected convolutions in each of `stem_widths`, and 2 at least, with levels, got {widths}.")
+            raise ValueError(
+                f"Expected convolutions in each of `stem_widths`, and 2 at least, with levels, got {widths}."
+            )
         starts, added = starts or [], added or []
         if not starts or any(a >= b for a, b in zip([0, *starts], [*starts, self.num_queries], strict=True)):
             raise ValueError(

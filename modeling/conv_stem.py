@@ -131,7 +131,10 @@ class StemLevel(nn.Module):
             shortcut = residual and k > 0 and width == new[k - 1] and stride == 1
             self.blocks.append(ConvBlock(channels, width, stride, shortcut, act))
         # What the convolutions read and the last one makes: channels before this level, and their resolution in tokens.
-        finer = [2 ** (len(widths) - 1 - i + (block.conv.stride[0] - 1)) for i, block in zip(stages, self.blocks)]
+        finer = [
+            2 ** (len(widths) - 1 - i + (block.conv.stride[0] - 1))
+            for i, block in zip(stages, self.blocks, strict=True)
+        ]
         self.inputs = list(zip(before, [*finer, 1], strict=True))
         self.projection = nn.Conv2d(before[-1] + new[-1], hidden_size, kernel_size=1)
 

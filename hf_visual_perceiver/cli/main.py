@@ -21,6 +21,7 @@ from hf_visual_perceiver.cli.compare import compare_command
 from hf_visual_perceiver.cli.demo_app import demo_app_command
 from hf_visual_perceiver.cli.evaluate import evaluate_command
 from hf_visual_perceiver.cli.export import compare_exports_command, export_command
+from hf_visual_perceiver.cli.frontier import frontier_command
 from hf_visual_perceiver.cli.info import info_command
 from hf_visual_perceiver.cli.knn import knn_command
 from hf_visual_perceiver.cli.predict import predict_command
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate_command,
     "predict": predict_command,
     "compare": compare_command,
+    "frontier": frontier_command,
     "info": info_command,
     "benchmark": benchmark_command,
     "robustness": robustness_command,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from hf_visual_perceiver.evaluation.cascade import top_probability
 from hf_visual_perceiver.evaluation.confusion import Confusion
 from hf_visual_perceiver.modeling import Budget, ElasticConfig
 from hf_visual_perceiver.utils.conditions import measurement_conditions
@@ -58,6 +59,7 @@ class Measurement:
         labels: (n,) the right ones.
         used: (n,) what each used, such as queries.
         macs: (n,) what each cost.
+        confidence: (n,) its top probability.
         seconds: Per image, one value for each batch.
         reference_seconds: The same of the full network on the same batches.
     """
@@ -67,6 +69,7 @@ class Measurement:
     labels: np.ndarray
     used: np.ndarray
     macs: np.ndarray
+    confidence: np.ndarray
     seconds: np.ndarray
     reference_seconds: np.ndarray
 
@@ -241,7 +244,7 @@ def measure_budgets(
 
     # The reference of relative times runs too, if it is not among them.
     measured = list(dict.fromkeys([*budgets, Budget()]))
-    found: dict[Budget, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {budget: [] for budget in measured}
+    found: dict[Budget, list[tuple[np.ndarray, ...]]] = {budget: [] for budget in measured}
     seconds: dict[Budget, list[float]] = {budget: [] for budget in measured}
     batches = pixel_batches(model, data, batch_size, "evaluating" if progress else None)
     for number, (indices, pixels) in enumerate(batches):
@@ -251,7 +254,8 @@ def measure_budgets(
         for budget in measured:
             elapsed, output = _timed_forward(model, pixels, budget)
             predictions, used = output.logits.argmax(-1).cpu().numpy(), output.used.cpu().numpy()
-            found[budget].append((predictions, used, config.count_macs(budget, output).numpy()))
+            macs, confidence = config.count_macs(budget, output).numpy(), top_probability(output.logits).cpu().numpy()
+            found[budget].append((predictions, used, macs, confidence))
             seconds[budget].append(elapsed / len(indices))
 
     reference = np.asarray(seconds[Budget()])
@@ -262,11 +266,12 @@ def measure_budgets(
             labels=all_labels,
             used=used,
             macs=macs,
+            confidence=confidence,
             seconds=np.asarray(seconds[budget]),
             reference_seconds=reference,
         )
         for budget in budgets
-        for predictions, used, macs in [map(np.concatenate, zip(*found[budget], strict=True))]
+        for predictions, used, macs, confidence in [map(np.concatenate, zip(*found[budget], strict=True))]
     ]
 
 

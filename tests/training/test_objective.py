@@ -67,6 +67,25 @@ class TestObjective:
         ]
         torch.testing.assert_close(losses, torch.stack([torch.stack(each).mean(), torch.tensor(0.0)]))
 
+    def test_classifiers_of_the_stem(self, images, targets):
+        """Each reads the pooled channels of its level and of those before; the gradient reaches the stem."""
+        stem = {"stem": "conv", "stem_widths": [[6, 8], [8], [12]], "level_starts": [1, 6], "level_widths": [4, 2]}
+        model = VisualPerceiverForImageClassification(small_config(**stem, trunk_attention="block_causal"))
+        objective = Objective(model, stem_weight=0.5)
+        passes, levels = [Pass(Budget(num_active_queries=K)) for K in (12, 6, 1)], model.visual_perceiver.embeddings
+        losses = objective(images, targets, passes)
+        (_, features), stem_losses = levels(images, end=3), []
+        for head, end in zip(objective.stem_classifiers.heads, (12, 12 + 6, 12 + 6 + 3), strict=True):
+            logits = features[-1][:, :end].mean((2, 3)) @ head.weight.T + head.bias
+            stem_losses.append(F.cross_entropy(logits, targets))
+        without = Objective(model)(images, targets, passes)[0]
+        torch.testing.assert_close(losses[0], without + 0.5 * torch.stack(stem_losses).mean())
+        # A smaller budget has fewer levels, and no hook stays on the model.
+        assert len(objective.stem_classifiers(levels(images, end=2)[1][-1])) == 2
+        assert not levels._forward_hooks
+        (objective(images, targets, passes)[0] - Objective(model)(images, targets, passes)[0]).backward()
+        assert levels.levels[1].blocks[0].conv.weight.grad.abs().sum() > 0
+
     @pytest.mark.parametrize("packed", [True, False])
     def test_students_teach_nothing_to_the_full_network(self, model, images, targets, packed):
         objective = Objective(model, StudentLoss(weight=0.7, distillation=1.0))

@@ -214,6 +214,8 @@ class TestStem:
         patches = {"architecture": "visual_perceiver_nano_patch4_32", "config": {}, "queries": {"schedule": "uniform"}}
         with pytest.raises(ValueError, match=r"`config\.stem` to be conv"):
             recipe_from_dict({**STUDENT, **patches, "initial_stem": teacher})
+        with pytest.raises(ValueError, match="conv with `stem_loss`, got 'patch'"):
+            recipe_from_dict({**STUDENT, **patches, "stem_loss": 0.5})
         assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,67 @@
+"""The frontier: a cascade of it does what the cascade does, and settings are chosen on other images."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hf_visual_perceiver.cli.main import app
+from hf_visual_perceiver.data.images import load_images, normalise
+from hf_visual_perceiver.evaluation.cascade import Cascade
+from hf_visual_perceiver.evaluation.frontier import Frontier, Point, best_point, frontier_figure, measure_points
+
+
+@torch.no_grad()
+def test_points_are_what_the_model_and_its_cascades_do(trained, cifar10):
+    data, choosing = load_images(cifar10, "test[:60]"), load_images(cifar10, "train[-40:]")
+    points = {point.setting: point for point in measure_points("m", trained, data, choosing, 30, progress=False)}
+    stages, cfg = trained.config.budgets(), trained.config.timm_pretrained_cfg
+    costs = np.array(trained.config.count_stages(stages))
+    for images, macs, accuracy in ((data, "macs", "accuracy"), (choosing, "chosen_macs", "chosen_accuracy")):
+        x = normalise(images.images, cfg["mean"], cfg["std"])
+        output = Cascade(trained, stages, [0.6] * (len(stages) - 1))(x)
+        assert getattr(points["cascade at 0.6"], macs) == pytest.approx(costs[output.stage.numpy()].mean())
+        right = output.logits.argmax(-1).numpy() == images.labels
+        assert getattr(points["cascade at 0.6"], accuracy) == pytest.approx(right.mean())
+        right = trained(x, num_active_queries=8).logits.argmax(-1).numpy() == images.labels
+        assert getattr(points["K=8"], accuracy) == pytest.approx(right.mean())
+    assert {points[name].kind for name in ("K=8", "full")} == {"fixed"}
+    assert (points["t=0.8"].kind, points["cascade at 0.6"].kind) == ("adaptive", "cascade")
+    assert points["K=8"].macs == trained.config.count_macs(stages[3])
+
+
+def point(setting: str, macs: float, accuracy: float, chosen: float, kind: str = "fixed") -> Point:
+    return Point("m", setting, kind, macs, accuracy, 0.01, macs, chosen)
+
+
+def test_settings_are_chosen_by_the_other_images():
+    points = [point("K=1", 5e6, 0.7, 0.71), point("K=2", 8e6, 0.8, 0.7), point("t=0.8", 9e6, 0.75, 0.9, "adaptive")]
+    assert best_point(points[:2], 10e6) == points[0]
+    assert best_point(points, 4e6) is None
+    headers, fixed, best = Frontier(points, [4e6, 10e6], {}).table()
+    assert headers == ["network", "settings", "<= 4 M", "<= 10 M"]
+    assert fixed == ["m", "fixed", "", "70.00 (K=1)"]
+    assert best == ["m", "any", "", "75.00 (t=0.8)"]
+
+
+def test_one_colour_a_network():
+    others = [Point("static", "full", "fixed", 4e7, 0.9, 0.01, 4e7, 0.9)]
+    points = [point("K=1", 5e6, 0.7, 0.71), point("t=0.8", 9e6, 0.75, 0.9, "adaptive"), *others]
+    axes = frontier_figure(Frontier(points, [1e7], {"dataset": "d", "images": 10})).axes[0]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert list(lines) == ["m", "m, adaptive", "static"]
+    assert lines["m"].get_color() == lines["m, adaptive"].get_color() != lines["static"].get_color()
+    np.testing.assert_allclose(lines["static"].get_xydata(), [[40, 90]])
+
+
+def test_command(tmp_path):
+    options = ["--split", "test[:16]", "--choose", "train[-16:]", "--batch-size", "16", "--macs", "30", "--markdown"]
+    files = ["--json", str(tmp_path / "frontier.json"), "--plot", str(tmp_path / "frontier.png")]
+    result = CliRunner().invoke(app, ["frontier", *options, *files])
+    assert result.exit_code == 0, result.output
+    assert "<= 30 M" in result.output
+    written = json.loads((tmp_path / "frontier.json").read_text())
+    assert (written["limits"], written["conditions"]["images_to_choose_by"]) == ([30e6], 16)
+    assert (tmp_path / "frontier.png").stat().st_size > 5000
