@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import nn
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from torch import nn
 
 from hf_visual_perceiver.data.images import seed_everything
 from hf_visual_perceiver.modeling import Budget, family_of
