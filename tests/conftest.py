@@ -6,9 +6,9 @@ import datasets
 import pytest
 import torch
 import transformers
-from support import aligned, small_config
+from support import aligned, papers_form, small_config
 
-from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
+from hf_visual_perceiver.inference.loading import default_dataset, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
 
 
@@ -46,5 +46,5 @@ def images() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def trained() -> VisualPerceiverForImageClassification:
-    """The bundled checkpoint."""
-    return aligned(load_model(default_model()))
+    """The bundled checkpoint of the paper's form."""
+    return aligned(load_model(papers_form()))

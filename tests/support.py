@@ -8,12 +8,18 @@ from pathlib import Path
 
 import torch
 
+from hf_visual_perceiver import bundled_checkpoint
 from hf_visual_perceiver.modeling import VisualPerceiverConfig
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Seconds for what takes moments, such as another process: a hang ends, and a slow or busy machine does not fail.
 PATIENCE = 600
+
+
+def papers_form() -> str:
+    """The folder of the bundled checkpoint that is as the paper describes, with 64 queries and no levels."""
+    return bundled_checkpoint("visual_perceiver_nano_cifar10")
 
 
 def small_config(**fields) -> VisualPerceiverConfig:

@@ -39,18 +39,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "visual_perceiver_micro_levels_32": {
         "hidden_size": 128,
         "intermediate_size": 512,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_queries": 32,
         "stem": "conv",
-        "stem_widths": [[16], [40], [96]],
+        "stem_widths": [[24, 12], [12, 48], [48, 48], [48]],
+        "stem_residual": True,
+        "patch_size": 8,
         "level_starts": [1, 2, 4, 8, 16],
-        "level_depths": [1, 1, 1, 2, 1],
-        "level_resolutions": 2,
+        "level_widths": [12, 8, 12, 16, 8],
         "hidden_act": "relu",  # which takes CPUs far less time than GELU
         "trunk_attention": "block_causal",
         "decoder_reads": "last_block",
-        "query_init": "spatial",
     },
     "visual_perceiver_tiny_conv_32": {
         "num_hidden_layers": 8,
@@ -94,8 +94,7 @@ TIMM_ARGUMENTS = {
     "stem_downsample": "stem_downsample",
     "stem_residual": "stem_residual",
     "level_starts": "level_starts",
-    "level_depths": "level_depths",
-    "level_resolutions": "level_resolutions",
+    "level_widths": "level_widths",
     "trunk_attention": "trunk_attention",
     "query_blocks": "query_blocks",
     "decoder_reads": "decoder_reads",
@@ -160,13 +159,11 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
     stem_widths: list[list[int]] | None = None
     stem_downsample: str = "pool"  # between stages: "pool" (max pooling), or "stride" of the next convolution
     stem_residual: bool = False  # a shortcut around each convolution that keeps its channels and resolution
-    # Levels of a convolutional stem. Queries from `level_starts[i]` on read what `level_depths[i]` further residual
-    # convolutions make of the level before, so that an image is looked at longer when more queries ask. None is one level.
+    # Levels of a convolutional stem, so that an image is looked at harder when more queries ask. Queries from `level_starts[i]`
+    # on read a stem whose second convolution has `level_widths[i]` more channels, and the later ones in proportion; the first is
+    # shared: see `StemLevel`. None is one level.
     level_starts: list[int] | None = None
-    level_depths: list[int] | None = None
-    # 2: a level goes on at the resolution of the stage before the last as well; its depth then counts steps of a convolution
-    # there, one with a stride of 2, and one at the resolution of the tokens.
-    level_resolutions: int = 1
+    level_widths: list[int] | None = None
     # Which queries see each other in the blocks: "full", all of them (the paper), or "block_causal": a query sees those of
     # its own and of earlier blocks, so that the tokens of the first K queries do not depend on later ones.
     trunk_attention: str = "full"
@@ -272,29 +269,27 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         self.operating_point()
 
     def _check_levels(self) -> None:
-        starts, depths = self.level_starts, self.level_depths
-        if self.level_resolutions not in (1, 2):
-            raise ValueError(f"Expected `level_resolutions` to be 1 or 2, got {self.level_resolutions}.")
-        if starts is None and depths is None:
+        starts, added, widths = self.level_starts, self.level_widths, self.stem_widths or []
+        if starts is None and added is None:
             return
         if self.stem != "conv":
             raise ValueError(f"Expected `stem` to be 'conv' with `level_starts`, got {self.stem!r}.")
-        if (
-            not all((self.stem_widths or [])[-self.level_resolutions :])
-            or len(self.stem_widths or []) < self.level_resolutions
-        ):
+        if not all(widths) or sum(map(len, widths)) < 2:
             raise ValueError(
-                f"Expected convolutions in the last {self.level_resolutions} of `stem_widths`, got {self.stem_widths}."
+                f"Expected convolutions in each of `stem_widths`, and 2 at least, with levels, got {widths}."
             )
-        starts, depths = starts or [], depths or []
+        starts, added = starts or [], added or []
         if not starts or any(a >= b for a, b in zip([0, *starts], [*starts, self.num_queries], strict=True)):
             raise ValueError(
                 f"Expected `level_starts` to ascend within 1 to {self.num_queries - 1}, the last query, got {starts}."
             )
-        if len(depths) != len(starts) or min(depths) < 1:
+        if len(added) != len(starts) or min(added) < 1:
             raise ValueError(
-                f"Expected {len(starts)} `level_depths` of at least 1, one for each of `level_starts`, got {depths}."
+                f"Expected {len(starts)} `level_widths` of at least 1, one for each of `level_starts`, got {added}."
             )
+        _, *own = (width for stage in widths for width in stage)
+        if any(width * more % own[0] for width in own for more in added):
+            raise ValueError(f"Expected `level_widths` in proportion to {own}, the stem's, got {added}.")
 
     @property
     def summary(self) -> str:

@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_groups import AttentionGroup  # noqa: F401  likewise
 from .configuration_visual_perceiver import VisualPerceiverConfig
-from .conv_stem import ConvBlock, ConvStem, StemLevel, joined_features
+from .conv_stem import ConvBlock, ConvStem, StemLevel
 from .elastic import Budget, ElasticModel, GraphPlan, Pass, check_pixel_values, reference_model
 from .engines import create_engine
 from .macs import count_macs  # noqa: F401  likewise
@@ -145,7 +145,6 @@ class VisualPerceiverPatchEmbeddings(nn.Module):
 
     def __init__(self, config: VisualPerceiverConfig):
         super().__init__()
-        self.resolutions = config.level_resolutions if config.level_starts else 1
         if config.stem == "conv":
             widths = config.stem_widths or []
             stem = ConvStem(
@@ -158,20 +157,17 @@ class VisualPerceiverPatchEmbeddings(nn.Module):
             self.stem = nn.Identity()
             self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stem's features (B, C', h, w), and the projection (B, D, h, w) of those of its last stage."""
-        if self.resolutions == 1 or not isinstance(self.stem, ConvStem):
-            features = self.stem(pixel_values)
-            return features, self.projection(features)
-        *_, fine, coarse = self.stem.stages_of(pixel_values)
-        return joined_features(coarse, fine), self.projection(coarse)
+    def forward(self, pixel_values: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Features that levels of the stem go on from, and the projection (B, D, h, w) of the last of them."""
+        features = self.stem.features_of(pixel_values) if isinstance(self.stem, ConvStem) else [pixel_values]
+        return features, self.projection(features[-1])
 
 
 class VisualPerceiverEmbeddings(nn.Module):
     """Tokens of an image with learned positions, at one level or several.
 
-    A convolutional stem may have further levels, each of which goes on from the features of the one before. They share the
-    positions, and are computed for the queries that read them.
+    A convolutional stem may have further levels, each of which adds channels to those before. They share the positions, and
+    are computed for the queries that read them.
     """
 
     def __init__(self, config: VisualPerceiverConfig):
@@ -179,16 +175,20 @@ class VisualPerceiverEmbeddings(nn.Module):
         self.config = config
         self.patch_embeddings = VisualPerceiverPatchEmbeddings(config)
         self.levels = nn.ModuleList()
-        for depth in config.level_depths or []:
-            widths = config.stem_widths or []
-            fine = widths[-2][-1] if config.level_resolutions == 2 else 0
-            self.levels.append(StemLevel(widths[-1][-1], depth, config.hidden_size, config.hidden_act, fine))
+        added = config.level_widths or []
+        for end in range(1, len(added) + 1):
+            level = (config.stem_widths or [], added[:end], config.hidden_size)
+            self.levels.append(StemLevel(*level, config.stem_downsample, config.stem_residual, config.hidden_act))
         self.position_embeddings = nn.Parameter(torch.empty(1, config.num_patches, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, x: torch.Tensor, interpolate_pos_encoding: bool = False, first: int = 0, end: int = 1
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        self,
+        x: torch.Tensor | Sequence[torch.Tensor],
+        interpolate_pos_encoding: bool = False,
+        first: int = 0,
+        end: int = 1,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Tokens of the levels from `first` up to `end`.
 
         Args:
@@ -200,19 +200,21 @@ class VisualPerceiverEmbeddings(nn.Module):
         Returns:
             For each level (B, N, D), and the features of the last, from which `forward` can go on.
         """
-        if first == 0:
-            check_pixel_values(x, self.config, any_size=interpolate_pos_encoding)
-            x = x.to(self.patch_embeddings.projection.weight.dtype)
         tokens = []
+        features = [] if isinstance(x, torch.Tensor) else list(x)
         for level in range(first, end):
-            x, grid = self.patch_embeddings(x) if level == 0 else self.levels[level - 1](x)
+            if isinstance(x, torch.Tensor) and level == 0:
+                check_pixel_values(x, self.config, any_size=interpolate_pos_encoding)
+                features, grid = self.patch_embeddings(x.to(self.patch_embeddings.projection.weight.dtype))
+            else:
+                features, grid = self.levels[level - 1](features)
             positions: torch.Tensor = self.position_embeddings
             if interpolate_pos_encoding:
                 height, width = self.config.image_height_width
                 size = self.config.patch_size
                 positions = resample_positions(positions, (height // size, width // size), grid.shape[-2:])
             tokens.append(self.dropout(grid.flatten(2).transpose(1, 2) + positions))  # (B, D, h, w) -> (B, N, D)
-        return tokens, x
+        return tokens, features
 
 
 def resample_positions(positions: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
@@ -679,11 +681,12 @@ class PerceiverParts:
         spans = self.config.query_spans(0, most)
         if need_weights or len(spans) == 1:
             return self.read(pixel_values, most, interpolate_pos_encoding, need_weights)
-        images, x, y = torch.arange(len(K), device=K.device), pixel_values, None
+        images, features, y = torch.arange(len(K), device=K.device), [pixel_values], None
         for level, first, end in spans:
             going_on = K[images] > first
-            images, x = images[going_on], x[going_on]
-            (tokens,), x = self.embeddings(x, interpolate_pos_encoding, level, level + 1)
+            images, features = images[going_on], [x[going_on] for x in features]
+            x = features[0] if level == 0 else features
+            (tokens,), features = self.embeddings(x, interpolate_pos_encoding, level, level + 1)
             part, _ = self.cross_attention(tokens, query=torch.arange(first, end, device=K.device))
             if y is None:
                 y = part.new_zeros(len(K), most, part.shape[-1])
@@ -914,7 +917,8 @@ def init_weights(module: nn.Module, std: float) -> None:
             init.ones_(statistics.running_var)
             init.zeros_(statistics.num_batches_tracked)
     elif isinstance(module, ConvBlock):
-        init.kaiming_normal_(module.conv.weight, mode="fan_out", nonlinearity="relu")
+        # torch's default, smaller than He's: with a batch norm behind it, a convolution of small weights learns faster.
+        init.kaiming_uniform_(module.conv.weight, a=math.sqrt(5))
     elif isinstance(module, VisualPerceiverEmbeddings):
         init.trunc_normal_(module.position_embeddings, std=std)
         if module.config.query_init == "spatial":
@@ -1011,7 +1015,7 @@ class IncrementalState:
         head: The classifier.
         keys_and_values: Keys and values of the images' tokens, each (B, H, N, d), as the queries of the level read them.
         level: Level of the stem that has been computed.
-        features: (B, C, h, w) of that level, from which the next goes on.
+        features: Those of that level, (B, C, h, w) of several resolutions, from which the next goes on.
         tokens: (B, K, D) after the cross-attention block.
         past: Keys and values of the K tokens in each block of the trunk, each (B, H, K, d); empty with the paper's trunk.
         processed: (B, K, D) tokens after the trunk.
@@ -1022,7 +1026,7 @@ class IncrementalState:
     head: nn.Module
     keys_and_values: KeysAndValues
     level: int
-    features: torch.Tensor
+    features: list[torch.Tensor]
     tokens: torch.Tensor
     past: list[KeysAndValues]
     processed: torch.Tensor
@@ -1096,7 +1100,7 @@ class IncrementalState:
         return replace(
             self,
             keys_and_values=(self.keys_and_values[0][images], self.keys_and_values[1][images]),
-            features=self.features[images],
+            features=[x[images] for x in self.features],
             tokens=self.tokens[images],
             past=[(key[images], value[images]) for key, value in self.past],
             processed=self.processed[images],

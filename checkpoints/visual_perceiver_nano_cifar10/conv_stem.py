@@ -15,7 +15,7 @@ DOWNSAMPLINGS = ("pool", "stride")
 class ConvBlock(nn.Module):
     """A 3x3 convolution, batch norm and an activation, with a shortcut around them if `residual`.
 
-    (B, C_in, h, w) -> (B, C_out, h / stride, w / stride).
+    (B, C_in, h, w) -> (B, C_out, h / stride, w / stride). The shortcut begins at the input unless another is given.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, residual: bool = False, act: str = "gelu"):
@@ -25,9 +25,9 @@ class ConvBlock(nn.Module):
         self.norm: nn.Module = nn.BatchNorm2d(out_channels)
         self.act = ACT2FN[act]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
         y = self.act(self.norm(self.conv(x)))
-        return x + y if self.residual else y
+        return y + (x if shortcut is None else shortcut) if self.residual else y
 
 
 class ConvStem(nn.Module):
@@ -77,62 +77,102 @@ class ConvStem(nn.Module):
         self.out_channels = channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.stages_of(x)[-1]
+        return self.features_of(x)[-1]
 
-    def stages_of(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """What each stage makes of the images."""
+    def features_of(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What each convolution but the first reads, and last what the stem makes; `StemLevel` goes on from it."""
         # Channels last is the order in which CPUs convolve fastest, and in which tokens are read afterwards.
         x = x.contiguous(memory_format=torch.channels_last)
         results = []
         for i, stage in enumerate(self.stages):
             if i > 0 and self.pool:
                 x = F.max_pool2d(x, 2)
-            x = stage(x)
-            results.append(x)
-        return results
+            for block in stage:
+                results.append(x)
+                x = block(x)
+        return [*results[1:], x]
 
 
 class StemLevel(nn.Module):
-    """A level of a stem: convolutions that go on from the features of the level before, and a projection to tokens.
+    """A level of a stem: further channels for all its convolutions but the first, and a projection to tokens.
 
-    With `fine` channels it works at two resolutions, as networks for anytime prediction do (Huang et al. 2018, "Multi-Scale
-    Dense Networks"): features of the stem's last stage but one go on as well, and are added to those of the last.
+    The convolutions of a level read the channels of all levels up to it and of no later one, so that a level repeats nothing
+    of those before it. The first convolution is shared, and each level is a whole network of one more width, as columns of
+    progressive networks are (Rusu et al. 2016).
 
     Args:
-        channels: C of the features.
-        depth: Number of convolutions, or with `fine` of steps of three.
-        width: D of the tokens.
+        widths: `stem_widths`.
+        added: `level_widths` up to this level.
+        hidden_size: D of the tokens.
+        downsample: As of the stem.
+        residual: As of the stem; a shortcut goes around a convolution for the channels of this level.
         act: Activation, a name in transformers' ACT2FN.
-        fine: Channels of the features at twice the resolution, 0 for none.
     """
 
-    def __init__(self, channels: int, depth: int, width: int, act: str = "gelu", fine: int = 0):
+    def __init__(
+        self,
+        widths: Sequence[Sequence[int]],
+        added: Sequence[int],
+        hidden_size: int,
+        downsample: str = "pool",
+        residual: bool = False,
+        act: str = "gelu",
+    ):
         super().__init__()
-        self.channels = channels
-        self.fine = nn.ModuleList()
-        self.down = nn.ModuleList()
-        if fine:
-            self.fine.extend(ConvBlock(fine, fine, residual=True, act=act) for _ in range(depth))
-            self.down.extend(ConvBlock(fine, channels, stride=2, act=act) for _ in range(depth))
-        self.blocks = nn.ModuleList(ConvBlock(channels, channels, residual=True, act=act) for _ in range(depth))
-        self.projection = nn.Conv2d(channels, width, kernel_size=1)
+        *levels, new = level_channels(widths, added)
+        before = [widths[0][0], *(sum(old) for old in zip(*levels, strict=True))]
+        first, *stages = [i for i, stage in enumerate(widths) for _ in stage]
+        begins = [b > a for a, b in itertools.pairwise([first, *stages])]
+        self.pooled = [begin and downsample == "pool" for begin in begins]
+        self.blocks = nn.ModuleList()
+        for k, width in enumerate(new):
+            channels = before[k] + (new[k - 1] if k > 0 else 0)
+            stride = 2 if begins[k] and not self.pooled[k] else 1
+            shortcut = residual and k > 0 and width == new[k - 1] and stride == 1
+            self.blocks.append(ConvBlock(channels, width, stride, shortcut, act))
+        # What the convolutions read and the last one makes: channels before this level, and their resolution in tokens.
+        finer = [
+            2 ** (len(widths) - 1 - i + (block.conv.stride[0] - 1))
+            for i, block in zip(stages, self.blocks, strict=True)
+        ]
+        self.inputs = list(zip(before, [*finer, 1], strict=True))
+        self.projection = nn.Conv2d(before[-1] + new[-1], hidden_size, kernel_size=1)
 
-    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The level's features (B, C', h, w), in the form that they come in, and their projection (B, D, h, w)."""
-        if not self.fine:
-            for block in self.blocks:
-                features = block(features)
-            return features, self.projection(features)
-        coarse, fine = features[:, : self.channels], F.pixel_shuffle(features[:, self.channels :], 2)
-        for go_on, down, block in zip(self.fine, self.down, self.blocks, strict=True):
-            fine = go_on(fine)
-            coarse = block(coarse + down(fine))
-        return joined_features(coarse, fine), self.projection(coarse)
+    def forward(self, features: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """From the features of the level before, as of `ConvStem.features_of`, to those of this one and tokens (B, D, h, w)."""
+        shared, *others = features
+        x, joined = self.blocks[0](shared), [shared]
+        for k, before in enumerate(others, start=1):
+            if k < len(self.blocks) and self.pooled[k]:
+                x = F.max_pool2d(x, 2)
+            joined.append(torch.cat([before, x], dim=1))
+            if k < len(self.blocks):
+                x = self.blocks[k](joined[k], x)
+        return joined, self.projection(joined[-1])
+
+    def unpack(self, features: torch.Tensor) -> list[torch.Tensor]:
+        """Features of the level before as `forward` takes them, from what `packed` made."""
+        ends = list(itertools.accumulate(channels * finer**2 for channels, finer in self.inputs))
+        # Slices, as ONNX Runtime's quantization does not know how large the parts of a split are.
+        parts = [features[:, start:end] for start, end in itertools.pairwise([0, *ends])]
+        return [F.pixel_shuffle(part, finer) for part, (_, finer) in zip(parts, self.inputs, strict=True)]
 
 
-def joined_features(coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
-    """Features of two resolutions as one tensor: (B, C, h, w) and (B, F, 2h, 2w) -> (B, C + 4F, h, w)."""
-    return torch.cat([coarse, F.pixel_unshuffle(fine, 2)], dim=1)
+def packed(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Features of several resolutions as one tensor (B, C, h, w) at that of the last."""
+    width = features[-1].shape[-1]
+    return torch.cat([F.pixel_unshuffle(x, x.shape[-1] // width) for x in features], dim=1)
+
+
+def level_channels(widths: Sequence[Sequence[int]], added: Sequence[int]) -> list[list[int]]:
+    """For each level the channels of its convolutions but the first.
+
+    Example:
+        >>> level_channels([[16, 24], [48]], [8])
+        [[24, 48], [8, 16]]
+    """
+    _, *own = itertools.chain(*widths)
+    return [own, *([width * more // own[0] for width in own] for more in added)]
 
 
 def stem_macs(in_channels: int, widths: Sequence[Sequence[int]], height: int, width: int) -> int:
@@ -151,19 +191,20 @@ def stem_macs(in_channels: int, widths: Sequence[Sequence[int]], height: int, wi
     return macs
 
 
-def level_macs(widths: Sequence[Sequence[int]], depth: int, area: int, resolutions: int) -> int:
-    """Multiply-accumulates of a `StemLevel` without its projection, for `area` tokens.
+def level_macs(widths: Sequence[Sequence[int]], added: Sequence[int], height: int, width: int) -> tuple[int, int]:
+    """Multiply-accumulates of the last `StemLevel` without its projection, for one image, and the channels that it projects.
 
     Example:
-        >>> level_macs([[16], [40], [96]], 1, 64, 2) / 1e6
-        11.206656
+        >>> level_macs([[16, 24], [48]], [8], 32, 32)
+        (2359296, 64)
     """
-    coarse = widths[-1][-1]
-    macs = 9 * coarse**2 * area
-    if resolutions == 2:
-        fine = widths[-2][-1]
-        macs += 9 * fine**2 * 4 * area + 9 * fine * coarse * area
-    return depth * macs
+    levels = level_channels(widths, added)
+    _, *stages = [i for i, stage in enumerate(widths) for _ in stage]
+    macs, channels = 0, widths[0][0]
+    for i, new, total in zip(stages, levels[-1], map(sum, zip(*levels, strict=True)), strict=True):
+        macs += 9 * channels * new * (height >> i) * (width >> i)
+        channels = total
+    return macs, channels
 
 
 def check_stem(widths: Sequence[Sequence[int]], downsample: str) -> None:

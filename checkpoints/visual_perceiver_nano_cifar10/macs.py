@@ -42,13 +42,12 @@ def count_token_macs(config: Any, levels: int = 1) -> int:
     N, D = config.num_patches, config.hidden_size
     if config.stem == "patch":
         return N * config.num_channels * config.patch_size**2 * D
-    widths = config.stem_widths or []
-    stem = stem_macs(config.num_channels, widths, *config.image_height_width)
-    width = [w for stage in widths for w in stage][-1]
-    further = [
-        level_macs(widths, depth, N, config.level_resolutions) for depth in (config.level_depths or [])[: levels - 1]
-    ]
-    return stem + sum(further) + levels * N * width * D
+    widths, size = config.stem_widths or [], config.image_height_width
+    macs = stem_macs(config.num_channels, widths, *size) + N * [w for stage in widths for w in stage][-1] * D
+    for level in range(1, levels):
+        own, channels = level_macs(widths, config.level_widths[:level], *size)
+        macs += own + N * channels * D
+    return macs
 
 
 def count_trunk_macs(config: Any, num_active_queries: int) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 
-FORMAT = 4  # of the files; another number means that they are exported anew
+FORMAT = 5  # of the files; another number means that they are exported anew
 INDEX = "graphs.json"
 
 

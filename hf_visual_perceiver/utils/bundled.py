@@ -3,7 +3,7 @@
 from pathlib import Path
 
 
-DEFAULT_CHECKPOINT = "visual_perceiver_nano_cifar10"
+DEFAULT_CHECKPOINT = "visual_perceiver_micro_cifar10"
 SAMPLE = "the embedded sample of CIFAR-10"
 
 
@@ -16,18 +16,19 @@ def shipped(name: str) -> Path:
     raise FileNotFoundError(f"Expected {name} to come with the package, found it neither in {package} nor beside it.")
 
 
-def bundled_checkpoint() -> str:
-    """The folder of the checkpoint that comes with the package, to load from anywhere once the package is installed.
+def bundled_checkpoint(name: str = DEFAULT_CHECKPOINT) -> str:
+    """The folder of a checkpoint that comes with the package, to load from anywhere once the package is installed.
 
-    It is a Visual Perceiver of 0.91 M parameters, trained on CIFAR-10; its README.md has its accuracy at each budget.
+    They are Visual Perceivers trained on CIFAR-10: the default one, of 2.2 M parameters, has a convolutional stem with levels,
+    `visual_perceiver_nano_cifar10` is small and of the paper's form. README.md of each has its accuracy at each budget.
 
     Example:
         >>> from transformers import AutoModelForImageClassification
         >>> model = AutoModelForImageClassification.from_pretrained(bundled_checkpoint())
         >>> model.config.num_queries
-        64
+        32
     """
-    return str(shipped(f"checkpoints/{DEFAULT_CHECKPOINT}"))
+    return str(shipped(f"checkpoints/{name}"))
 
 
 def default_model() -> str:

@@ -172,4 +172,4 @@ def test_the_table_fits_a_terminal():
 
 
 def test_default_model_ships():
-    assert default_model().endswith("checkpoints/visual_perceiver_nano_cifar10")
+    assert default_model().endswith("checkpoints/visual_perceiver_micro_cifar10")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from support import small_config
+from support import papers_form, small_config
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
@@ -23,7 +23,6 @@ from hf_visual_perceiver.evaluation.calibration import (
     write_budget,
 )
 from hf_visual_perceiver.evaluation.evaluate import Row
-from hf_visual_perceiver.inference.loading import default_model
 from hf_visual_perceiver.modeling import Budget, count_macs
 
 
@@ -158,7 +157,7 @@ def test_one_image_is_too_few(trained, data):
 
 @pytest.fixture
 def folder(tmp_path):
-    return shutil.copytree(default_model(), tmp_path / "model")
+    return shutil.copytree(papers_form(), tmp_path / "model")
 
 
 def test_the_operating_point_is_written_and_loaded_by_both_libraries(folder):

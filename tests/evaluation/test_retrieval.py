@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from support import run, small_config, unwrapped
+from support import papers_form, run, small_config, unwrapped
 from torch.nn import functional as F
 from transformers import AutoModel
 from typer.testing import CliRunner
@@ -21,7 +21,7 @@ from hf_visual_perceiver.evaluation.retrieval import (
     measure_retrieval,
     retrieval_budgets,
 )
-from hf_visual_perceiver.inference.loading import default_dataset, default_model
+from hf_visual_perceiver.inference.loading import default_dataset
 from hf_visual_perceiver.modeling import Budget, VisualPerceiverModel
 
 
@@ -91,7 +91,7 @@ class TestFeatures:
         data, points = sample.subset(slice(0, 12)), [Budget(num_active_queries=4), Budget(dqs_threshold=0.8), Budget()]
         cfg = trained.config.timm_pretrained_cfg
         x = normalise(data.images, cfg["mean"], cfg["std"])
-        auto = AutoModel.from_pretrained(default_model()).eval()
+        auto = AutoModel.from_pretrained(papers_form()).eval()
         for feature in ("pooled", "mean"):
             found, counts, _ = compute_features(trained.visual_perceiver, data, points, feature, batch_size=5)
             for point in points:

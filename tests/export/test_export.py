@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from support import small_config
+from support import papers_form, small_config
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -18,7 +18,7 @@ from hf_visual_perceiver.export.check import check_export, check_quantised
 from hf_visual_perceiver.export.comparison import compare_exports, comparison_budgets
 from hf_visual_perceiver.export.graph import export_onnx, export_program, export_timm, quantise, trace
 from hf_visual_perceiver.export.runtime import METADATA_KEY, OnnxClassifier, load_exported
-from hf_visual_perceiver.inference.loading import default_dataset, default_model
+from hf_visual_perceiver.inference.loading import default_dataset
 from hf_visual_perceiver.modeling import Budget, VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.modeling.modeling_visual_perceiver import clear_threshold
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities
@@ -294,7 +294,7 @@ def test_a_full_disk_leaves_nothing(small, tmp_path, monkeypatch):
 def test_a_missing_package_is_named(package, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == package else found(name))
-    refused = CliRunner().invoke(app, ["export", default_model(), "--output", str(tmp_path / "m.onnx")])
+    refused = CliRunner().invoke(app, ["export", papers_form(), "--output", str(tmp_path / "m.onnx")])
     assert isinstance(refused.exception, ImportError)
     expected = (
         f"Expected {package} to be installed, which the extra `(export|cli)` brings: pip install 'hf-visual-perceiver"
@@ -318,7 +318,7 @@ def test_a_missing_package_is_named(package, tmp_path, monkeypatch):
     ],
 )
 def test_bad_input(arguments, message):
-    refused = CliRunner().invoke(app, ["export", default_model(), *arguments])
+    refused = CliRunner().invoke(app, ["export", papers_form(), *arguments])
     assert refused.exit_code == 1
     with pytest.raises(ValueError, match=message):
         raise refused.exception
@@ -341,5 +341,5 @@ def test_folders_and_files_that_are_none(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    refused = CliRunner().invoke(app, ["export", default_model(), "--output", str(tmp_path / "m.onnx")])
+    refused = CliRunner().invoke(app, ["export", papers_form(), "--output", str(tmp_path / "m.onnx")])
     assert "a folder that can be written to" in str(refused.exception)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from support import REPOSITORY
+from support import REPOSITORY, papers_form
 
 from hf_visual_perceiver.cli.evaluate import errors_line
 from hf_visual_perceiver.cli.main import main
@@ -18,7 +18,7 @@ from hf_visual_perceiver.evaluation.confusion import Confusion
 from hf_visual_perceiver.evaluation.evaluate import Evaluation, evaluate, read_evaluation
 from hf_visual_perceiver.evaluation.robustness import Cell, Outcome, Robustness
 from hf_visual_perceiver.hub.card import render_card, rewrite_card, training_lines, write_card
-from hf_visual_perceiver.inference.loading import default_model, load_config
+from hf_visual_perceiver.inference.loading import load_config
 from hf_visual_perceiver.modeling import Budget
 
 
@@ -46,7 +46,7 @@ def folder(tmp_path):
     folder = tmp_path / "copied"
     folder.mkdir()
     for name in JSON_FILES:
-        shutil.copy(Path(default_model()) / name, folder)
+        shutil.copy(Path(papers_form()) / name, folder)
     return folder
 
 
@@ -143,7 +143,7 @@ class TestCard:
             ValueError, match=r"Expected .*evaluation.json, which `visual-perceiver evaluate .*not there"
         ):
             rewrite_card(folder)
-        (folder / "evaluation.json").write_text(Path(default_model(), "evaluation.json").read_text())
+        (folder / "evaluation.json").write_text(Path(papers_form(), "evaluation.json").read_text())
         assert sorted(folder.iterdir()) == before
         (folder / "training.json").unlink()
         assert "## Training\n\nNot recorded." in rewrite_card(folder).read_text()
@@ -164,7 +164,7 @@ class TestCard:
         assert "Expected a file name in an existing folder" in capsys.readouterr().err
 
     def test_a_run_that_teaches_is_called_by_its_name(self):
-        facts = json.loads((Path(default_model()) / "training.json").read_text())
+        facts = json.loads((Path(papers_form()) / "training.json").read_text())
         for model, name in (("runs/wide/model", "wide"), ("facebook/deit", "deit"), ("model", "model")):
             facts["recipe"]["teacher"] = {"model": model, "distillation": "hard"}
             assert any(f"hard distillation from {name}." in line for line in training_lines(facts))

@@ -12,9 +12,9 @@ import torch
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from PIL import Image
-from support import PATIENCE
+from support import PATIENCE, papers_form
 
-from hf_visual_perceiver.inference.loading import default_model, load_model
+from hf_visual_perceiver.inference.loading import load_model
 
 
 REPO, PUSHED, IN_TIMM = "somebody/perceiver", "somebody/pushed", "somebody/in-timm"
@@ -162,7 +162,7 @@ def story(tmp_path_factory):
 
         home = str(place / "stranger")
         published = succeed(
-            PUBLISHER, default_model(), REPO, PUSHED, IN_TIMM, HF_TOKEN="writer", HF_HOME=str(place / "publisher")
+            PUBLISHER, papers_form(), REPO, PUSHED, IN_TIMM, HF_TOKEN="writer", HF_HOME=str(place / "publisher")
         )
         repository = hub.repositories[REPO]
         first = repository.tags["v1"]
@@ -189,7 +189,7 @@ def story(tmp_path_factory):
 @pytest.fixture(scope="module")
 def local(story):
     """What the local folder answers, at the published operating points and at all queries."""
-    model, x = load_model(default_model()), story["x"]
+    model, x = load_model(papers_form()), story["x"]
     with torch.no_grad():
         first = model(x, num_active_queries=16).logits
         second = model(x, dqs_threshold=0.8)
@@ -226,7 +226,7 @@ def test_the_cache_works_without_a_network(story, local):
 
 
 def test_timm_and_transformers_with_the_package(story, local):
-    from_folder = timm.create_model(f"local-dir:{default_model()}", pretrained=True).eval()
+    from_folder = timm.create_model(f"local-dir:{papers_form()}", pretrained=True).eval()
     with torch.no_grad():
         expected = from_folder(story["x"], num_active_queries=16), from_folder(story["x"], dqs_threshold=0.8)
     assert torch.equal(story["timm"]["v1"], expected[0])
@@ -248,7 +248,7 @@ def test_push_to_hub_of_both_libraries(story, local):
 def test_the_snapshot_is_what_was_published(story):
     repository = story["hub"].repositories[REPO]
     assert story["answers"]["files"] == sorted(repository.files("v1"))
-    weights = Path(default_model(), "model.safetensors").read_bytes()
+    weights = Path(papers_form(), "model.safetensors").read_bytes()
     assert repository.files("v1")["model.safetensors"] == weights
     assert story["answers"]["weights"] in story["hub"].blobs
     card = ModelCard(repository.files()["README.md"].decode())

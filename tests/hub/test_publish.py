@@ -19,7 +19,7 @@ import torch
 from hub_server import File, Hub
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
-from support import PATIENCE, REPOSITORY, small_config
+from support import PATIENCE, REPOSITORY, papers_form, small_config
 
 from hf_visual_perceiver.cli import main as cli
 from hf_visual_perceiver.hub import folder_check
@@ -28,7 +28,7 @@ from hf_visual_perceiver.hub.errors import HubError, hub_step
 from hf_visual_perceiver.hub.folder_check import check_folder
 from hf_visual_perceiver.hub.publish import prepare
 from hf_visual_perceiver.hub.space.repository import space_files
-from hf_visual_perceiver.inference.loading import default_model, load_config, load_model
+from hf_visual_perceiver.inference.loading import load_config, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.folder import save_folder
 
@@ -117,7 +117,7 @@ class TestLayout:
         assert "demo" not in again
 
     def test_the_bundled_card_reads_as_the_hub_reads_it(self, tmp_path):
-        bundled = Path(default_model())
+        bundled = Path(papers_form())
         plan = laid_out(bundled, tmp_path)
         before, after = (ModelCard.load(folder / "README.md") for folder in (bundled, plan.stage))
         for key in ("pipeline_tag", "library_name", "license", "datasets", "metrics"):
@@ -132,9 +132,9 @@ class TestLayout:
         assert [example["example_title"] for example in after.data.widget] == ["cat", "ship", "ship"]
 
     def test_the_whole_network_in_the_cards_code_stays_the_whole_one(self, tmp_path):
-        text = (laid_out(Path(default_model()), tmp_path, budget="K=32").stage / "README.md").read_text()
+        text = (laid_out(Path(papers_form()), tmp_path, budget="K=32").stage / "README.md").read_text()
         assert 'full = model(**inputs, num_active_queries=64, dqs_threshold=float("inf")).logits' in text
-        text = (laid_out(Path(default_model()), tmp_path).stage / "README.md").read_text()
+        text = (laid_out(Path(papers_form()), tmp_path).stage / "README.md").read_text()
         assert "full = model(**inputs).logits" in text
 
     def test_the_endpoints_requirement_is_the_packages(self):

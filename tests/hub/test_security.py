@@ -19,7 +19,7 @@ import timm
 import torch
 from hub_server import Hub
 from safetensors.torch import load_file
-from support import PATIENCE, REPOSITORY, run, small_config
+from support import PATIENCE, REPOSITORY, papers_form, run, small_config
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 from typer.testing import CliRunner
 
@@ -27,7 +27,7 @@ from hf_visual_perceiver.cli.main import app
 from hf_visual_perceiver.data.images import load_images
 from hf_visual_perceiver.export import graph as export_module
 from hf_visual_perceiver.inference import loading
-from hf_visual_perceiver.inference.loading import default_model, load_config, load_model
+from hf_visual_perceiver.inference.loading import load_config, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.modeling.handler import EndpointHandler
 from hf_visual_perceiver.training.folder import save_folder
@@ -240,7 +240,7 @@ class TestImages:
         assert result.exit_code == 1
         assert "at most 33,554,432 pixels, got 8000x5000" in " ".join(result.stderr.split())
         with pytest.raises(ValueError, match="at most 33,554,432 pixels"):
-            pipeline("adaptive-image-classification", model=default_model())(str(path))
+            pipeline("adaptive-image-classification", model=papers_form())(str(path))
 
     @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
     @pytest.mark.parametrize(("side", "got"), [(6_000, "6000x6000"), (20_000, "more than Pillow opens")])

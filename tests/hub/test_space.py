@@ -26,7 +26,7 @@ import yaml
 from hub_server import Hub
 from huggingface_hub import HfApi
 from PIL import Image
-from support import PATIENCE, REPOSITORY, small_config
+from support import PATIENCE, REPOSITORY, papers_form, small_config
 
 from hf_visual_perceiver.cli import main as cli
 from hf_visual_perceiver.evaluation.evaluate import Evaluation, Row
@@ -42,7 +42,7 @@ from hf_visual_perceiver.hub.space.draw import (
     show_tradeoff,
 )
 from hf_visual_perceiver.hub.space.repository import GRADIO, space_files, upload_space
-from hf_visual_perceiver.inference.loading import default_model, load_model
+from hf_visual_perceiver.inference.loading import load_model
 from hf_visual_perceiver.modeling import (
     Budget,
     OptimizedVisualPerceiver,
@@ -61,7 +61,7 @@ needs_gradio = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def demo():
-    return Demo.load(default_model())
+    return Demo.load(papers_form())
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ class TestNumbers:
         assert isinstance(demo.network, OptimizedVisualPerceiver)
         expected = demo.answer(picture, 40, 0.8)
         monkeypatch.setitem(sys.modules, "onnxruntime", None)
-        plain = Demo.load(default_model())
+        plain = Demo.load(papers_form())
         assert plain.network is plain.model
         answer = plain.answer(plain.look(cat), 40, 0.8)
         np.testing.assert_allclose(answer.probabilities, expected.probabilities, atol=1e-5)
@@ -121,7 +121,7 @@ class TestNumbers:
             assert answer.active[i] == (picture.similarities[i, :i].max() <= 0.7)
 
     def test_the_greedy_rule_compares_with_what_stays(self, cat, without_onnxruntime):
-        model = load_model(default_model())
+        model = load_model(papers_form())
         model.config.dqs_reference = "kept"
         demo = Demo(model, "greedy")
         answer = demo.answer(demo.look(cat), 64, 0.7)
@@ -129,7 +129,7 @@ class TestNumbers:
         assert 0 < answer.active.sum() < 64
 
     def test_the_knobs_start_at_the_checkpoints_own_setting(self, cat):
-        model = load_model(default_model())
+        model = load_model(papers_form())
         model.config.num_active_queries, model.config.dqs_threshold = 16, 0.8
         demo = Demo(model, "small")
         assert demo.start == model.config.operating_point() == (16, 0.8)
@@ -248,7 +248,7 @@ class TestPage:
 
     def test_labels_are_text(self, cat, trained):
         config = trained.config
-        model = load_model(default_model())
+        model = load_model(papers_form())
         model.config.id2label = {i: f"<script>{name}</script>" for i, name in config.id2label.items()}
         demo = Demo(model, "small")
         picture = demo.look(cat)
@@ -485,7 +485,7 @@ def test_a_published_space_runs(tmp_path, monkeypatch):
     with Hub() as hub:
         api = HfApi(endpoint=hub.url, token="writer")
         repo, space = "somebody/perceiver", "somebody/demo"
-        plan = prepare(Path(default_model()), repo, tmp_path / "stage", budget="K=24", check=lambda stage: {})
+        plan = prepare(Path(papers_form()), repo, tmp_path / "stage", budget="K=24", check=lambda stage: {})
         published = upload(plan, repo, api=api)
         upload_space(space_files(repo, published.commit), space, "Show it", "", private=False, api=api)
         folder = tmp_path / "space"
@@ -507,7 +507,7 @@ def test_a_published_space_runs(tmp_path, monkeypatch):
             page.stop()
         fetched = {r.rpartition("/")[2] for r in hub.requests if "/resolve/" in r}
     assert used(result) == 16
-    assert f'data-accuracy="{Demo.load(default_model()).expected(16).accuracy:.4f}"' in curve
+    assert f'data-accuracy="{Demo.load(papers_form()).expected(16).accuracy:.4f}"' in curve
     # The published operating point is where the knobs start, the model's examples are there, its code was not asked for.
     sliders = [c["props"] for c in config["components"] if c["type"] == "slider"]
     assert [s["value"] for s in sliders] == [24, 1.0]

@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import REPOSITORY, small_config
+from support import REPOSITORY, papers_form, small_config
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 import hf_visual_perceiver  # registers the task
-from hf_visual_perceiver.inference.loading import default_model
 from hf_visual_perceiver.inference.pipeline import TASK, budget_for_macs
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, count_macs
 
 
 @pytest.fixture(scope="module")
 def classifier():
-    return pipeline(TASK, model=default_model())
+    return pipeline(TASK, model=papers_form())
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def test_the_task_is_registered(classifier):
 
 
 def test_without_arguments_it_is_the_stock_pipeline(classifier, picture):
-    stock = pipeline("image-classification", model=default_model(), trust_remote_code=True)
+    stock = pipeline("image-classification", model=papers_form(), trust_remote_code=True)
     for options in ({}, {"top_k": 2}, {"function_to_apply": "none"}):
         answers = classifier(picture, **options)
         assert used(answers) == 64
@@ -85,8 +84,8 @@ def test_several_images_in_batches(classifier, picture):
 
 
 def test_a_budget_of_the_pipeline_holds_for_its_calls(picture):
-    model = AutoModelForImageClassification.from_pretrained(default_model())
-    processor = AutoImageProcessor.from_pretrained(default_model())
+    model = AutoModelForImageClassification.from_pretrained(papers_form())
+    processor = AutoImageProcessor.from_pretrained(papers_form())
     fixed = pipeline(TASK, model=model, image_processor=processor, num_active_queries=4, top_k=1)
     assert used(fixed(picture)) == 4
     assert used(fixed(picture, num_active_queries=6)) == 6

@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support import PATIENCE, REPOSITORY, aligned
+from support import PATIENCE, REPOSITORY, aligned, papers_form
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -23,7 +23,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from hf_visual_perceiver.data.image_processor import create_image_processor
-from hf_visual_perceiver.inference.loading import default_model, load_model
+from hf_visual_perceiver.inference.loading import load_model
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.folder import save_folder
 
@@ -209,7 +209,7 @@ def test_pipeline(folder, cifar10):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK"])
 def test_the_processor_takes_images_of_every_mode(folder, mode):
     image = Image.open(REPOSITORY / "docs" / "cat.png").convert("L").convert(mode)
-    for name in (folder, default_model()):
+    for name in (folder, papers_form()):
         processor = AutoImageProcessor.from_pretrained(name)
         pixels, expected = (
             processor(images=x, return_tensors="pt")["pixel_values"] for x in (image, image.convert("RGB"))

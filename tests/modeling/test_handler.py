@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import REPOSITORY, small_config
+from support import REPOSITORY, papers_form, small_config
 
 from hf_visual_perceiver.data.image_processor import create_image_processor
-from hf_visual_perceiver.inference.loading import default_model, load_optimized
+from hf_visual_perceiver.inference.loading import load_optimized
 from hf_visual_perceiver.modeling import OptimizedVisualPerceiver, VisualPerceiverForImageClassification
 from hf_visual_perceiver.modeling.handler import MAX_PIXELS, EndpointHandler, open_image, read_parameters
 from hf_visual_perceiver.training.folder import save_folder
@@ -24,7 +24,7 @@ CAT = REPOSITORY / "docs" / "cat.png"
 
 @pytest.fixture(scope="module")
 def endpoint():
-    return EndpointHandler(default_model())
+    return EndpointHandler(papers_form())
 
 
 def png(image: Image.Image) -> bytes:
@@ -72,7 +72,7 @@ class TestForms:
     @pytest.mark.parametrize("missing", ["hf_visual_perceiver.inference.loading", "onnxruntime"])
     def test_without_a_package_it_serves_with_pytorch(self, endpoint, pictures, monkeypatch, missing):
         monkeypatch.setitem(sys.modules, missing, None)
-        plain = EndpointHandler(default_model())
+        plain = EndpointHandler(papers_form())
         assert isinstance(plain.model, VisualPerceiverForImageClassification)
         request = {"inputs": pictures, "parameters": self.PARAMETERS}
         for expected, answer in zip(endpoint(request), plain(request), strict=True):
@@ -83,7 +83,7 @@ class TestForms:
     def test_a_package_that_answers_otherwise_is_not_used(self, tmp_path, monkeypatch):
         """The folder's code says what its weights mean; the package may be of another version."""
         folder = save_folder(VisualPerceiverForImageClassification(small_config()), tmp_path / "model")
-        other = load_optimized(default_model())
+        other = load_optimized(papers_form())
         monkeypatch.setattr("hf_visual_perceiver.inference.loading.load_optimized", lambda path: other)
         assert not isinstance(EndpointHandler(str(folder)).model, OptimizedVisualPerceiver)
 

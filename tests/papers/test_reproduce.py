@@ -19,13 +19,12 @@ from reproduce_measure import (
 )
 from reproduce_sections import training_images
 from rich.console import Console
-from support import small_config
+from support import papers_form, small_config
 
 from hf_visual_perceiver.cli.main import main as cli_main
 from hf_visual_perceiver.data.images import ImageDataset, load_images, normalise
 from hf_visual_perceiver.evaluation import paper
 from hf_visual_perceiver.evaluation.attention_maps import average_attention, plot_attention_maps
-from hf_visual_perceiver.inference.loading import default_model
 from hf_visual_perceiver.modeling import Budget, VisualPerceiverForImageClassification
 from hf_visual_perceiver.modeling.query_selection import select_queries
 from hf_visual_perceiver.training.folder import save_folder
@@ -258,7 +257,7 @@ def test_any_number_of_maps_can_be_drawn(count, tmp_path):
 
 
 def test_images_of_all_stages_of_a_training_count(tmp_path):
-    facts = json.loads(Path(default_model(), "training.json").read_text())
+    facts = json.loads(Path(papers_form(), "training.json").read_text())
     facts["recipe"] |= {"steps": 1_000, "batch_size": 500}
     facts.pop("earlier_training", None)
     (tmp_path / "training.json").write_text(json.dumps(facts))

@@ -10,10 +10,8 @@ import pytest
 import timm
 import torch
 from PIL import Image, ImageDraw
-from support import REPOSITORY, aligned, run
+from support import REPOSITORY, aligned, papers_form, run
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
-
-from hf_visual_perceiver.inference.loading import default_model
 
 
 SHAPES = ("disc", "ring", "square")
@@ -109,7 +107,7 @@ def fresh(**changes):
     """The checkpoint with a head for the shapes, always the same one."""
     torch.manual_seed(1)
     return AutoModelForImageClassification.from_pretrained(
-        default_model(), id2label=dict(enumerate(SHAPES)), ignore_mismatched_sizes=True, **changes
+        papers_form(), id2label=dict(enumerate(SHAPES)), ignore_mismatched_sizes=True, **changes
     )
 
 
@@ -267,6 +265,6 @@ def test_features_of_the_documentation(story):
 
 def test_the_data_has_other_classes(place):
     names = datasets.load_dataset("imagefolder", data_dir=str(place / "pictures"))["train"].features["label"].names
-    config = AutoModelForImageClassification.from_pretrained(default_model()).config
+    config = AutoModelForImageClassification.from_pretrained(papers_form()).config
     assert set(names).isdisjoint(config.label2id)
-    assert AutoImageProcessor.from_pretrained(default_model()).size["height"] == 32
+    assert AutoImageProcessor.from_pretrained(papers_form()).size["height"] == 32

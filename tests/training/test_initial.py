@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_config
+from support import papers_form, small_config
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_visual_perceiver.hub.card import training_lines
-from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
+from hf_visual_perceiver.inference.loading import default_dataset, load_model
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification
 from hf_visual_perceiver.training.initial import load_initial_weights
 from hf_visual_perceiver.training.recipe import recipe_from_dict
@@ -41,16 +41,16 @@ def assert_equal_weights(a, b, fresh=()):
 class TestWeights:
     def test_all_of_them_with_the_same_labels(self, trained):
         model = VisualPerceiverForImageClassification(trained.config)
-        assert load_initial_weights(model, default_model()) == []
+        assert load_initial_weights(model, papers_form()) == []
         assert_equal_weights(model, trained)
 
     @pytest.mark.parametrize("labels", [{i: f"thing {i}" for i in range(10)}, {0: "cat", 1: "dog"}])
     def test_a_fresh_head_for_other_labels(self, trained, labels):
-        config = type(trained.config).from_pretrained(default_model(), id2label=labels)
+        config = type(trained.config).from_pretrained(papers_form(), id2label=labels)
         model = VisualPerceiverForImageClassification(config)
         model.head.bias.data.normal_()
         before = model.head.weight.clone()
-        assert load_initial_weights(model, default_model()) == ["head.weight", "head.bias"]
+        assert load_initial_weights(model, papers_form()) == ["head.weight", "head.bias"]
         assert torch.equal(model.head.weight, before)
         assert_equal_weights(model.visual_perceiver, trained.visual_perceiver)
 
@@ -62,13 +62,13 @@ class TestWeights:
         ).save_pretrained(tmp_path / "vit")
         (tmp_path / "damaged").mkdir()
         for file in ("config.json", "model.safetensors"):
-            shutil.copy(f"{default_model()}/{file}", tmp_path / "damaged")
+            shutil.copy(f"{papers_form()}/{file}", tmp_path / "damaged")
         (tmp_path / "damaged" / "model.safetensors").write_bytes(b"no weights")
         for source, message in (
             (tmp_path / "absent", "`initial_model` to be a folder or Hub id of .*, got '.*absent'"),
             (tmp_path / "vit", "got '.*vit': it is a model of type vit"),
             (tmp_path / "damaged", "got '.*damaged': "),
-            (default_model(), r"sizes of the recipe's `architecture` and `config`, got .* of shape \[.*\] for "),
+            (papers_form(), r"sizes of the recipe's `architecture` and `config`, got .* of shape \[.*\] for "),
         ):
             with pytest.raises(ValueError, match=message):
                 load_initial_weights(model, str(source))
@@ -95,7 +95,7 @@ def test_a_second_stage(tmp_path):
 
 
 def test_a_hub_id_has_no_earlier_training():
-    facts = json.loads(Path(default_model(), "training.json").read_text())
+    facts = json.loads(Path(papers_form(), "training.json").read_text())
     facts["recipe"]["initial_model"] = "somebody/network"
     facts.pop("earlier_training", None)
     assert "Began with: the weights of network." in training_lines(facts)
@@ -103,5 +103,5 @@ def test_a_hub_id_has_no_earlier_training():
 
 def test_nothing_is_written_if_it_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="`initial_model` to have the sizes"):
-        train(stage(initial_model=default_model()), tmp_path / "run")
+        train(stage(initial_model=papers_form()), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -13,11 +13,11 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from support import PATIENCE, REPOSITORY, run
+from support import PATIENCE, REPOSITORY, papers_form, run
 
 from hf_visual_perceiver.data.images import load_images, normalise
 from hf_visual_perceiver.hub.card import training_lines
-from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
+from hf_visual_perceiver.inference.loading import default_dataset, load_model
 from hf_visual_perceiver.training import checkpointing, objective, state
 from hf_visual_perceiver.training import run as run_module
 from hf_visual_perceiver.training import train as train_module
@@ -226,8 +226,8 @@ class TestResuming:
 
 @pytest.mark.parametrize("distillation", ["soft", "hard"])
 def test_a_frozen_teacher(tmp_path, distillation):
-    teacher = {"model": default_model(), "distillation": distillation, "weight": 0.9}
-    before = load_model(default_model()).state_dict()
+    teacher = {"model": papers_form(), "distillation": distillation, "weight": 0.9}
+    before = load_model(papers_form()).state_dict()
     train(small_recipe(steps=3, teacher=teacher), tmp_path / "taught")
     train(small_recipe(steps=3), tmp_path / "alone")
     taught, alone = losses(tmp_path / "taught"), losses(tmp_path / "alone")
@@ -236,7 +236,7 @@ def test_a_frozen_teacher(tmp_path, distillation):
     assert any(
         f"{distillation} distillation from visual_perceiver_nano_cifar10" in line for line in training_lines(facts)
     )
-    assert all(torch.equal(value, before[name]) for name, value in load_model(default_model()).state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in load_model(papers_form()).state_dict().items())
 
 
 @pytest.mark.parametrize("has", [True, False])
