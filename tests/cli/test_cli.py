@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from support import run, unwrapped
 
@@ -13,7 +14,7 @@ from hf_visual_perceiver.cli.main import main
 from hf_visual_perceiver.data.images import load_images
 from hf_visual_perceiver.data.sample_images import write_sample_images
 from hf_visual_perceiver.evaluation.evaluate import Evaluation
-from hf_visual_perceiver.inference.loading import default_dataset, default_model
+from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_evaluate(tmp_path):
     result = cli("evaluate", "--plot", tmp_path / "plot.png", "--json", tmp_path / "result.json")
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
-    assert len(rows) == 13
+    assert len(rows) == 12
     for row in rows:
         assert f"{100 * row['accuracy']:.2f} ±" in result.stdout
     assert "full" in result.stdout
@@ -86,16 +87,18 @@ def test_predict(pictures, tmp_path):
         assert next(iter(answer["labels"])) in result.stdout
 
 
-def test_predict_agrees_with_the_model(pictures, tmp_path, trained):
+@torch.no_grad()
+def test_predict_agrees_with_the_model(pictures, tmp_path):
     from hf_visual_perceiver.data.images import normalise
 
     cli("predict", pictures, "--json", tmp_path / "r.json", "--top-k", 1)
     answers = json.loads((tmp_path / "r.json").read_text())["images"]
-    cfg = trained.config.timm_pretrained_cfg
+    model = load_model(default_model())
+    cfg = model.config.timm_pretrained_cfg
     pixels = normalise(load_images(default_dataset(), "test").images[:5], cfg["mean"], cfg["std"])
-    labels = trained(pixels).logits.softmax(-1).max(-1)
+    labels = model(pixels).logits.softmax(-1).max(-1)
     for answer, p, index in zip(answers, labels.values, labels.indices, strict=True):
-        assert answer["labels"] == {trained.config.id2label[index.item()]: pytest.approx(p.item(), abs=1e-5)}
+        assert answer["labels"] == {model.config.id2label[index.item()]: pytest.approx(p.item(), abs=1e-5)}
 
 
 def test_a_truncated_picture_is_named_and_the_rest_classified(pictures, tmp_path):
@@ -116,7 +119,7 @@ def test_info(tmp_path):
     result = cli("info", "--json", tmp_path / "r.json")
     assert result.returncode == 0, result.stderr
     facts = json.loads((tmp_path / "r.json").read_text())
-    assert facts["architecture"] == "visual_perceiver_nano_patch4_32"
+    assert facts["architecture"] == "visual_perceiver_micro_levels_32"
     assert "airplane, automobile" in unwrapped(result.stdout)
     assert facts["evaluation"]["conditions"]["images"] == 10_000
     assert "hours of training steps" in unwrapped(result.stdout)
@@ -128,9 +131,9 @@ def test_info(tmp_path):
         (["predict", "{text}"], "Cannot read {text} as an image"),
         (["predict", "{folder}"], "Expected images in {folder}, found none"),
         (["predict", "{folder}/absent.png"], "Cannot read {folder}/absent.png"),
-        (["predict", "{picture}", "--budget", "K=0"], "integer in [1, 64], got 0"),
+        (["predict", "{picture}", "--budget", "K=0"], "integer in [1, 32], got 0"),
         (["predict", "{picture}", "--budget", "t=-2"], "at least -1, got -2"),
-        (["evaluate", "--budget", "K=65"], "integer in [1, 64], got 65"),
+        (["evaluate", "--budget", "K=33"], "integer in [1, 32], got 33"),
         (["evaluate", "--dataset", "{folder}/absent"], "Expected a dataset at {folder}/absent"),
         (["evaluate", "--dtype", "int8"], "float32, bfloat16 or float16, got 'int8'"),
         (["evaluate", "--device", "cuda:7"], "a device that this machine has, got 'cuda:7'"),
@@ -159,7 +162,7 @@ def test_mistakes_are_said_in_one_line(arguments, message, pictures, tmp_path, m
 def test_a_budget_that_is_no_integer(pictures, value):
     result = cli("predict", pictures, "--budget", value)
     assert result.returncode == 1
-    assert "integer in [1, 64], got" in result.stderr
+    assert "integer in [1, 32], got" in result.stderr
 
 
 def test_the_table_fits_a_terminal():
