@@ -1,12 +1,11 @@
-"""What each part of cifar10_micro_nested.yaml is worth: one run for each change, at the same training FLOP.
+"""What each part of cifar10_micro_levels.yaml is worth: one run for each change, at the same training FLOP.
 
     python benchmarks/recipe_ablation.py --dataset PATH_OR_ID --max-minutes 120
 
 trains the runs that are missing, in the order of the list below, stops in time, and prints accuracy on the validation
-images side by side; the same command goes on. Before it, the stem and the teacher have to be trained:
+images side by side; the same command goes on. Before it, the teacher has to be trained:
 
     accelerate launch training/train.py --config training/recipes/cifar10_conv_teacher.yaml
-    accelerate launch training/train.py --config training/recipes/cifar10_conv_stem.yaml
 """
 
 import time
@@ -24,35 +23,49 @@ from hf_visual_perceiver.utils.conditions import measurement_conditions
 
 
 STRATIFIED = "queries={schedule: stratified, groups: 2}"
-FULL = "config.trunk_attention=full"
-FIVE = [[24], [48, 48], [96, 96]]
-PLAIN = ["queries={schedule: fixed, K: 1}", "evaluate_queries=[1]", "initial_stem=null", "attention=null"]
+FULL = ["config.trunk_attention=full", "config.block_drop_rate=0", "config.decoder_reads=all"]
+ONE_LEVEL = ["config.level_starts=null", "config.level_widths=null"]
+PLAIN = [
+    "architecture=timm/conv_stem_classifier_32",
+    "queries={schedule: fixed, K: 1}",
+    "evaluate_queries=[1]",
+    "attention=null",
+    "stem_loss=0",
+]
 # What differs from the recipe.
 CHANGES: dict[str, list[str]] = {
     "the recipe": [],
     "no teacher": ["teacher=null"],
-    "stem not trained before": ["initial_stem=null"],
-    "full attention, stratified": [FULL, STRATIFIED],
-    "queries begin at random": ["config.query_init=random"],
+    "no classifiers of the stem": ["stem_loss=0"],
+    "the output query reads all tokens": ["config.decoder_reads=all"],
+    "earlier blocks are never hidden": ["config.block_drop_rate=0"],
+    "full attention, stratified": [*FULL, STRATIFIED],
+    "queries begin in a grid": ["config.query_init=spatial"],
     "small K first": ["queries.small_first={start: 4, fraction: 0.5}"],
-    "full attention, stratified, small K first": [
-        FULL,
-        "queries={schedule: stratified, groups: 2, small_first: {start: 4, fraction: 0.5}}",
+    "one level, as wide as all": [*ONE_LEVEL, "config.stem_widths=[[24, 68], [68, 272], [272, 272], [272]]"],
+    "one level, as the first": ONE_LEVEL,
+    "patches, no stem": [
+        *ONE_LEVEL,
+        "config.stem=patch",
+        "config.stem_widths=null",
+        "config.patch_size=4",
+        "stem_loss=0",
     ],
-    "patches, no stem": ["config.stem=patch", "config.stem_widths=null", "initial_stem=null"],
-    "five convolutions (17 M), not trained before": [f"config.stem_widths={FIVE}", "initial_stem=null"],
-    "the stem with pooling, no queries": [
-        "architecture=timm/conv_stem_classifier_32",
-        "config={widths: [[16], [40], [96]]}",
+    "the first level with pooling, no queries": [
         *PLAIN,
+        "config={widths: [[24, 12], [12, 48], [48, 48], [48]], residual: true, act_layer: relu}",
     ],
-    "ResNet-20 (41 M), no queries": ["architecture=timm/cifar_resnet20", "config={}", *PLAIN],
+    "a stem as wide as all levels with pooling, no queries": [
+        *PLAIN,
+        "config={widths: [[24, 68], [68, 272], [272, 272], [272]], residual: true, act_layer: relu}",
+    ],
+    "ResNet-20 (41 M), no queries": [*PLAIN, "architecture=timm/cifar_resnet20", "config={}"],
 }
 
 
 def main(
     dataset: Annotated[str, typer.Option(help="CIFAR-10: Hub id or folder of parquet files.")] = "uoft-cs/cifar10",
-    recipe: Annotated[Path, typer.Option(help="What is changed.")] = Path("training/recipes/cifar10_micro_nested.yaml"),
+    recipe: Annotated[Path, typer.Option(help="What is changed.")] = Path("training/recipes/cifar10_micro_levels.yaml"),
     output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/recipe_ablation"),
     pflop: Annotated[float, typer.Option(help="Of each run, in 1e15; a step counts three times its forward.")] = 0.06,
     seeds: Annotated[int, typer.Option(help="Seeds of each change, from 0.")] = 1,

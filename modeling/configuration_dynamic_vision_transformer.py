@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -136,6 +136,17 @@ class DynamicVisionTransformerConfig(FamilyConfig):
     def budgets(self) -> list[Budget]:
         """All images at each exit."""
         return [*(Budget(max_exit=i) for i in range(1, self.num_exits)), Budget()]
+
+    def count_passes(self, budgets: Sequence[Budget], shared: bool) -> float:
+        """One run to the last exit answers at those before it too."""
+        if shared and not any(self.is_adaptive(budget) for budget in budgets):
+            return max(self.count_macs(budget) for budget in budgets)
+        return super().count_passes(budgets, shared)
+
+    @property
+    def nested_steps(self) -> list[int]:
+        """All exits."""
+        return list(range(1, self.num_exits + 1))
 
     def adaptive_budgets(self) -> list[Budget]:
         """One threshold for all exits."""

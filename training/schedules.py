@@ -280,7 +280,10 @@ def create_schedule(
     given: dict[str, Any] = {"ladder": tuple(ladder), "seed": seed}
     if name == "nested":
         if block_ends is None:
-            raise ValueError("Expected a model with `trunk_attention` 'block_causal' for the schedule `nested`.")
+            raise ValueError(
+                "Expected a model that answers at several budgets in one pass (`trunk_attention` 'block_causal', or exits) for the "
+                "schedule `nested`."
+            )
         given["block_ends"] = tuple(block_ends)
     schedule = validated(SCHEDULES[name], arguments, f"`queries` of schedule {name}", **given)
     for key, group in (("small_first", small_first), ("dqs_tail", tail)):

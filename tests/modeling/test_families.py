@@ -33,6 +33,7 @@ from hf_visual_perceiver.modeling.timm_dynamic_vision_transformer import Dynamic
 from hf_visual_perceiver.modeling.timm_iterative_perceiver import IterativePerceiver
 from hf_visual_perceiver.modeling.timm_lookupvit import LookupViT
 from hf_visual_perceiver.modeling.timm_qna_vit import QnAViT
+from hf_visual_perceiver.training.schedules import create_schedule, step_macs
 
 
 FAMILIES = {
@@ -278,6 +279,14 @@ class TestDynamicVisionTransformer:
         torch.testing.assert_close(
             model(images, exit_thresholds=1.1).logits, model(images).logits, rtol=1e-4, atol=1e-5
         )
+
+    def test_all_exits_learn_for_the_price_of_the_last(self):
+        config = DynamicVisionTransformerConfig.from_architecture("dvt_nano_32")
+        schedule = create_schedule({"schedule": "nested"}, config.ladder(), seed=0, block_ends=config.nested_steps)
+        assert [p.budget for p in schedule(5)] == [Budget(), Budget(max_exit=2), Budget(max_exit=1)]
+        assert step_macs(config, schedule, 5) == config.count_macs(Budget())
+        adaptive = [Budget(), Budget(exit_thresholds=0.5)]
+        assert config.count_passes(adaptive, shared=True) == 2 * config.count_macs(Budget())
 
     def test_the_loss_is_the_sum_of_all_exits(self, images):
         model, labels = small("dvt"), torch.arange(7) % 5

@@ -9,14 +9,14 @@ from hf_visual_perceiver.training.schedules import create_schedule
 from hf_visual_perceiver.training.step import check_batch
 
 
-RECIPES = sorted(shipped("training/recipes").glob("*.yaml"))
+RECIPES = sorted(shipped("training/recipes").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path):
     recipe = load_recipe(path)
     config = None if recipe.timm_name else recipe.model_config()
-    ladder, ends = ([Budget()], None) if config is None else (config.ladder(), config.block_ends)
+    ladder, ends = ([Budget()], None) if config is None else (config.ladder(), config.nested_steps)
     check_batch(recipe, create_schedule(recipe.queries, ladder, recipe.seed, recipe.steps, ends), 1)
 
 

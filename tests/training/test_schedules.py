@@ -106,7 +106,7 @@ def test_small_first_grows_by_equal_factors():
 def test_nested_and_small_first_that_do_not_fit(queries, message):
     with pytest.raises(ValueError, match=message):
         create_schedule(queries, 64, seed=0, steps=10, block_ends=ENDS)
-    with pytest.raises(ValueError, match="'block_causal' for the schedule `nested`"):
+    with pytest.raises(ValueError, match="'block_causal', or exits\\) for the schedule `nested`"):
         create_schedule({"schedule": "nested"}, 64, seed=0)
 
 
