@@ -130,12 +130,12 @@ class StemLevel(nn.Module):
             stride = 2 if begins[k] and not self.pooled[k] else 1
             shortcut = residual and k > 0 and width == new[k - 1] and stride == 1
             self.blocks.append(ConvBlock(channels, width, stride, shortcut, act))
-        # What the convolutions read and the last one makes: channels before this level, and their resolution in tokens.
+        # Of the features that the level goes on from: channels, and how many times finer than tokens they are.
         finer = [
             2 ** (len(widths) - 1 - i + (block.conv.stride[0] - 1))
             for i, block in zip(stages, self.blocks, strict=True)
         ]
-        self.inputs = list(zip(before, [*finer, 1], strict=True))
+        self.inputs: list[tuple[int, int]] = list(zip(before, [*finer, 1], strict=True))
         self.projection = nn.Conv2d(before[-1] + new[-1], hidden_size, kernel_size=1)
 
     def forward(self, features: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -149,19 +149,6 @@ class StemLevel(nn.Module):
             if k < len(self.blocks):
                 x = self.blocks[k](joined[k], x)
         return joined, self.projection(joined[-1])
-
-    def unpack(self, features: torch.Tensor) -> list[torch.Tensor]:
-        """Features of the level before as `forward` takes them, from what `packed` made."""
-        ends = list(itertools.accumulate(channels * finer**2 for channels, finer in self.inputs))
-        # Slices, as ONNX Runtime's quantization does not know how large the parts of a split are.
-        parts = [features[:, start:end] for start, end in itertools.pairwise([0, *ends])]
-        return [F.pixel_shuffle(part, finer) for part, (_, finer) in zip(parts, self.inputs, strict=True)]
-
-
-def packed(features: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Features of several resolutions as one tensor (B, C, h, w) at that of the last."""
-    width = features[-1].shape[-1]
-    return torch.cat([F.pixel_unshuffle(x, x.shape[-1] // width) for x in features], dim=1)
 
 
 def level_channels(widths: Sequence[Sequence[int]], added: Sequence[int]) -> list[list[int]]:

@@ -9,6 +9,9 @@ queries an image uses comes in as indices, so that one graph serves every budget
 Shapes: B images, N tokens, Q queries, k of them in a call, P before it, D width, H heads, d = D / H, L blocks.
 """
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +20,6 @@ from torch.nn import functional as F
 
 from hf_visual_perceiver.inference.onnx_graphs import Stage
 from hf_visual_perceiver.modeling import VisualPerceiverConfig
-from hf_visual_perceiver.modeling.conv_stem import packed
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities
 
 
@@ -100,7 +102,7 @@ class ReadStage(PerceiverStage):
 class LevelStage(PerceiverStage):
     """A level of the stem, and what queries (k,) of it read.
 
-    Images (B, C, H, W), or the features (B, C, h, w) of the level before, to cross-attention outputs (B, k, D), what further
+    Images (B, C, H, W), or the packed features of the level before, to cross-attention outputs (B, k, D), what further
     queries of the level can read (B, N, D or 2 D), and unless it is the last its features.
     """
 
@@ -110,11 +112,27 @@ class LevelStage(PerceiverStage):
 
     def forward(self, x: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         embeddings = self.visual_perceiver.embeddings
-        before = embeddings.levels[self.level - 1].unpack(x) if self.level else x
+        before = self.unpacked(x) if self.level else x
         (tokens,), features = embeddings(before, first=self.level, end=self.level + 1)
         tokens = self.tokens(tokens)
         y = self.ask(tokens, query)
         return (y, tokens) if self.level == self.config.num_levels - 1 else (y, tokens, packed(features))
+
+    def unpacked(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Features of the level before, each (B, C, h, w), from (B, their number) as `packed` makes it."""
+        size = self.config.patch_size
+        rows, columns = (side // size for side in self.config.image_height_width)
+        inputs = self.visual_perceiver.embeddings.levels[self.level - 1].inputs
+        shapes = [(channels, finer * rows, finer * columns) for channels, finer in inputs]
+        ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+        # Slices, as ONNX Runtime's quantization does not know how large the parts of a split are.
+        parts = [x[:, start:end] for start, end in itertools.pairwise([0, *ends])]
+        return [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def packed(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Features of several resolutions, each (B, C, h, w), as one tensor, whose parts are copied as they lie in memory."""
+    return torch.cat([x.flatten(1) for x in features], dim=1)
 
 
 class SelectStage(nn.Module):

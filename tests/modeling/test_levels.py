@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
 from hf_visual_perceiver.export.graph import trace
+from hf_visual_perceiver.inference.stages import LevelStage, packed
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs
-from hf_visual_perceiver.modeling.conv_stem import packed
 from hf_visual_perceiver.modeling.elastic import Budget
 from hf_visual_perceiver.modeling.modeling_visual_perceiver import ActiveTokens
 from hf_visual_perceiver.training.folder import save_folder
@@ -69,7 +69,8 @@ def test_a_level_adds_channels(layered, images):
     torch.testing.assert_close(tokens[2], expected, rtol=1e-5, atol=1e-5)
     # Packed for an engine and unpacked, they are the same.
     _, before = embeddings(images, end=2)
-    for a, b in zip(second.unpack(packed(before)), before, strict=True):
+    stage = LevelStage(layered.visual_perceiver, layered.head, 2)
+    for a, b in zip(stage.unpacked(packed(before)), before, strict=True):
         assert torch.equal(a, b)
 
 
