@@ -87,7 +87,7 @@ class ConvStem(nn.Module):
         for i, stage in enumerate(self.stages):
             if i > 0 and self.pool:
                 x = F.max_pool2d(x, 2)
-            for block in stage:
+            for block in stage.children():
                 results.append(x)
                 x = block(x)
         return [*results[1:], x]
@@ -131,10 +131,8 @@ class StemLevel(nn.Module):
             shortcut = residual and k > 0 and width == new[k - 1] and stride == 1
             self.blocks.append(ConvBlock(channels, width, stride, shortcut, act))
         # Of the features that the level goes on from: channels, and how many times finer than tokens they are.
-        finer = [
-            2 ** (len(widths) - 1 - i + (block.conv.stride[0] - 1))
-            for i, block in zip(stages, self.blocks, strict=True)
-        ]
+        strides = [2 if begin and not pooled else 1 for begin, pooled in zip(begins, self.pooled, strict=True)]
+        finer = [2 ** (len(widths) - 2 - i + stride) for i, stride in zip(stages, strides, strict=True)]
         self.inputs: list[tuple[int, int]] = list(zip(before, [*finer, 1], strict=True))
         self.projection = nn.Conv2d(before[-1] + new[-1], hidden_size, kernel_size=1)
 

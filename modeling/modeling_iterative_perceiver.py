@@ -119,7 +119,7 @@ class IterativePerceiverLayer(GradientCheckpointingLayer):
         return x + self.mlp(self.norm2(x))
 
 
-class IterativePerceiverParts(nn.Module):
+class IterativePerceiverNetwork(nn.Module):
     """The network, a base of transformers' and timm's model classes."""
 
     config: IterativePerceiverConfig
@@ -195,14 +195,14 @@ def init_weights(module: nn.Module, std: float) -> None:
     elif isinstance(module, nn.LayerNorm):
         init.ones_(module.weight)
         init.zeros_(module.bias)
-    elif isinstance(module, IterativePerceiverParts):
+    elif isinstance(module, IterativePerceiverNetwork):
         init.trunc_normal_(module.latents, std=std)
         init.copy_(module.positions, module.computed_positions(module.config))
         if module.config.decoder_type == "query":
             init.trunc_normal_(module.output_query, std=std)
 
 
-class IterativePerceiverModel(IterativePerceiverPreTrainedModel, IterativePerceiverParts):
+class IterativePerceiverModel(IterativePerceiverPreTrainedModel, IterativePerceiverNetwork):
     """Perceiver or Perceiver IO without a head.
 
     Example:

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 
 from .configuration_iterative_perceiver import IterativePerceiverConfig
-from .modeling_iterative_perceiver import IterativePerceiverParts, init_weights
+from .modeling_iterative_perceiver import IterativePerceiverNetwork, init_weights
 from .timm_family import TimmClassifier, register_architectures
 
 
-class IterativePerceiver(TimmClassifier, IterativePerceiverParts):
+class IterativePerceiver(TimmClassifier, IterativePerceiverNetwork):
     """Perceiver with timm's interface.
 
     Example:
@@ -22,8 +22,8 @@ class IterativePerceiver(TimmClassifier, IterativePerceiverParts):
     config_class = IterativePerceiverConfig
     base_prefix = "iterative_perceiver"
     initialise = staticmethod(init_weights)
-    build_parts = IterativePerceiverParts.build_parts
-    pool = IterativePerceiverParts.pool
+    build_parts = IterativePerceiverNetwork.build_parts
+    pool = IterativePerceiverNetwork.pool
 
     def forward_features(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
         """The latents: (B, C, S, S) -> (B, K, D)."""

@@ -22,16 +22,10 @@ from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_visual_perceiver import ARCHITECTURES, TIMM_ARGUMENTS, VisualPerceiverConfig
-from .modeling_visual_perceiver import (
-    ActiveTokens,
-    OptimizedVisualPerceiver,
-    PerceiverParts,
-    VisualPerceiverLayer,
-    adapt_checkpoint_tensor,
-    check_pixel_values,
-    init_weights,
-    resample_positions,
-)
+from .elastic import check_pixel_values
+from .modeling_visual_perceiver import OptimizedVisualPerceiver
+from .visual_perceiver_layers import VisualPerceiverLayer, adapt_checkpoint_tensor, init_weights, resample_positions
+from .visual_perceiver_network import ActiveTokens, PerceiverNetwork
 
 
 try:  # newer timm models keep a record of their input size for export
@@ -45,7 +39,7 @@ __all__ = ["VisualPerceiver"]
 register_notrace_function(check_pixel_values)
 
 
-class VisualPerceiver(nn.Module, PerceiverParts):
+class VisualPerceiver(nn.Module, PerceiverNetwork):
     """Visual Perceiver with timm's interface; same parameters and names as `VisualPerceiverForImageClassification`.
 
     Example:

@@ -1,7 +1,7 @@
 """What a training step minimises: the losses of several passes over one batch."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 
 import torch
@@ -68,7 +68,10 @@ class Objective(nn.Module):
         Returns:
             (2,) float32: what learns from the labels, and the students' mean; the step minimises `total_loss` of it.
         """
-        with captured_features(self.network) if self.stem_classifiers else nullcontext([]) as features:
+        capturing: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+        if self.stem_classifiers is not None:
+            capturing = captured_features(self.network)
+        with capturing as features:
             all_logits = [logits.float() for logits in self.network.forward_budgets(pixel_values, passes)]
         learners = list(zip(passes, all_logits, strict=True))
         pupils: list[torch.Tensor] = []
@@ -118,13 +121,14 @@ class StemClassifiers(nn.Module):
 
     def __init__(self, config: VisualPerceiverConfig):
         super().__init__()
-        channels = [levels[-1] for levels in level_channels(config.stem_widths or [], config.level_widths or [])]
-        self.heads = nn.ModuleList(nn.Linear(end, config.num_labels) for end in accumulate(channels))
+        added = [level[-1] for level in level_channels(config.stem_widths or [], config.level_widths or [])]
+        self.channels = list(accumulate(added))
+        self.heads = nn.ModuleList(nn.Linear(channels, config.num_labels) for channels in self.channels)
 
     def forward(self, features: torch.Tensor) -> list[torch.Tensor]:
         pooled = features.mean((2, 3))
-        known = [head for head in self.heads if head.in_features <= pooled.shape[1]]
-        return [head(pooled[:, : head.in_features]) for head in known]
+        known = [channels for channels in self.channels if channels <= pooled.shape[1]]
+        return [head(pooled[:, :channels]) for head, channels in zip(self.heads, known, strict=False)]
 
 
 @contextmanager

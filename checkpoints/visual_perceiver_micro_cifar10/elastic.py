@@ -315,7 +315,7 @@ def default_preprocessing(image_size: int) -> dict[str, Any]:
 
 
 def check_pixel_values(
-    pixel_values: torch.Tensor,
+    pixel_values: Any,
     config: Any,
     any_size: bool = False,
     advice: str = "`interpolate_pos_encoding=True` takes other sizes, and so does a model loaded with `image_size=...`",

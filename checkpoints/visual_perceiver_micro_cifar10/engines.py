@@ -18,7 +18,7 @@ class PlainPerceiver:
     Batch norms are folded into the convolutions before them.
 
     Args:
-        parts: The network: a `PerceiverParts` with a decoder.
+        parts: The network: a `PerceiverNetwork` with a decoder.
         head: The classifier.
         dtype: Dtype of weights and activations; None keeps the network's.
     """
@@ -61,7 +61,7 @@ def create_engine(
     """An engine by name; None is onnxruntime where that can compute what is asked for, else torch.
 
     Args:
-        parts: The network: a `PerceiverParts` with a decoder.
+        parts: The network: a `PerceiverNetwork` with a decoder.
         head: The classifier.
         backend: One of `ENGINES`.
         dtype: Dtype to compute in; None is the network's.

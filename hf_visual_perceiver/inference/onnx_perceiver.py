@@ -69,7 +69,7 @@ class OnnxPerceiver:
     """Logits of images by ONNX Runtime, from a snapshot of a network's weights.
 
     Args:
-        parts: The network: a `PerceiverParts` with a decoder.
+        parts: The network: a `PerceiverNetwork` with a decoder.
         head: The classifier.
         num_threads: Number of threads of a call; None is torch's number.
         int8: Run linear layers in 8 bits.

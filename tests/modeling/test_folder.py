@@ -87,6 +87,9 @@ def test_contents(folder):
         "query_selection.py",
         "ragged.py",
         "spatial_init.py",
+        "visual_perceiver_incremental.py",
+        "visual_perceiver_layers.py",
+        "visual_perceiver_network.py",
         "notes.txt",
     }
     config = json.loads((folder / "config.json").read_text())

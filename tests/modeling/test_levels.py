@@ -13,7 +13,7 @@ from hf_visual_perceiver.export.graph import trace
 from hf_visual_perceiver.inference.stages import LevelStage, packed
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.modeling.elastic import Budget
-from hf_visual_perceiver.modeling.modeling_visual_perceiver import ActiveTokens
+from hf_visual_perceiver.modeling.visual_perceiver_network import ActiveTokens
 from hf_visual_perceiver.training.folder import save_folder
 
 

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification, VisualPerceiverModel
 from hf_visual_perceiver.modeling import Budget, Pass
-from hf_visual_perceiver.modeling.modeling_visual_perceiver import ActiveTokens
+from hf_visual_perceiver.modeling.visual_perceiver_network import ActiveTokens
 
 
 THRESHOLDS = (-1, -0.3, 0.0, 0.3, 0.6, 0.9, 1)

@@ -1,0 +1,328 @@
+"""The network of a Visual Perceiver, which transformers' and timm's classes have in common.
+
+Shapes: B images, K active queries, Q learned queries, D width, T tokens of a packed batch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .configuration_visual_perceiver import VisualPerceiverConfig
+from .elastic import Pass
+from .query_selection import select_queries
+from .ragged import PackedLayout, check_backend, resolve_backend
+from .visual_perceiver_layers import VisualPerceiverCrossAttention, VisualPerceiverEmbeddings, VisualPerceiverLayer
+
+
+@dataclass(frozen=True)
+class ActiveTokens:
+    """The tokens on their way through the network, in one of three forms.
+
+    Dense: `tokens` (B, K, D), every image uses all K. Masked: `tokens` (B, K, D), `keep` (B, K) says which count.
+    Packed: `tokens` (T, D), `layout` says whose they are; the removed ones are gone.
+    """
+
+    tokens: torch.Tensor
+    keep: torch.Tensor | None = None
+    layout: PackedLayout | None = None
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Of the keys that attention may read, (B, 1, 1, K); only the masked form needs one."""
+        return None if self.keep is None or self.layout is not None else self.keep[:, None, None, :]
+
+    def dense(self) -> torch.Tensor:
+        """(B, K, D), rows of removed queries zero."""
+        if self.layout is not None:
+            return self.layout.unpack(self.tokens)
+        return self.tokens if self.keep is None else self.tokens * self.keep[..., None]
+
+    def packed(self, backend: str = "grouped") -> "ActiveTokens":
+        """The packed form of dense tokens, for a ragged backend; packed ones stay as they are."""
+        if self.layout is not None:
+            return self
+        assert self.keep is None, "the masked form is for reference and is not packed"
+        B, K, _ = self.tokens.shape
+        return ActiveTokens(self.tokens.flatten(0, 1), layout=PackedLayout.prefix(B, K, self.tokens.device, backend))
+
+    @staticmethod
+    def join(batches: Sequence["ActiveTokens"], backend: str = "grouped") -> "ActiveTokens":
+        """Several batches as one packed batch, their images one after the other."""
+        batches = [batch.packed(backend) for batch in batches]
+        layout = PackedLayout.join([batch.layout for batch in batches if batch.layout is not None])
+        return ActiveTokens(torch.cat([batch.tokens for batch in batches]), layout=layout)
+
+
+class PerceiverNetwork:
+    """The network itself, mixed into transformers' and timm's model classes: build, read, select, process, decode."""
+
+    config: VisualPerceiverConfig
+    training: bool  # nn.Module's
+
+    def build_parts(self, config: VisualPerceiverConfig) -> None:
+        """Create the submodules and parameters; their names are those of the state dict in both libraries."""
+        self.embeddings = VisualPerceiverEmbeddings(config)
+        self.cross_attention = VisualPerceiverCrossAttention(
+            config, config.num_queries, config.num_cross_attention_heads
+        )
+        self.layers = nn.ModuleList(VisualPerceiverLayer(config) for _ in range(config.num_hidden_layers))
+        # timm's pruning removes these two.
+        self.decoder: VisualPerceiverCrossAttention | None = VisualPerceiverCrossAttention(
+            config, 1, config.num_attention_heads
+        )
+        self.norm: nn.Module = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self._ragged_backend = "auto"
+
+    @property
+    def ragged_backend(self) -> str:
+        """How images that keep different numbers of queries share a batch, on this device, in this dtype or autocast.
+
+        `"varlen"`, `"grouped"` or `"masked"`; see `ragged.py`. `set_ragged_backend` asks for one of them.
+        """
+        return self.ragged_backend_for(self.cross_attention.queries)
+
+    def set_ragged_backend(self, backend: str = "auto") -> None:
+        """Choose how images that keep different numbers of queries share a batch; `"auto"` is the best that there is.
+
+        Raises:
+            ValueError: If there is no such backend, or not on the model's device.
+        """
+        check_backend(backend)
+        # Of the dtypes, the one that takes every backend: the model may yet run under autocast.
+        resolve_backend(backend, self.cross_attention.queries.device, torch.bfloat16)
+        self._ragged_backend = backend
+
+    def ragged_backend_for(self, tokens: torch.Tensor) -> str:
+        """`ragged_backend`, for tokens of this device and dtype.
+
+        Raises:
+            ValueError: If the backend that was asked for is not available there.
+        """
+        config, device = self.config, tokens.device
+        autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        requested = self._ragged_backend
+        if config.trunk_attention == "block_causal":
+            if requested == "varlen":
+                raise ValueError("Expected a ragged backend that takes masks, grouped or masked, got 'varlen'.")
+            requested = "grouped" if requested == "auto" else requested
+        return resolve_backend(
+            requested,
+            device,
+            torch.get_autocast_dtype(device.type) if autocast else tokens.dtype,
+            config.hidden_size // config.num_attention_heads,
+            config.attention_probs_dropout_prob if self.training else 0.0,
+            config._attn_implementation or "sdpa",
+        )
+
+    def read(
+        self, pixel_values: torch.Tensor, K: int, interpolate_pos_encoding: bool = False, need_weights: bool = False
+    ) -> torch.Tensor:
+        """Cross-attention outputs of the first K queries: (B, C, H, W) -> (B, K, D). The outputs do not depend on K."""
+        return self.look(pixel_values, K, interpolate_pos_encoding, need_weights)[0]
+
+    def look(
+        self, pixel_values: torch.Tensor, K: int, interpolate_pos_encoding: bool = False, need_weights: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `read`, and the weights of the cross-attention, (B, H, K, N), if they are needed."""
+        levels = len(self.config.query_spans(0, K))
+        inputs, _ = self.embeddings(pixel_values, interpolate_pos_encoding, end=levels)
+        return self.cross_attention(inputs, K, need_weights=need_weights)
+
+    def begin(
+        self,
+        pixel_values: torch.Tensor,
+        K: int | torch.Tensor,
+        threshold: float | None = None,
+        interpolate_pos_encoding: bool = False,
+        need_weights: bool = False,
+        masked: bool = False,
+    ) -> ActiveTokens:
+        """Read images and select queries: all before the trunk.
+
+        Args:
+            pixel_values: (B, C, H, W).
+            K: The first K queries, for all images or for each, (B,).
+            threshold: Threshold of the selection among them; None does not select.
+            interpolate_pos_encoding: Take images of any multiple of the patch size.
+            need_weights: Compute the weights of the cross-attention, for hooks that record them.
+            masked: Keep the tokens dense, with a mask.
+        """
+        if not isinstance(K, torch.Tensor):
+            y = self.read(pixel_values, K, interpolate_pos_encoding, need_weights)
+            return self.select(y, threshold, masked)
+        if len(K) != len(pixel_values):
+            raise ValueError(f"Expected `num_active_queries` of {len(pixel_values)} images, got {len(K)}.")
+        K = K.to(pixel_values.device)
+        y = self.read_each(pixel_values, K, interpolate_pos_encoding, need_weights)
+        keep = torch.arange(y.shape[1], device=y.device) < K[:, None]  # (B, K)
+        if threshold is not None:
+            keep = keep & select_queries(y.detach(), threshold, self.config.dqs_reference)
+        return self.keep_queries(y, keep, masked)
+
+    def read_each(
+        self, pixel_values: torch.Tensor, K: torch.Tensor, interpolate_pos_encoding: bool, need_weights: bool
+    ) -> torch.Tensor:
+        """As `read`, with a K for each image; levels of a stem are computed for those images that need them."""
+        most = int(K.max())
+        spans = self.config.query_spans(0, most)
+        if need_weights or len(spans) == 1:
+            return self.read(pixel_values, most, interpolate_pos_encoding, need_weights)
+        images, features, y = torch.arange(len(K), device=K.device), [pixel_values], None
+        for level, first, end in spans:
+            going_on = K[images] > first
+            images, features = images[going_on], [x[going_on] for x in features]
+            x = features[0] if level == 0 else features
+            (tokens,), features = self.embeddings(x, interpolate_pos_encoding, level, level + 1)
+            part, _ = self.cross_attention(tokens, query=torch.arange(first, end, device=K.device))
+            if y is None:
+                y = part.new_zeros(len(K), most, part.shape[-1])
+            y = y.index_put((images[:, None], torch.arange(first, end, device=K.device)), part)
+        assert y is not None
+        return y
+
+    def select(self, y: torch.Tensor, threshold: float | None, masked: bool = False) -> ActiveTokens:
+        """Drop queries by their cross-attention outputs `y`, (B, K, D), and finish the block for those that stay."""
+        if threshold is None:
+            return ActiveTokens(self.cross_attention.finish(y))
+        keep = select_queries(y.detach(), threshold, self.config.dqs_reference)
+        return self.keep_queries(y, keep, masked)
+
+    def keep_queries(self, y: torch.Tensor, keep: torch.Tensor, masked: bool = False) -> ActiveTokens:
+        """Finish the cross-attention block for the queries that `keep`, (B, K) bool, marks."""
+        backend = self.ragged_backend_for(y)
+        if masked or backend == "masked":
+            return ActiveTokens(self.cross_attention.finish(y), keep)
+        return self.packed(y, PackedLayout.from_mask(keep, backend), keep)
+
+    def packed(self, y: torch.Tensor, layout: PackedLayout, keep: torch.Tensor | None = None) -> ActiveTokens:
+        """Finish the cross-attention block for the queries of a layout."""
+        return ActiveTokens(self.cross_attention.finish(layout.pack(y), layout.query), keep, layout)
+
+    def draw_paths(self, active: ActiveTokens) -> Sequence[torch.Tensor | None]:
+        """Stochastic depth (Huang et al. 2016): for each block, the weights of its two branches for each image.
+
+        With a probability that grows linearly to `config.drop_path_rate` in the last block, an image skips a branch;
+        those that take it are scaled up for it. Drawn for all blocks at once, outside of them, so that the blocks are
+        one piece of code to a compiler.
+
+        Returns:
+            (2, B, 1, 1) per block, or (2, T, 1) for packed tokens; None for all where nothing is dropped.
+        """
+        if self.config.drop_path_rate == 0 or not self.training:
+            return [None] * len(self.layers)
+        x, layout = active.tokens, active.layout
+        rates = torch.linspace(0, self.config.drop_path_rate, self.config.num_hidden_layers, device=x.device)
+        rates = rates[: len(self.layers), None, None]
+        images = x.shape[0] if layout is None else layout.shape[0]
+        survives = torch.rand(len(self.layers), 2, images, device=x.device) >= rates
+        scales = (survives / (1 - rates)).to(x.dtype)
+        return (scales[..., None, None] if layout is None else scales[..., layout.image, None]).unbind()
+
+    def process(self, active: ActiveTokens, **record: bool) -> ActiveTokens:
+        """The self-attention blocks."""
+        x = active.tokens
+        mask, layout = self.trunk_masks(active)
+        for layer, path_scales in zip(self.layers, self.draw_paths(active), strict=True):
+            x = layer(x, mask, layout, path_scales=path_scales, **record)
+        return ActiveTokens(x, active.keep, active.layout)
+
+    def trunk_masks(self, active: ActiveTokens) -> tuple[torch.Tensor | None, PackedLayout | None]:
+        """What the blocks are told of who may read whom: a mask (B or 1, 1, K or 1, K) of dense tokens, a layout of packed ones."""
+        if self.config.trunk_attention == "full":
+            return active.mask, active.layout
+        blocks = self.query_block(active.tokens.device)
+        if active.layout is not None:
+            return None, active.layout.causal(blocks)
+        blocks = blocks[: active.tokens.shape[1]]
+        mask = (blocks[:, None] >= blocks)[None, None]  # (1, 1, K, K)
+        if self.training and self.config.block_drop_rate:
+            alone = torch.rand(len(active.tokens), 1, 1, 1, device=blocks.device) < self.config.block_drop_rate
+            mask = torch.where(alone, blocks[:, None] == blocks, mask)  # (B, 1, K, K)
+        return (mask if active.mask is None else mask & active.mask), None
+
+    def query_block(self, device: torch.device) -> torch.Tensor:
+        """(Q,) the block of each query in a block-causal trunk."""
+        ends = torch.tensor(self.config.block_ends, device=device)
+        return torch.bucketize(torch.arange(self.config.num_queries, device=device), ends, right=True)
+
+    def forward_passes(
+        self, pixel_values: torch.Tensor, passes: Sequence[Pass], packed: bool | None = None
+    ) -> list[torch.Tensor]:
+        """What the output query reads in each of several passes.
+
+        The queries' outputs do not depend on each other: patches, keys, values and cross-attention are computed once. The
+        trunk runs once if it is block-causal and the passes are all images at ends of blocks, or if they are packed.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+            passes: Which images at which budgets.
+            packed: Run the trunk once on the packed batch of all passes, instead of once for each; None is on a GPU.
+
+        Returns:
+            For each pass (n, D), n being its images.
+
+        Raises:
+            ValueError: If the images or a budget are not as described.
+        """
+        knobs = [self.config.resolve(**p.budget.kwargs) for p in passes]
+        K = [k["num_active_queries"] for k in knobs]
+        y = self.read(pixel_values, max(K))
+        if self.config.trunk_attention == "block_causal" and self.are_nested(passes, knobs):
+            tokens = self.process(self.select(y, None)).tokens
+            return [self.decode(ActiveTokens(tokens[:, :k])) for k in K]
+        thresholds = [None if k["dqs_threshold"] == math.inf else k["dqs_threshold"] for k in knobs]
+        parts = zip(passes, K, thresholds, strict=True)
+        batches = [self.select(y[p.images, :k], t) for p, k, t in parts]
+        backend = self.ragged_backend_for(y)
+        packed = y.is_cuda if packed is None else packed
+        if not packed or len(batches) == 1 or backend == "masked":
+            return [self.decode(self.process(batch)) for batch in batches]
+        pooled = self.decode(self.process(ActiveTokens.join(batches, backend)))
+        return list(pooled.split([len(range(*p.images.indices(len(y)))) for p in passes]))
+
+    def are_nested(self, passes: Sequence[Pass], knobs: Sequence[dict[str, Any]]) -> bool:
+        """Whether passes are all images at ends of blocks, whose tokens a block-causal trunk has on the way to the last."""
+        ends = {*self.config.block_ends, max(k["num_active_queries"] for k in knobs)}
+        return all(
+            k["dqs_threshold"] == math.inf and p.images == slice(None) and k["num_active_queries"] in ends
+            for p, k in zip(passes, knobs, strict=True)
+        )
+
+    def decode(self, active: ActiveTokens) -> torch.Tensor:
+        """What the output query reads from the active tokens, normalised: (B, D)."""
+        assert self.decoder is not None
+        if self.config.decoder_reads == "last_block":
+            active = self.last_block(active)
+        y, _ = self.decoder(active.tokens, mask=active.mask, layout=active.layout)
+        pooled = self.norm(self.decoder.finish(y))[:, 0]  # (B, 1, D) -> (B, D)
+        return pooled if active.layout is None else active.layout.unsort(pooled)
+
+    def last_block(self, active: ActiveTokens) -> ActiveTokens:
+        """The tokens of the last block of queries that each image uses."""
+        K = active.tokens.shape[1] if active.layout is None else active.layout.shape[1]
+        if active.layout is None and active.keep is None and isinstance(K, int):
+            return ActiveTokens(active.tokens[:, self.config.first_decoded(K) :])
+        keep, blocks = active.keep, self.query_block(active.tokens.device)[:K]
+        if active.layout is not None:
+            keep = torch.zeros(active.layout.shape, dtype=torch.bool, device=blocks.device)
+            keep[active.layout.image, active.layout.query] = True
+        elif keep is None:
+            keep = torch.ones(active.tokens.shape[:2], dtype=torch.bool, device=blocks.device)
+        last = torch.where(keep, blocks, -1).amax(1, keepdim=True)  # (B, 1)
+        keep = keep & (blocks == last)
+        if active.layout is None:
+            return ActiveTokens(active.tokens, keep)
+        layout = PackedLayout.from_mask(keep, active.layout.backend)
+        return ActiveTokens(layout.pack(active.layout.unpack(active.tokens)), keep, layout)
+
+    def active_queries(self, active: ActiveTokens) -> torch.Tensor:
+        """(B, Q) bool: the queries that each image used."""
+        keep = active.keep
+        if keep is None:
+            keep = torch.ones(active.tokens.shape[:2], dtype=torch.bool, device=active.tokens.device)
+        return F.pad(keep, (0, self.config.num_queries - keep.shape[1]))
