@@ -1,4 +1,4 @@
-"""Where a step's images come from: the device's memory, worker processes, or a stream."""
+"""Sources of a step's images: the device's memory, worker processes, or a stream."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -48,7 +48,7 @@ def _warmup(value: Any) -> Any:
 
 @checked_dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Augmentation:
-    """What happens to a training image; the meaning is timm's, the names are DeiT's (see augmentation.py)."""
+    """Augmentations of a training image, with timm's meaning and DeiT's names (see augmentation.py)."""
 
     random_crop_padding: Whole | None = None  # pixels of padding before a crop; None is a random resized crop
     horizontal_flip: Share = 0.5  # probability
