@@ -1,8 +1,8 @@
-"""timm's training augmentation of single images, for a whole batch at once and on the device where the images are.
+"""timm's training augmentation, applied to a whole batch at once on the device that holds the images.
 
-Chance is the host's: NumPy draws everything about a step from the seed and the step, for the global batch, so that an
-image is augmented alike on CPU and GPU and with any number of processes. The host therefore knows which images get which
-operation, tells the device in one transfer, and never waits for it.
+All random numbers are drawn on the CPU: NumPy draws them for the global batch from the seed and the step, so that an
+image is augmented in the same way on CPU and GPU and with any number of processes. The host therefore knows which
+images get which operation. It sends this to the device in one transfer and never waits for the device.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from torchvision.transforms.v2 import functional as kernels
 from hf_visual_perceiver.training.recipe import Augmentation
 
 
-# timm's 15 operations and none, in groups that are computed together: a table of 256 values that the host knows, two that
-# depend on an image's histogram, a blend with a degenerate image, a geometric transform. (RandAugment of kornia and
-# torchvision draws one operation for all images of a call.)
+# timm's 15 operations and the identity, in groups that are computed together: lookup tables of 256 values, computed on
+# the host; two operations that depend on an image's histogram; blends with a degenerate image; geometric transforms.
+# (RandAugment of kornia and torchvision draws one operation for all images of a call.)
 LOOKUPS = ("Invert", "Posterize", "Solarize", "SolarizeAdd", "Brightness")
 WARPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 OPERATIONS = (*LOOKUPS, "AutoContrast", "Equalize", "Contrast", "Color", "Sharpness", *WARPS, "Identity")
@@ -33,21 +33,21 @@ GROUPS = (LOOKUPS, ("AutoContrast",), ("Equalize",), ("Contrast",), ("Color",), 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """What timm's `rand-...` notation says."""
+    """The settings that timm's `rand-...` notation encodes."""
 
-    num_ops: int = 2  # n: operations of an image, one after the other
-    magnitude: float = 10  # m: of 10
-    magnitude_std: float = 0  # mstd: of a normal distribution around the magnitude; inf is uniform on [0, magnitude]
+    num_ops: int = 2  # n: number of operations per image, applied one after the other
+    magnitude: float = 10  # m: on a scale where 10 is full strength
+    magnitude_std: float = 0  # mstd: std of a normal distribution around magnitude; inf: uniform on [0, magnitude]
     magnitude_max: float = 10  # mmax: magnitudes are clipped to [0, mmax]
     increasing: bool = False  # inc: every operation gets stronger with the magnitude
-    probability: float = 0.5  # p: of each operation
+    probability: float = 0.5  # p: probability of each operation
 
     def arguments(self, magnitude: np.ndarray, sign: np.ndarray) -> dict[str, np.ndarray]:
-        """The argument of each operation at a magnitude: timm's LEVEL_TO_ARG.
+        """Compute the argument of each operation at a magnitude, as timm's LEVEL_TO_ARG does.
 
         Args:
-            magnitude: At least 0, of any shape.
-            sign: 1 or -1, of the same shape, for operations that have two directions.
+            magnitude: Values of at least 0, in an array of any shape.
+            sign: 1 or -1, in the same shape, for operations that have two directions.
         """
         strength = magnitude / 10
         bits = (strength * 4).astype(int)
@@ -56,7 +56,7 @@ class RandAugment:
         if self.increasing:
             bits, threshold, factor = 4 - bits, 256 - threshold, (1 + 0.9 * sign * strength).clip(min=0.1)
         arguments = {
-            # timm's strongest is 0 bits: black once, an error since Pillow 13. One bit stays.
+            # timm's strongest setting keeps 0 bits, for which Pillow 13 raises; before, the image was black. Keep one.
             "Posterize": bits.clip(1, 8),
             "Solarize": threshold,
             "SolarizeAdd": (strength * 110).astype(int).clip(max=128),
@@ -68,7 +68,7 @@ class RandAugment:
         return {name: arguments.get(name, np.zeros_like(strength)) for name in OPERATIONS}
 
     def draw(self, random: np.random.Generator, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Operations, as places in OPERATIONS, and their arguments, both (B, num_ops)."""
+        """Draw operations, as indices into OPERATIONS, and their arguments, both (B, num_ops)."""
         shape = (batch_size, self.num_ops)
         operations = random.integers(len(OPERATIONS) - 1, size=shape)
         operations[random.random(shape) >= self.probability] = OPERATIONS.index("Identity")
@@ -82,14 +82,14 @@ class RandAugment:
 
 
 def parse_rand_augment(notation: str) -> RandAugment:
-    """Read timm's notation of RandAugment.
+    """Parse timm's notation for RandAugment.
 
     Args:
-        notation: `rand`, then any of n (operations of an image), m (magnitude), mstd (above 100: uniform), mmax, inc (0 or
-            1) and p (probability), each followed by its number.
+        notation: `rand`, then any of n (operations per image), m (magnitude), mstd (above 100: uniform), mmax, inc (0
+            or 1) and p (probability), each followed by its number, separated by hyphens.
 
     Raises:
-        ValueError: If the notation is another one.
+        ValueError: If the notation is not RandAugment's.
 
     Example:
         >>> parse_rand_augment("rand-m9-mstd0.5-inc1").magnitude_std
@@ -121,7 +121,7 @@ def parse_rand_augment(notation: str) -> RandAugment:
         ) from None
     if values.get("magnitude_std", 0) > 100:
         values["magnitude_std"] = math.inf
-    # timm reads mmax0 as no bound of one's own.
+    # timm takes mmax0 as the default bound.
     values["magnitude_max"] = values.get("magnitude_max") or RandAugment.magnitude_max
     values["increasing"] = bool(values.get("increasing", RandAugment.increasing))
     return RandAugment(**values)
@@ -129,23 +129,23 @@ def parse_rand_augment(notation: str) -> RandAugment:
 
 @dataclass(frozen=True)
 class Draws:
-    """What chance has decided about each of B images. A box is (top, bottom, left, right); one without area changes nothing."""
+    """The random draws for B images. A box is (top, bottom, left, right); a box without area changes nothing."""
 
-    crop: np.ndarray  # (B, 2) by how many pixels the crop lies below and to the right of the image
+    crop: np.ndarray  # (B, 2) offset of the crop, in pixels down and to the right
     flip: np.ndarray  # (B,) bool
-    operations: np.ndarray  # (B, num_ops) places in OPERATIONS
+    operations: np.ndarray  # (B, num_ops) indices into OPERATIONS
     arguments: np.ndarray  # (B, num_ops)
     erased: np.ndarray  # (B, 4) box
-    mixed: np.ndarray  # (B, 4) box in which the partner shows: the whole image with mixup
-    partner_weight: np.ndarray  # (B,) of the partner in the box: 1 with cutmix
+    mixed: np.ndarray  # (B, 4) box that is mixed with the partner image: the whole image with mixup
+    partner_weight: np.ndarray  # (B,) weight of the partner in the box: 1 with cutmix
 
     def __getitem__(self, positions: np.ndarray) -> "Draws":
-        """The draws of some of the images."""
+        """Select the draws of some of the images."""
         return Draws(*(getattr(self, field.name)[positions] for field in dataclasses.fields(self)))
 
 
 class BatchAugmentation:
-    """uint8 images to augmented, normalised, mixed pixel values.
+    """Turns uint8 images into augmented, normalised and mixed pixel values.
 
     The order is timm's: random crop, horizontal flip, RandAugment, normalisation, random erasing, mixup or cutmix.
 
@@ -153,7 +153,7 @@ class BatchAugmentation:
         augmentation: Augmentations and their probabilities. Resized crops and repeats are not done here.
         num_labels: Number of classes in the dataset.
         mean: Mean of each channel, for pixels in [0, 1].
-        std: Likewise.
+        std: Standard deviation of each channel, for pixels in [0, 1].
         seed: Random seed of the run; the same on every process.
         random_crop: Whether to crop, if the augmentation has a padding.
         num_images: Number of training images; needed for `augmentation.alternating_flip`.
@@ -176,7 +176,7 @@ class BatchAugmentation:
         self.padding = (augmentation.random_crop_padding or 0) if random_crop else 0
         notation = augmentation.auto_augment
         self.rand_augment = RandAugment(num_ops=0) if notation is None else parse_rand_augment(notation)
-        # The 3 sets these numbers apart from those of the schedule, the augmentation and the selection.
+        # The 3 keeps this random stream apart from those of the schedule, the augmentation and the selection.
         self.flipped_at_first = np.random.default_rng((seed, 3)).random(num_images) < augmentation.horizontal_flip
 
     def __call__(
@@ -195,17 +195,18 @@ class BatchAugmentation:
             images: (B, 3, H, W) uint8.
             labels: (B,) int64, on the same device.
             step: Step of the run.
-            positions: (B,) places of the images in the global batch. For mixing, local images i and B - 1 - i must be at
-                places p and `batch_size` - 1 - p, as `BatchOrder` deals them.
-            batch_size: Images of the global batch.
-            indices: (B,) of the images in the training set, for `alternating_flip`.
-            epoch: Epoch of the step, likewise.
+            positions: (B,) positions of the images in the global batch. For mixing, local images i and B - 1 - i must
+                be at positions p and `batch_size` - 1 - p, as `BatchOrder` deals them.
+            batch_size: Number of images in the global batch.
+            indices: (B,) indices of the images in the training set; needed for `alternating_flip`.
+            epoch: Epoch of the step; needed for `alternating_flip`.
 
         Returns:
             `pixel_values` (B, 3, H, W) and targets (B, num_labels) whose rows sum to 1, both float32.
 
         Raises:
-            ValueError: If the images are not uint8, or not as many as positions.
+            ValueError: If the images are not uint8, their number differs from that of the positions, or
+                `alternating_flip` is on and the indices or the epoch are missing.
         """
         if images.dtype != torch.uint8 or len(images) != len(positions):
             raise ValueError(f"Expected {len(positions)} images in uint8, got {len(images)} in {images.dtype}.")
@@ -219,8 +220,8 @@ class BatchAugmentation:
         return self.apply(images, labels, draws)
 
     def draw(self, step: int, batch_size: int, height: int, width: int) -> Draws:
-        """What happens to each image of the global batch in a step."""
-        # The 1 sets these numbers apart from those of the schedule of K.
+        """Draw what happens to each image of the global batch in a step."""
+        # The 1 keeps this random stream apart from that of the schedule of K.
         random = np.random.default_rng((self.seed, step, 1))
         crop = random.integers(-self.padding, self.padding, (batch_size, 2), endpoint=True)
         flip = random.random(batch_size) < self.augmentation.horizontal_flip
@@ -230,9 +231,9 @@ class BatchAugmentation:
         return Draws(crop, flip, operations, arguments, erased, mixed, partner_weight)
 
     def apply(self, images: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Do what was drawn; see `__call__`."""
+        """Apply the draws; see `__call__` for the shapes."""
         B, _, H, W = images.shape
-        # What happens to some images happens to a slice of the batch: it is sorted for each stage, and sorted back at last.
+        # The batch is sorted for each stage, so that an operation works on a slice; the last sort restores the order.
         unsorted = np.arange(B)
         orders = [unsorted, np.argsort(~draws.flip), *np.argsort(draws.operations, axis=0).T, unsorted]
         first, *moves = [np.argsort(before)[after] for before, after in itertools.pairwise(orders)]
@@ -283,7 +284,7 @@ class BatchAugmentation:
 def draw_erasing(
     random: np.random.Generator, probability: float, batch_size: int, height: int, width: int
 ) -> np.ndarray:
-    """Boxes (B, 4) of timm's random erasing: 2 % to a third of the image, of aspect ratio 0.3 to 1 / 0.3."""
+    """Draw the boxes (B, 4) of timm's random erasing: 2 % to a third of the image, with aspect ratio 0.3 to 1 / 0.3."""
     # timm tries ten times to find a box that fits.
     area = height * width * random.uniform(0.02, 1 / 3, (batch_size, 10))
     aspect_ratio = np.exp(random.uniform(math.log(0.3), math.log(1 / 0.3), (batch_size, 10)))
@@ -299,11 +300,11 @@ def draw_erasing(
 def draw_mixing(
     random: np.random.Generator, augmentation: Augmentation, batch_size: int, height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (B, 4) in which the partner shows and its weights (B,) there: timm's mixup and cutmix, each image its own."""
+    """Draw timm's mixup and cutmix for each image: the mixed boxes (B, 4) and the partner's weights (B,) in them."""
     mixup, cutmix = augmentation.mixup, augmentation.cutmix
     switch = augmentation.mixup_switch if mixup and cutmix else float(cutmix > 0)
     boxed = random.random(batch_size) < switch
-    share = np.zeros(batch_size)  # 1 - lambda of the papers, of which the distribution is symmetric
+    share = np.zeros(batch_size)  # 1 - lambda in the papers, drawn directly as Beta(alpha, alpha) is symmetric
     for alpha, chosen in ((mixup, ~boxed), (cutmix, boxed)):
         if alpha:
             share = np.where(chosen, random.beta(alpha, alpha, batch_size), share)
@@ -318,15 +319,15 @@ def draw_mixing(
 
 
 def inside(sides: np.ndarray, size: int) -> np.ndarray:
-    """1 where a row (or column) lies between `sides` (B, 2), else 0: (B, size)."""
+    """Return (B, size): 1 where a row (or column) lies between `sides` (B, 2), else 0."""
     places = np.arange(size)
     return ((sides[:, :1] <= places) & (places < sides[:, 1:])).astype(np.float32)
 
 
 def send(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
-    """Arrays on the device, by one transfer that the host does not wait for; float64 becomes float32."""
+    """Copy arrays to the device in one transfer that does not block the host; float64 becomes float32."""
     arrays = {name: a.astype(np.float32) if a.dtype == np.float64 else a for name, a in arrays.items()}
-    # Large elements come first, so that each lies at a multiple of its size.
+    # Arrays with large elements come first, so that every array is aligned to its element size.
     arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))
     packed = torch.from_numpy(
         np.concatenate([np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in arrays.values()])
@@ -341,17 +342,18 @@ def send(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tenso
 
 
 def crop(images: Tensor, corners: Tensor, padding: int) -> Tensor:
-    """Windows of the images' size in the images padded with zeros.
+    """Crop (H, W) windows from the zero-padded images.
 
     Args:
         images: (B, 3, H, W).
-        corners: (n,) places of the windows' first elements in the flattened (B, 3, H + 2 padding, W + 2 padding).
+        corners: (n,) offset of each window's first element in the flattened (B, 3, H + 2 padding, W + 2 padding).
+        padding: Pixels of padding on each side.
     """
     _, _, H, W = images.shape
     padded = F.pad(images, (padding,) * 4).contiguous()
     _, channel, row, _ = padded.stride()
     length = 2 * channel + (H - 1) * row + W
-    # All windows there are, which overlap: a view, of which a selection copies the few that are wanted.
+    # A view of all possible, overlapping windows; index_select copies only the chosen ones.
     windows = padded.as_strided((padded.numel() - length + 1, 3, H, W), (1, channel, row, 1))
     return windows.index_select(0, corners)
 
@@ -359,14 +361,16 @@ def crop(images: Tensor, corners: Tensor, padding: int) -> Tensor:
 def plan_layer(
     operations: np.ndarray, arguments: np.ndarray, height: int, width: int
 ) -> tuple[list[int], dict[str, np.ndarray]]:
-    """What `augment_layer` is to be told.
+    """Compute the arguments of `augment_layer`.
 
     Args:
-        operations: (B,) places in OPERATIONS, sorted.
-        arguments: (B,) of the operations.
+        operations: (B,) indices into OPERATIONS, sorted.
+        arguments: (B,) arguments of the operations.
+        height: Height of the images.
+        width: Width of the images.
 
     Returns:
-        The number of images of each of GROUPS, and the arrays.
+        The number of images in each of GROUPS, and the arrays.
     """
     groups = np.cumsum([0, *(len(group) for group in GROUPS)])
     edges = np.searchsorted(operations, groups)
@@ -380,7 +384,7 @@ def plan_layer(
 
 
 def _tables(operations: np.ndarray, arguments: np.ndarray) -> np.ndarray:
-    """(n, 256): what becomes of a value."""
+    """Return lookup tables (n, 256): the new value for each value of a pixel."""
     value = np.arange(256)
     counts = np.bincount(operations, minlength=len(LOOKUPS))
     _, bits, threshold, added, factor = np.split(arguments[:, None], np.cumsum(counts)[:-1])
@@ -389,17 +393,17 @@ def _tables(operations: np.ndarray, arguments: np.ndarray) -> np.ndarray:
         value - value % 2.0 ** (8 - bits),
         np.where(value < threshold, value, 255 - value),
         np.where(value < 128, np.minimum(value + added, 255), value),
-        # In PIL's single precision, as its result is truncated.
+        # In float32, as in PIL: the result is truncated, so the precision matters.
         np.minimum(value.astype(np.float32) * factor.astype(np.float32), 255),
     ]
     return np.concatenate(tables).astype(np.uint8)
 
 
 def _grid(operations: np.ndarray, arguments: np.ndarray, height: int, width: int) -> dict[str, np.ndarray]:
-    """Where PIL's affine transforms read, for `grid_sample`, as the sum of (n, 2, H, 1) and (n, 2, 1, W)."""
+    """The `grid_sample` grid of PIL's affine transforms, as two terms to add: (n, 2, H, 1) and (n, 2, 1, W)."""
     angle, shear_x, shear_y, move_x, move_y = ((operations == i) * arguments for i in range(len(WARPS)))
     cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-    # Pixels from the centre, around which only the rotation turns.
+    # Coordinates in pixels from the centre; only the rotation is about the centre.
     y, x = np.arange(height) + 0.5 - height / 2, np.arange(width) + 0.5 - width / 2
     x_from_y = np.outer(shear_x - sin, y) + (shear_x * height / 2 + move_x * width)[:, None]
     y_from_y = np.outer(cos, y) + (shear_y * width / 2 + move_y * height)[:, None]
@@ -414,16 +418,16 @@ def _grid(operations: np.ndarray, arguments: np.ndarray, height: int, width: int
 def augment_layer(
     images: Tensor, sizes: list[int], tables: Tensor, factors: Tensor, rows: Tensor, columns: Tensor, fill: Tensor
 ) -> Tensor:
-    """One operation of RandAugment on each image.
+    """Apply one operation of RandAugment to each image.
 
     Args:
         images: (B, 3, H, W) uint8, sorted by GROUPS.
-        sizes: Images of each group.
-        tables: (n, 256) uint8 of the images that a table changes.
-        factors: (n,) of the images that are blended.
-        rows: (n, 2, H, 1) of the images that are transformed.
-        columns: (n, 2, 1, W); their sum is where a pixel is read, (x, y) with the image from -1 to 1.
-        fill: (3,) colour of what lies outside.
+        sizes: Number of images in each group.
+        tables: (n, 256) uint8, for the images that a lookup table changes.
+        factors: (n,), for the images that are blended.
+        rows: (n, 2, H, 1), for the images that are warped.
+        columns: (n, 2, 1, W), for the same images. `rows + columns` is where a pixel is read, (x, y) in [-1, 1].
+        fill: (3,) colour of pixels from outside the image.
     """
     lookups, autocontrast, equalize, contrast, color, sharpness, warps, same = images.split(sizes)
     changed = [
@@ -437,10 +441,10 @@ def augment_layer(
 
 
 def _blend(contrast: Tensor, color: Tensor, sharpness: Tensor, factors: Tensor) -> Tensor:
-    """PIL's ImageEnhance: each image goes away from, or towards, what it is without contrast, colour or sharpness."""
+    """PIL's ImageEnhance: blend each image with its version without contrast, colour or sharpness, or extrapolate."""
     images = torch.cat([contrast, color, sharpness])
     red, green, blue = torch.cat([contrast, color]).split(1, dim=1)
-    # PIL's integers, all of which single precision holds.
+    # PIL computes with integers; float32 represents all of them exactly.
     grey = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).div_(65536).floor_()
     mean = grey[: len(contrast)].mean((2, 3), keepdim=True).add_(0.5).floor_()
     smooth = sharpness.clone()
@@ -453,8 +457,8 @@ def _blend(contrast: Tensor, color: Tensor, sharpness: Tensor, factors: Tensor) 
 
 
 def _warp(images: Tensor, grid: Tensor, fill: Tensor) -> Tensor:
-    """Read the images at a grid (n, 2, H, W), bilinearly; PIL blends nothing with what lies outside."""
+    """Sample the images at a grid (n, 2, H, W), bilinearly; like PIL, do not blend edge pixels with the fill colour."""
     within = (torch.maximum(*grid.abs().split(1, dim=1)) < 1).float()
     read = F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
-    # PIL truncates; a whole number must not fall below itself for a rounding error.
+    # PIL truncates; the small offset keeps a rounding error from turning a whole number into the one below.
     return torch.lerp(fill.view(3, 1, 1), read.add_(1e-3), within).to(torch.uint8)

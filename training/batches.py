@@ -1,4 +1,4 @@
-"""Where a step's images come from: the device's memory, worker processes, or a stream."""
+"""Sources of a step's images: the device's memory, worker processes, or a stream."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     Attributes:
         images: (b, 3, H, W) uint8.
         labels: (b,) int64.
-        indices: (b,) of the images in the training set; None where they are not known, as in a stream.
+        indices: (b,) indices of the images in the training set; None where they are not known, as in a stream.
         epoch: Epoch of the step, if the indices are known.
     """
 
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
 
 class ResidentBatches:
-    """Batches of images that all lie on the device, as uint8: nothing is decoded or copied from step to step.
+    """Batches from a dataset that is kept on the device as uint8: nothing is decoded or copied from step to step.
 
     Iterating yields a `Batch` for each step.
 
@@ -52,19 +52,19 @@ class ResidentBatches:
             yield Batch(self.images[places], self.labels[places], indices, keys[0][1])
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """Nothing: the order follows from the step."""
+        """Return an empty dict: the order follows from the step."""
         return {}
 
 
 class LoadedBatches:
-    """As `ResidentBatches`, of images that worker processes decode and bring to size.
+    """Like `ResidentBatches`, for images that worker processes decode and resize.
 
     Args:
-        images: A map from an order's keys to (image, label), such as `ResizedImages`.
+        images: A map-style dataset from an order's keys to (image, label), such as `ResizedImages`.
         order: A `BatchOrder` or `StreamOrder`.
         device: Device for the batches.
-        workers: Number of processes; 0 is this one.
-        collate: For the DataLoader.
+        workers: Number of worker processes; 0 loads in this process.
+        collate: The DataLoader's `collate_fn`.
     """
 
     def __init__(self, images: Any, order: Any, device: torch.device, workers: int = 0, collate: Any = None):
@@ -83,28 +83,28 @@ class LoadedBatches:
             yield Batch(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """What a stream needs to go on after `step` steps; nothing for other orders."""
+        """Return the state that a stream needs to resume after `step` steps; empty for other orders."""
         return self.order.state_dict(step) if hasattr(self.order, "state_dict") else {}
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy from the host that does not make it wait."""
+    """Copy a tensor from the host to the device without blocking the host."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def fits_in_memory(data: ImageDataset, image_size: tuple[int, int]) -> bool:
-    """Whether the images are decoded and of the network's size."""
+    """Whether the images are decoded in memory and already of the network's size."""
     return isinstance(data.images, np.ndarray) and data.images.shape[1:3] == image_size
 
 
 @dataclass
 class TrainingData:
-    """The images that a run learns from and those it is judged by.
+    """The training and validation images of a run.
 
     Attributes:
         label_names: Class names, the same for both.
-        validation: Held out; may be empty.
-        training: Decoded or decodable images; None for a stream.
+        validation: Held-out images; may be empty.
+        training: Training images, decoded or to be decoded on access; None for a stream.
         order: Which images make up each step.
         recipe: Recipe of the run.
         device: Device for the batches.
@@ -118,16 +118,16 @@ class TrainingData:
     device: torch.device
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Go on in a stream where a checkpoint of all processes stopped; other orders follow from the step.
+        """Resume a stream from the states of all processes in a checkpoint; other orders follow from the step.
 
-        The shares of another number of processes are others: they begin with the next epoch.
+        With a different number of processes the shares differ, so the stream starts at the next epoch.
         """
         if any(states):
             own = states[self.order.rank] if len(states) == self.order.world_size else states[0]
             self.order.load_state_dict(own, allow_other_world=True)
 
     def batches(self, first_step: int, size: tuple[int, int], interpolation: str) -> Any:
-        """An iterable of a `Batch` on the device for each step from `first_step`."""
+        """Return an iterable that yields a `Batch` on the device for each step from `first_step` on."""
         recipe = self.recipe
         self.order.first_step = first_step
         random_crop = recipe.augmentation.random_crop_padding is None
@@ -143,11 +143,11 @@ class TrainingData:
 
 
 def open_data(recipe: Recipe, device: torch.device, rank: int = 0, world_size: int = 1) -> TrainingData:
-    """Load or open what the recipe trains and validates on, for one of several processes.
+    """Load or open the recipe's training and validation data, for one of several processes.
 
     Raises:
         ValueError: If the dataset and the recipe do not fit together.
-        FileNotFoundError: If the dataset looks like a path and is not there.
+        FileNotFoundError: If the dataset looks like a path and does not exist.
     """
     place = {"rank": rank, "world_size": world_size}
     order: Any

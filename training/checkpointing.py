@@ -1,4 +1,4 @@
-"""A run's folder: saved so that nothing is ever half-written, resumed so that nothing is lost."""
+"""A run's folder. Writes are atomic, and a run resumes from its newest complete checkpoint."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from hf_visual_perceiver.training.state import read_state, write_state
 from hf_visual_perceiver.utils.files import folder_written_aside, write_json, write_text, written_aside
 
 
-# Keys of a recipe that do not change what is learned: where the data lies, how it is computed, what is shown and kept.
+# Keys of a recipe that do not change what is learned: data location, compute settings, logging and checkpoints.
 FREE_KEYS = frozenset(
     {
         "dataset",
@@ -36,7 +36,7 @@ FREE_KEYS = frozenset(
 
 
 class RunFolder:
-    """The folder of one run: recipe.yaml, log.jsonl, checkpoints/step_N, curves.png, and model/ once it is finished."""
+    """The folder of a run: recipe.yaml, log.jsonl, checkpoints/step_N, curves.png, and model/ once it is finished."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -50,8 +50,8 @@ class RunFolder:
     def check(self, recipe: Recipe, resume: bool, allow_recipe_change: bool = False) -> None:
         """Raise a `ValueError` if the folder cannot take this run; writes nothing.
 
-        A folder that holds another run, or anything else, is left alone; a run resumes only with its own recipe, unless
-        a change is allowed.
+        A folder that holds something else is rejected, and one that holds a run is accepted only with `resume`. A run
+        resumes only with its own recipe, unless `allow_recipe_change` is set.
         """
         if not self.recipe_file.exists():
             if resume:
@@ -67,22 +67,22 @@ class RunFolder:
             )
 
     def changes(self, recipe: Recipe) -> list[str]:
-        """What `recipe` would learn differently from the run's own: "key (old -> new)" for each key that differs."""
+        """List the keys that affect learning and differ from the run's own recipe, each as "key (old -> new)"."""
         before = recipe_from_dict(yaml.safe_load(self.recipe_file.read_text()), str(self.recipe_file))
-        # A share of the steps, and the number that it is, are the same warm-up.
+        # A warm-up given as a share of the steps equals one given as the same number of steps.
         old, new = ({**r.to_dict(), "warmup_steps": r.warmup} for r in (before, recipe))
         differing = [key for key in new if key not in FREE_KEYS and new[key] != old[key]]
         return [f"{key} ({old[key]!r} -> {new[key]!r})" for key in differing]
 
     def finished(self, steps: int) -> bool:
-        """Whether `model` is what `steps` steps made; a run that is to go on for longer keeps the one of before until then."""
+        """Whether `model` was trained for `steps` steps; an extended run keeps its previous model until the end."""
         facts = self.model / "training.json"
         return facts.is_file() and json.loads(facts.read_text())["recipe"]["steps"] == steps
 
     def start(self, recipe: Recipe) -> None:
-        """Create the folder, and clear what a killed process may have left half-done."""
+        """Create the folder, and remove partial files that a killed process may have left."""
         self.path.mkdir(parents=True, exist_ok=True)
-        # First, because a folder without it is not taken for a run.
+        # Written first, because a folder without it is not recognised as a run.
         write_text(self.recipe_file, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
         self.checkpoints.mkdir(exist_ok=True)
         for file in (self.failure_file, self.failure_weights):
@@ -95,10 +95,10 @@ class RunFolder:
         return sorted(int(p.name.removeprefix("step_")) for p in self.checkpoints.glob("step_*"))
 
     def save(self, state: dict[str, torch.Tensor], facts: dict[str, Any], step: int, keep: int) -> None:
-        """Save the state after `step` steps; older checkpoints than the last `keep` go.
+        """Save the state after `step` steps, and delete all but the last `keep` checkpoints.
 
         Raises:
-            OSError: If it cannot be written, such as on a full disk; earlier checkpoints stay.
+            OSError: If the checkpoint cannot be written, such as on a full disk; earlier checkpoints stay.
         """
         final = self.checkpoints / f"step_{step}"
         if final.exists():
@@ -115,31 +115,31 @@ class RunFolder:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def apart(self, step: int) -> Path:
-        """Where a state lies that is not this project's to write; complete if the checkpoint of that step exists."""
+        """Folder of a state that the optimiser writes itself (DeepSpeed); complete if that step's checkpoint exists."""
         return self.path / "apart" / f"step_{step}"
 
     def restore(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The newest complete checkpoint: its step, state and facts; None if there is none."""
+        """Read the newest complete checkpoint: its step, state and facts; None if there is none."""
         steps = self.saved_steps()
         return (steps[-1], *read_state(self.checkpoints / f"step_{steps[-1]}")) if steps else None
 
     def truncate_log(self, step: int) -> None:
-        """Forget logged steps after `step`: they are about to be done again."""
+        """Remove log entries after `step`, which are about to be repeated."""
         if self.log_file.exists():
             lines = [line for line in self.log_file.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             write_text(self.log_file, "".join(line + "\n" for line in kept))
 
     def entries(self) -> list[dict[str, Any]]:
-        """What was logged, oldest first."""
+        """The log's entries, oldest first."""
         return [json.loads(line) for line in self.log_file.read_text().splitlines()] if self.log_file.exists() else []
 
     def hours(self) -> float:
-        """Time spent on training steps, over all resumptions, by the log."""
+        """Hours spent on training steps according to the log, over all resumptions."""
         return sum(entry.get("seconds", 0.0) for entry in self.entries()) / 3600
 
     def write_failure(self, report: dict[str, Any], weights: dict[str, torch.Tensor] | None = None) -> None:
-        """Keep what is known about a run that went wrong, until it is resumed: its last logged steps, its weights."""
+        """Write a report on a failed run, with its last logged steps and weights; it stays until the run resumes."""
         if weights is not None:
             with written_aside(self.failure_weights) as aside:
                 save_file({name: value.contiguous() for name, value in weights.items()}, aside)

@@ -1,4 +1,4 @@
-"""A run's curves: training loss, and validation accuracy at every K. accelerate's trackers draw the same while the run goes on."""
+"""A run's curves: training loss, and validation accuracy at every K. accelerate's trackers get the same values live."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from hf_visual_perceiver.utils.files import written_aside
 
 
-# What a step minimises, and its two parts when it has several subsets of the queries.
+# The loss that a step minimises, and its two parts where smaller budgets learn from the full network.
 LOSSES = {"loss": "loss", "full_loss": "full", "student_loss": "students"}
 
 
@@ -21,8 +21,8 @@ def plot_curves(entries: list[dict[str, Any]], path: str | Path) -> None:
     """Plot a run's log: training loss on the left, validation accuracy at every K on the right.
 
     Args:
-        entries: Lines of log.jsonl; those of neither kind are left out, and there may be none at all.
-        path: A .png, .svg or .pdf.
+        entries: Lines of log.jsonl; lines without a loss or accuracy are skipped, and the list may be empty.
+        path: A .png, .svg or .pdf file.
 
     Raises:
         ValueError: If matplotlib does not know the file's format.
@@ -55,7 +55,7 @@ def _plot_losses(axes: Axes, entries: list[dict[str, Any]]) -> None:
         axes.plot(steps, smoothed(values), f"C{number}{'o' if len(points) == 1 else '-'}", label=name)
         shown += values
     if len(shown) >= 20:
-        # A step that went wrong must not flatten all the others.
+        # An outlier must not flatten the rest of the curve.
         low, high = np.quantile(shown, (0.01, 0.99))
         top = min(max(shown), high + 0.5 * (high - low))
         margin = 0.05 * (top - min(shown)) or 0.1
@@ -67,14 +67,14 @@ def _plot_accuracies(axes: Axes, entries: list[dict[str, Any]]) -> None:
     for entry in entries:
         if "validation_accuracy" in entry:
             lines.setdefault(entry["K"], []).append((entry["step"], 100 * entry["validation_accuracy"]))
-    # The dark part of viridis: its yellow end is lost on white.
+    # Only the dark part of viridis: its yellow end is hard to see on white.
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.82, len(lines)))
     for K, color in zip(sorted(lines), colors, strict=True):
         axes.plot(*zip(*lines[K], strict=True), color=color, marker="o", markersize=3, label=f"K = {K}")
 
 
 def smoothed(values: tuple[float, ...]) -> list[float]:
-    """Exponential moving average over about a fortieth of the values, without a bias to the first of them.
+    """Exponential moving average over about a fortieth of the values, with bias correction for the first ones.
 
     Example:
         >>> smoothed((2.0, 2.0, 2.0))

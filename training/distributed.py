@@ -1,4 +1,4 @@
-"""What several processes do together, and what only one of them does."""
+"""Helpers for multi-process training: reductions over all processes, and actions of the main process alone."""
 
 from collections.abc import Callable
 
@@ -12,21 +12,21 @@ from hf_visual_perceiver.training.state import gather_weights
 
 
 def keeps_state_apart(accelerator: Accelerator) -> bool:
-    """Whether the optimiser keeps its state itself, in files of its own: DeepSpeed's, which splits it over the processes."""
+    """Whether the optimiser saves its state in its own files, as DeepSpeed does, which shards it over the processes."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 @torch.no_grad()
 def all_finite(accelerator: Accelerator, model: torch.nn.Module) -> bool:
-    """Whether every weight of every process is finite."""
-    # Of a parameter that FSDP has split, each process looks at its part.
+    """Whether every weight on every process is finite."""
+    # Of a parameter that FSDP has sharded, each process checks its own shard.
     parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
     finite = torch.stack([part.isfinite().all() for part in parts]).all()
     return accelerator.reduce(finite.float(), "sum").item() == accelerator.num_processes
 
 
 def gathered(model: torch.nn.Module, network: Network) -> Network:
-    """`network` with the weights of a model that FSDP has split; every process has to call this."""
+    """Load the full weights of a model that FSDP has sharded into `network`; every process has to call this."""
     weights = gather_weights(model)
     network.load_state_dict({name.removeprefix("network."): value for name, value in weights.items()})
     module: torch.nn.Module = network
@@ -35,7 +35,7 @@ def gathered(model: torch.nn.Module, network: Network) -> Network:
 
 
 def main_process_alone(accelerator: Accelerator, act: Callable[[], object]) -> None:
-    """Act in the main process while the others wait; what it raises, all raise."""
+    """Call `act` in the main process while the others wait; if it raises, every process raises the same error."""
     verdict: list[Exception | None] = [None]
     if accelerator.is_main_process:
         try:

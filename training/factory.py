@@ -1,4 +1,4 @@
-"""What a recipe trains, and with which optimiser."""
+"""Build a recipe's network and optimiser."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -14,12 +14,12 @@ from hf_visual_perceiver.training.schedules import Schedule, step_macs
 from hf_visual_perceiver.training.timm_network import TimmNetwork
 
 
-# An elastic classifier of one of our families, or of timm.
+# An elastic classifier of one of our families, or a `TimmNetwork`.
 Network: TypeAlias = Any
 
 
 def create_model(recipe: Recipe, label_names: list[str]) -> Network:
-    """The recipe's model with seeded weights, for these labels."""
+    """Create the recipe's model for these labels, with weights initialised from the recipe's seed."""
     seed_everything(recipe.seed)
     if recipe.timm_name is not None:
         return TimmNetwork.create(recipe.timm_name, recipe.config, label_names)
@@ -38,7 +38,7 @@ def create_model(recipe: Recipe, label_names: list[str]) -> Network:
 
 
 class InputFacts(NamedTuple):
-    """What a network takes.
+    """The input that a network expects.
 
     Attributes:
         image_size: Height and width.
@@ -50,7 +50,7 @@ class InputFacts(NamedTuple):
 
 
 def input_facts(model: Network) -> InputFacts:
-    """What the network takes."""
+    """The network's image size and preprocessing."""
     if isinstance(model, TimmNetwork):
         return InputFacts(model.image_height_width, model.config.pretrained_cfg)
     return InputFacts(model.config.image_height_width, model.config.timm_pretrained_cfg)
@@ -67,18 +67,18 @@ def knobs_of(model: Network) -> Mapping[str, str]:
 
 
 def block_ends(model: Network) -> list[int] | None:
-    """Steps of the ladder at all of which one pass answers."""
+    """The steps K of the ladder whose logits one pass returns together; None if the network has no such passes."""
     return None if isinstance(model, TimmNetwork) else model.config.nested_steps
 
 
 def compile_blocks(model: Network) -> None:
-    """Have torch compile what takes a step's time, for batches of any size."""
+    """Compile the network's blocks, which take most of a step's time, for batches of any size."""
     for block in model.blocks():
         block.compile(dynamic=True)
 
 
 def mean_macs(model: Network, schedule: Schedule, steps: int) -> float:
-    """Multiply-accumulates per image of the forward passes of a mean step."""
+    """Multiply-accumulates per image of a step's forward passes, averaged over steps."""
     if isinstance(model, TimmNetwork):
         return model.count_macs()
     sampled = range(0, steps, max(steps // 1000, 1))
@@ -86,7 +86,7 @@ def mean_macs(model: Network, schedule: Schedule, steps: int) -> float:
 
 
 def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """timm's optimiser of that name; biases, norms, positions and queries are not decayed, as timm does for its models."""
+    """Create timm's optimiser of that name; as in timm, biases, norms, positions and queries are not decayed."""
     spared = {name for name, _ in model.named_parameters() if name.endswith(("queries", "position_embeddings"))}
     groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=spared)
     try:

@@ -1,4 +1,4 @@
-"""Hub-ready folders: what a checkpoint consists of, written so that it is whole or absent."""
+"""Hub-ready checkpoint folders, written atomically."""
 
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,15 @@ def save_folder(
     """Save a checkpoint that transformers, timm and the Hub can load: config, weights, processor and code.
 
     Args:
-        model: What to save. Of a timm network transformers reads the processor from the config.
-        folder: Where to. If it holds a checkpoint, that is replaced once the new one is complete.
-        files: More text files, by name.
+        model: The model to save. A timm network gets no processor file, as transformers reads it from the config.
+        folder: Target folder. A checkpoint that it holds is replaced once the new one is complete.
+        files: Additional text files, by name.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the folder holds something else than a checkpoint.
+        ValueError: If the folder holds something other than a checkpoint.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):

@@ -1,4 +1,4 @@
-"""Begin a run with the weights of another: fine-tuning, or a second stage of training."""
+"""Start a run from the weights of another: fine-tuning, or a second stage of training."""
 
 import json
 from pathlib import Path
@@ -11,17 +11,17 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 @torch.no_grad()
 def load_initial_weights(model: Any, source: str) -> list[str]:
-    """Give `model` the weights of a checkpoint; its head stays fresh if the checkpoint has other labels.
+    """Load the weights of a checkpoint into `model`; the head keeps its random weights if the labels differ.
 
     Args:
         model: The network to train, changed in place.
         source: A folder or Hub id of a classifier of the same family and sizes.
 
     Returns:
-        The names of the weights that were not taken: none, or those of the head.
+        The names of the weights that were not loaded: none, or those of the head.
 
     Raises:
-        ValueError: If there is no such checkpoint, or it is of another kind or size; `model` is then unchanged.
+        ValueError: If there is no such checkpoint, or it is of another family or size; `model` is then unchanged.
 
     Example:
         >>> from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification
@@ -58,14 +58,14 @@ def load_initial_weights(model: Any, source: str) -> list[str]:
 
 @torch.no_grad()
 def load_initial_stem(model: Any, source: str) -> None:
-    """Give the stem of `model` the weights of a classifier that is a stem with pooling, as `conv_stem_classifier_32` is.
+    """Load the stem of a `conv_stem_classifier_32`, a classifier made of a stem and pooling, into the stem of `model`.
 
     Args:
         model: The network to train, with a convolutional stem; changed in place.
-        source: A folder or Hub id of transformers' wrapper of that timm model.
+        source: A folder or Hub id of that timm model in transformers' `TimmWrapper`.
 
     Raises:
-        ValueError: If there is no such classifier, or it has another stem; `model` is then unchanged.
+        ValueError: If there is no such classifier, or its stem has other shapes; `model` is then unchanged.
     """
     own = model.stem
     try:
@@ -94,6 +94,6 @@ def load_initial_stem(model: Any, source: str) -> None:
 
 
 def earlier_training(source: str) -> dict[str, Any] | None:
-    """The training.json of a folder that a run begins with, as this package writes it; None if there is none."""
+    """Read the training.json that this package wrote beside the initial weights; None if there is none."""
     file = Path(source) / "training.json"
     return json.loads(file.read_text()) if file.is_file() else None

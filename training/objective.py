@@ -1,4 +1,4 @@
-"""What a training step minimises: the losses of several passes over one batch."""
+"""The loss of a training step: it combines several passes over one batch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,21 +15,21 @@ from hf_visual_perceiver.training.recipe import StudentLoss, TeacherLoss
 
 
 class Objective(nn.Module):
-    """A network with its loss, as one module, so that whatever wraps it for several processes sees one forward.
+    """A network with its loss, as one module, so that wrappers for several processes (DDP, FSDP) see a single forward.
 
-    Without students each pass learns from the labels, and an image counts alike in whichever it is. With students the
-    first pass is the full network, which learns from the labels; the others learn from its answer:
+    Without students each pass learns from the labels, and every image has the same weight in whichever pass it is. With
+    students the first pass is the full network, which learns from the labels; the others learn from its output:
 
         L = L_full + lambda * mean over students of [alpha KL(stop-gradient(full) || student) + (1 - alpha) CE]
 
-    the sandwich rule with in-place distillation of Yu & Huang (2019), "Universally Slimmable Networks". A frozen teacher
-    takes a share of what learns from the labels, as in DeiT.
+    This is the sandwich rule with in-place distillation of Yu & Huang (2019), "Universally Slimmable Networks". A
+    frozen teacher, if there is one, replaces a share of the labels' loss, as in DeiT.
 
     Args:
         network: The classifier.
         students: Weights of the students' loss.
-        teacher: Weights of the frozen teacher's share; None if there is none.
-        stem_weight: Weight of the mean loss of `StemClassifiers`, added to what learns from the labels; 0 is without.
+        teacher: Weights of the frozen teacher's loss; None if there is no teacher.
+        stem_weight: Weight of the mean loss of `StemClassifiers`, added to the labels' loss; 0 turns them off.
     """
 
     def __init__(
@@ -55,18 +55,19 @@ class Objective(nn.Module):
         teacher_logits: torch.Tensor | None = None,
         averaged_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The losses of a batch.
+        """Compute the losses of a batch.
 
         Args:
             pixel_values: (B, C, H, W), normalised.
             targets: (B, labels) probabilities.
-            passes: Which images at which budgets.
-            distils: The first pass is the full network and teaches the others.
-            teacher_logits: (B, labels) of the frozen teacher.
-            averaged_logits: (B, labels) of the full averaged network, which then teaches the students.
+            passes: Which images run at which budgets.
+            distils: Whether the first pass is the full network and teaches the others.
+            teacher_logits: (B, labels) logits of the frozen teacher.
+            averaged_logits: (B, labels) logits of the full averaged network, which then teaches the students.
 
         Returns:
-            (2,) float32: what learns from the labels, and the students' mean; the step minimises `total_loss` of it.
+            (2,) float32: the loss of the passes that learn from the labels, and the students' mean loss. The step
+            minimises their `total_loss`.
         """
         capturing: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
         if self.stem_classifiers is not None:
@@ -81,7 +82,7 @@ class Objective(nn.Module):
         answers = sum(len(logits) for _, logits in learners)
         for p, logits in learners:
             taught = None if teacher_logits is None else teacher_logits[p.images]
-            # An answer counts alike, however many share its pass.
+            # Weighted by the number of images, so that every image counts the same in passes of any size.
             labelled = labelled + self.labelled_loss(logits, targets[p.images], taught) * (len(logits) / answers)
         if self.stem_classifiers is not None:
             guesses = self.stem_classifiers(features[0])
@@ -94,7 +95,7 @@ class Objective(nn.Module):
         return torch.stack([labelled, torch.stack(losses).mean()])
 
     def labelled_loss(self, logits: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:
-        """Cross-entropy with the targets, shared with the frozen teacher if there is one."""
+        """Cross-entropy with the targets, interpolated with the frozen teacher's loss if there is a teacher."""
         loss = soft_cross_entropy(logits, targets)
         if taught is None or self.teacher is None:
             return loss
@@ -110,13 +111,13 @@ class Objective(nn.Module):
 
 
 class StemClassifiers(nn.Module):
-    """Linear classifiers of the pooled features of a stem's levels: (B, C, h, w) -> (B, labels) of each level.
+    """Linear classifiers on the pooled features of a stem's levels: (B, C, h, w) -> (B, labels) for each level.
 
-    In training they let convolutions learn as in a network of convolutions, while the queries learn to read them
-    (Lee et al. 2015, "Deeply-Supervised Nets"). They are no part of the trained model.
+    They train the convolutions directly, as in a convolutional network, while the queries learn to read their features
+    (Lee et al. 2015, "Deeply-Supervised Nets"). They are not part of the trained model.
 
     Args:
-        config: Of a Visual Perceiver with a convolutional stem.
+        config: Config of a Visual Perceiver with a convolutional stem.
     """
 
     def __init__(self, config: VisualPerceiverConfig):
@@ -133,7 +134,7 @@ class StemClassifiers(nn.Module):
 
 @contextmanager
 def captured_features(network: Network) -> Iterator[list[torch.Tensor]]:
-    """What a Visual Perceiver's stem makes of images while this is open: (B, C, h, w) of the levels that were computed."""
+    """Collect a Visual Perceiver's stem outputs while the context is open: (B, C, h, w) of the computed levels."""
     features: list[torch.Tensor] = []
     hook = network.visual_perceiver.embeddings.register_forward_hook(lambda *call: features.append(call[-1][1][-1]))
     try:
@@ -160,7 +161,7 @@ def student_loss(logits: torch.Tensor, answer: torch.Tensor, targets: torch.Tens
 
 
 def distillation_loss(logits: torch.Tensor, taught: torch.Tensor, kind: str, temperature: float) -> torch.Tensor:
-    """DeiT's losses with a teacher's logits (Touvron et al. 2021, section 4).
+    """DeiT's distillation losses with a teacher's logits (Touvron et al. 2021, section 4).
 
     Soft: tau^2 KL(softmax(taught / tau) || softmax(logits / tau)). Hard: cross-entropy with the teacher's decision.
     """

@@ -1,4 +1,4 @@
-"""Recipes: one YAML file that says everything about a training run."""
+"""Recipes: one YAML file that describes a whole training run."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ from hf_visual_perceiver.training.validation import (
 )
 
 
-TIMM = "timm/"  # before the name of a network of timm
+TIMM = "timm/"  # prefix of an `architecture` that is a timm model
 
 Between0And1 = Annotated[float, Field(gt=0, lt=1)]
 
 
 def _no(value: Any) -> Any:
-    """YAML 1.1 reads no, as in `mixed_precision: no`, as false."""
+    """Undo YAML 1.1, which reads the no of `mixed_precision: no` as false."""
     return "no" if value is False else value
 
 
@@ -48,45 +48,47 @@ def _warmup(value: Any) -> Any:
 
 @checked_dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Augmentation:
-    """What happens to a training image; the meaning is timm's, the names are DeiT's (see augmentation.py)."""
+    """Augmentations of a training image, with timm's meaning and DeiT's names (see augmentation.py)."""
 
-    random_crop_padding: Whole | None = None  # pixels around the image before a crop; None is a random resized crop
+    random_crop_padding: Whole | None = None  # pixels of padding before a crop; None is a random resized crop
     horizontal_flip: Share = 0.5  # probability
-    # Flip an image in every other epoch instead, beginning at random (Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds").
+    # Flip each image in every other epoch instead, from a random first one on (Jordan 2024, "94% on CIFAR-10 in 3.29
+    # Seconds").
     alternating_flip: Flag = False
     auto_augment: str | None = None  # timm's notation of RandAugment, such as rand-m9-mstd0.5-inc1
     random_erasing: Share = 0.0  # probability
     mixup: AtLeast0 = 0.0  # alpha of the beta distribution; 0 is off
-    cutmix: AtLeast0 = 0.0  # likewise
-    mixup_probability: Share = 1.0  # of mixing an image at all
+    cutmix: AtLeast0 = 0.0  # alpha of the beta distribution; 0 is off
+    mixup_probability: Share = 1.0  # probability of mixing an image at all
     mixup_switch: Share = 0.5  # probability of cutmix when both are on
     label_smoothing: Share = 0.0
-    repeats: Count = 1  # times that an image stands in a batch, each time augmented anew
+    repeats: Count = 1  # how often an image occurs in a batch, with a new augmentation each time
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=CHECKED)
 class StudentLoss:
-    """How the smaller subsets of a sandwich learn: alpha KL(teacher || student) + (1 - alpha) CE, the mean over students."""
+    """Loss of a sandwich's smaller budgets: alpha KL(teacher || student) + (1 - alpha) CE, averaged over students."""
 
-    weight: AtLeast0 = 1.0  # lambda, of the students' loss beside that of the full network
+    weight: AtLeast0 = 1.0  # lambda: weight of the students' loss relative to that of the full network
     distillation: Share = 1.0  # alpha
     teacher: Literal["full", "ema"] = (
-        "full"  # the answer of the full network in this step, or of its moving average: full or ema
+        "full"  # full: the full network's output in this step; ema: that of its moving average
     )
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=CHECKED)
 class TeacherLoss:
-    """A frozen network that teaches what learns from the labels (DeiT: Touvron et al. 2021, section 4)."""
+    """A frozen teacher for the passes that learn from the labels (DeiT: Touvron et al. 2021, section 4)."""
 
     model: str  # a folder or Hub id of a transformers image classifier, or the name of a timm model
     distillation: Literal["soft", "hard"] = (
         "soft"  # soft: KL at a temperature; hard: cross-entropy with the teacher's decision
     )
-    weight: Share = 0.5  # of the teacher; the labels have the rest
-    temperature: Positive = 1.0  # of soft distillation
-    # A folder for the teacher's answers on `views` fixed augmented views of each training image, computed once and shared by
-    # all runs with this teacher, augmentation and data; an epoch shows one view. None asks the teacher in every step.
+    weight: Share = 0.5  # weight of the teacher's loss; the labels' loss has the rest
+    temperature: Positive = 1.0  # for soft distillation
+    # A folder for the teacher's logits on `views` fixed augmented views of each training image, computed once and
+    # shared by all runs with this teacher, augmentation and data; each epoch uses one view. None runs the teacher in
+    # every step.
     cache: str | None = None
     views: Count = 16
 
@@ -99,32 +101,33 @@ class Recipe:
     `seed` and the step alone.
     """
 
-    architecture: str  # of one of the families, or timm/NAME of any classifier of timm, to become a teacher
-    # Overrides of the architecture's config; of a timm network, image_size and arguments of timm.create_model.
+    architecture: str  # one of our families' architectures, or timm/NAME for any timm classifier, to train a teacher
+    # Overrides of the architecture's config; for a timm network, image_size and arguments of timm.create_model.
     config: dict[str, Any] = field(default_factory=dict)
-    initial_model: str | None = None  # a folder or Hub id whose weights the run begins with; None is random weights
+    initial_model: str | None = None  # a folder or Hub id whose weights the run starts from; None is random weights
     initial_stem: str | None = None  # a folder or Hub id of a trained conv_stem_classifier_32, for a convolutional stem
-    # Weight of the loss of linear classifiers on the pooled features of each level of a convolutional stem; they are dropped
-    # after training.
+    # Weight of the loss of linear classifiers on the pooled features of each level of a convolutional stem; they are
+    # dropped after training.
     stem_loss: AtLeast0 = 0.0
     attention: str | None = None  # sdpa, eager or flash_attention_2; None is transformers' choice
 
     dataset: str = "uoft-cs/cifar10"  # Hub id, folder of parquet files, or imagefolder
-    dataset_name: str | None = None  # what the card calls it; None is `dataset` as the file says
+    dataset_name: str | None = None  # the dataset's name on the model card; None is `dataset` as the file has it
     split: str = "train"
-    # Images kept for choosing: the last of the split, or evenly spaced ones where it is sorted by class. 0 trains on all.
+    # Number of held-out images: the last of the split, or evenly spaced ones where it is sorted by class. 0 trains on
+    # all.
     validation: Whole = 0
-    validation_split: str | None = None  # choose on `validation` images of this split instead, 0 is all
-    streaming: Flag = False  # read the dataset as it is needed, each process its share of the shards
-    shuffle_window: Count = 8192  # images of a stream that are shuffled at a time, for each process
+    validation_split: str | None = None  # validate on `validation` images of this split instead; 0 is all
+    streaming: Flag = False  # stream the dataset; each process reads its share of the shards
+    shuffle_window: Count = 8192  # images of a stream that are shuffled at a time, per process
     unreadable: Literal["error", "replace"] = (
-        "error"  # what an unreadable image of a stream is: error, or replace it by another of the batch
+        "error"  # error: an unreadable image of a stream raises; replace: another image of the batch takes its place
     )
     cache_gib: AtLeast0 = 8.0  # decoded images of one size are kept in memory up to this; 0 decodes at each use
-    workers: Whole = 0  # processes that decode and crop what is not in memory, for each training process
+    workers: Whole = 0  # worker processes per training process, which decode and crop images that are not in memory
 
     queries: dict[str, Any] = field(default_factory=lambda: {"schedule": "uniform"})  # see schedules.py
-    students: StudentLoss = field(default_factory=StudentLoss)  # of a sandwich
+    students: StudentLoss = field(default_factory=StudentLoss)  # for the sandwich schedule
     teacher: TeacherLoss | None = None
 
     steps: Count = 1
@@ -132,24 +135,24 @@ class Recipe:
     learning_rate: Positive = 5e-4
     min_learning_rate: AtLeast0 = 1e-5
     warmup_steps: Annotated[int | float, BeforeValidator(_warmup)] = (
-        0  # steps, or, as a number below 1 with a point, a share of `steps`
+        0  # number of steps, or a share of `steps` if it is a float below 1
     )
     warmup_learning_rate: AtLeast0 = 1e-6
-    optimizer: str = "adamw"  # a name of timm's factory
+    optimizer: str = "adamw"  # a name that timm's optimizer factory knows
     weight_decay: AtLeast0 = 0.05
     clip_gradient_norm: Positive | None = None
-    ema_decay: Between0And1 | None = None  # of the averaged weights, which are then the ones evaluated and published
+    ema_decay: Between0And1 | None = None  # decay of the averaged weights, which are then evaluated and published
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no)] = "no"  # no, bf16 or fp16
 
-    micro_batch_size: Count | None = None  # images that go forward and backward at a time in each process; None is all
-    # Several passes go through the network together (packed), or one after the other (split); auto: by device.
+    micro_batch_size: Count | None = None  # images per forward and backward pass in each process; None is all
+    # Run several passes through the trunk together (packed) or one after the other (split); auto chooses by device.
     trunk: Literal["auto", "packed", "split"] = "auto"
     compile: Flag = False  # torch.compile the blocks; meant for GPUs
 
     augmentation: Augmentation = field(default_factory=Augmentation)
 
-    evaluate_every: Count | None = None  # steps; None is only at the end
-    evaluate_queries: list[Count] | None = None  # the K to evaluate at, see schedules.py; None is the full network
+    evaluate_every: Count | None = None  # steps; None evaluates only at the end
+    evaluate_queries: list[Count] | None = None  # values of K to evaluate, see schedules.py; None is the full network
     save_every: Count = 1000  # steps
     keep_checkpoints: Count = 2
     log_every: Count = 10  # steps
@@ -203,14 +206,14 @@ class Recipe:
 
     @property
     def warmup(self) -> int:
-        """The number of steps that `warmup_steps` is, or is a share of."""
+        """`warmup_steps` as a number of steps."""
         if isinstance(self.warmup_steps, float):
             return min(round(self.warmup_steps * self.steps), self.steps - 1)
         return self.warmup_steps
 
     @property
     def timm_name(self) -> str | None:
-        """timm's name of the network to train; None is one of our families."""
+        """timm's name of the network to train; None if it is of one of our families."""
         return self.architecture.removeprefix(TIMM) if self.architecture.startswith(TIMM) else None
 
     def _check_timm(self, name: str) -> None:
@@ -218,7 +221,7 @@ class Recipe:
         size = self.config.get("image_size", 32)
         integer = isinstance(size, int) and not isinstance(size, bool)
         require(integer and size >= 1, "config.image_size", "an integer of at least 1", size)
-        # Its own keys, if they do not fit, timm names when the network is made.
+        # timm reports other unfitting keys itself, when the network is created.
         fixed = self.queries == {"schedule": "fixed", "K": 1}
         require(fixed, "queries", "{schedule: fixed, K: 1} for a timm network, which has no queries", self.queries)
         budgets = self.evaluate_queries
@@ -229,14 +232,14 @@ class Recipe:
         require(not self.stem_loss, "stem_loss", "0 for a timm network", self.stem_loss)
 
     def model_config(self, **fields: Any) -> Any:
-        """The config of the model to train; `fields` adds what the dataset knows, such as the labels."""
+        """The config of the model to train; `fields` adds what comes from the dataset, such as the labels."""
         try:
             return family_of(self.architecture).create_config(self.architecture, **{**self.config, **fields})
         except StrictDataclassError as error:
             raise ValueError(f"`config` does not fit: {' '.join(str(error).split())}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as in the YAML."""
+        """The recipe as plain values, as in the YAML."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]  # pydantic's dataclass is one
 
 
@@ -244,7 +247,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `overrides` such as `steps=100` or `augmentation.mixup=0`.
 
     Raises:
-        ValueError: Naming the offending key, and what is allowed, if the file or an override does not fit.
+        ValueError: If the file or an override does not fit; the message names the key and what is allowed.
         FileNotFoundError: If there is no such file.
     """
     try:
@@ -253,7 +256,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"Expected {path} to be YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"Expected {path} to hold keys and values, got {type(values).__name__}.")
-    # Where the data lies on this machine is no name for it.
+    # The name as in the file: an override may replace `dataset` by a path on this machine.
     values.setdefault("dataset_name", values.get("dataset", Recipe.dataset))
     for override in overrides:
         key, separator, value = override.partition("=")
@@ -277,7 +280,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def recipe_from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
     """Build a recipe from plain values, checking keys and types."""
     groups = {"augmentation": Augmentation, "students": StudentLoss, "teacher": TeacherLoss}
-    # Groups first, so that a key that they do not have is named with those that they have.
+    # Groups first, so that the message for an unknown key in a group lists that group's keys.
     built = {
         key: validated(groups[key], value, f"`{key}` of {source}")
         if key in groups and isinstance(value, dict)

@@ -1,4 +1,4 @@
-"""One training run: what it consists of, a step after the other, and what it leaves behind."""
+"""One training run: setup, training loop, checkpoints and the final model."""
 
 import json
 import math
@@ -59,14 +59,14 @@ console = Console(stderr=True)
 class TrainingRun:
     """A recipe's network, data, losses and state, on the processes and devices of an accelerator.
 
-    Making one checks that everything fits and writes nothing; `start` begins or continues the run's folder, `loop` trains,
-    and `finish` leaves the model or says how far it is. Every process has to call each.
+    The constructor checks that everything fits and writes nothing; `start` creates or resumes the run's folder, `loop`
+    trains, and `finish` writes the model or reports how far the run got. Every process has to call each of them.
 
     Args:
-        recipe: What to do.
+        recipe: Recipe of the run.
         folder: Folder of the run.
-        accelerator: Where.
-        recipe_name: What to call the recipe on the model's card.
+        accelerator: Processes and devices to train on.
+        recipe_name: Name of the recipe on the model's card.
         resume: Continue from the folder's newest complete checkpoint.
 
     Raises:
@@ -135,23 +135,23 @@ class TrainingRun:
             step_on_epochs=False,
             updates_per_epoch=1,
         )
-        self.done = 0  # steps
+        self.done = 0  # number of finished steps
 
     def facts_of_cache(self, loss: TeacherLoss) -> dict[str, Any]:
-        """What the teacher's cached answers have to be made with."""
+        """The facts that a cache of the teacher's logits has to match."""
         data = self.source.training
         if self.teacher is None or data is None or not fits_in_memory(data, self.size):
             raise ValueError("Expected decoded images of the network's size with `teacher.cache`, got others.")
         return cache_facts(self.teacher, self.recipe.augmentation, self.preprocessing, data, loss.views)
 
     def view_augmentation(self) -> BatchAugmentation:
-        """How the views of a cache are made."""
+        """The augmentation that makes the views of a cache."""
         assert self.source.training is not None, "facts_of_cache has looked"
         names, images = self.source.label_names, len(self.source.training)
         return view_augmentation(self.recipe.augmentation, len(names), self.preprocessing, images)
 
     def prepare_cache(self) -> None:
-        """Compute the teacher's answers, unless they are there; from here on the teacher is not asked."""
+        """Compute the teacher's logits unless they are cached already; from here on the teacher is not run."""
         recipe, data = self.recipe, self.source.training
         if self.cache_facts is None or recipe.teacher is None or recipe.teacher.cache is None:
             return
@@ -173,7 +173,7 @@ class TrainingRun:
             console.print(message, highlight=False, soft_wrap=True)
 
     def start(self) -> None:
-        """Write the recipe to the folder, put everything in its place, and take the state of the run that continues."""
+        """Write the recipe to the folder, prepare the model for the devices, and restore the state of a resumed run."""
         recipe, accelerator = self.recipe, self.accelerator
         cores = (os.cpu_count() or 1) // accelerator.num_processes
         if accelerator.device.type == "cpu" and torch.get_num_threads() < cores:
@@ -189,7 +189,7 @@ class TrainingRun:
         if recipe.compile:
             compile_blocks(self.network)
         self.network.packs_passes = {"packed": True, "split": False}.get(recipe.trunk)
-        if accelerator.state.deepspeed_plugin is not None:  # which asks a data loader, of which there is none
+        if accelerator.state.deepspeed_plugin is not None:  # it reads this from a data loader, which we do not use
             batch = recipe.micro_batch_size or recipe.batch_size // accelerator.num_processes
             accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch
         if self.network.skips_parameters:
@@ -204,7 +204,7 @@ class TrainingRun:
         self.batches = self.source.batches(self.done, self.size, self.preprocessing["interpolation"])
 
     def restore(self) -> None:
-        """Take the newest complete checkpoint, if there is one."""
+        """Restore the newest complete checkpoint, if there is one."""
         restored = self.folder.restore()
         if restored is None:
             return
@@ -220,7 +220,7 @@ class TrainingRun:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        # One that cannot be continued must not take the place of one that can.
+        # A checkpoint that cannot be resumed must not replace one that can.
         if not all_finite(self.accelerator, self.network):
             self.fail("Expected finite weights, got others")
         state: dict[str, torch.Tensor] = {}
@@ -229,14 +229,14 @@ class TrainingRun:
             self.accelerator.save_state(str(self.folder.apart(self.done)))
         else:
             state, facts = gather_state(self.model, self.optimizer, self.average and self.average.module)
-        facts["earlier_training"] = self.earlier  # kept here, as a run may go on where the folder it began with is not
+        facts["earlier_training"] = self.earlier  # the initial model's folder may be missing where the run resumes
         facts["data"] = gather_object([self.batches.state_dict(self.done)])
         facts["scaler"] = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         keep = self.recipe.keep_checkpoints
         main_process_alone(self.accelerator, lambda: self.folder.save(state, facts, self.done, keep))
 
     def loop(self, stop: StopRequest) -> None:
-        """Train until the recipe's end, or until `stop` asks for it with everything saved."""
+        """Train until the recipe's last step, or until `stop` asks to stop; a checkpoint is saved in both cases."""
         recipe, accelerator = self.recipe, self.accelerator
         progress = Progress(
             TextColumn("step"),
@@ -266,7 +266,7 @@ class TrainingRun:
                 losses = self.update(step, pixel_values, targets, passes, taught)
                 clock.count(recipe.batch_size)
                 if self.done % recipe.log_every == 0 or self.done == recipe.steps:
-                    # The one place where the host waits for the device, and where the processes agree on stopping.
+                    # Only here does the host wait for the device, and do the processes agree on whether to stop.
                     report = accelerator.reduce(torch.cat([losses, stop.as_tensor(losses.device)]), "mean")
                     labelled, students, asked = report.tolist()
                     stopping = asked > 0
@@ -291,10 +291,10 @@ class TrainingRun:
         passes: list[Pass],
         taught: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Do one step, `taught` by a teacher's cached logits if there are any; returns the (2,) losses of `Objective`."""
+        """Do one step and return the (2,) losses of `Objective`; `taught` are a teacher's cached logits, if any."""
         recipe, accelerator = self.recipe, self.accelerator
         self.scheduler.step_update(step)
-        # Drawn by torch: dropped paths, which differ between the processes.
+        # torch draws the dropped paths (stochastic depth), which differ between the processes.
         seed_everything(recipe.seed, step, accelerator.process_index)
         torch.manual_seed(torch.initial_seed())
         losses = forward_backward(
@@ -319,7 +319,7 @@ class TrainingRun:
         return losses
 
     def log(self, labelled: float, students: float, passes: list[Pass], clock: Stopwatch) -> str:
-        """Log the losses of the step that was done last; returns what to show beside the progress bar."""
+        """Log the losses of the last finished step; returns the text to show beside the progress bar."""
         entry: dict[str, Any] = {"loss": labelled + self.recipe.students.weight * students}
         if self.schedule.distils:
             entry |= {"full_loss": labelled, "student_loss": students}
@@ -337,7 +337,7 @@ class TrainingRun:
         return status
 
     def published(self) -> Network:
-        """The network that is evaluated and published: the average, if there is one."""
+        """The network that is evaluated and published: the averaged one, if there is one."""
         if self.average is not None:
             return self.average.module
         if self.sharded:
@@ -345,7 +345,7 @@ class TrainingRun:
         return self.network
 
     def evaluate(self) -> None:
-        """Measure and log the accuracy on the images kept for choosing."""
+        """Measure and log the accuracy on the validation images."""
         steps = self.recipe.evaluate_queries or [len(self.ladder)]
         accuracies = validation_accuracy(
             self.published(),
@@ -363,10 +363,10 @@ class TrainingRun:
         self.say(f"step {self.done}: validation accuracy (%) {line}")
 
     def finish(self, reason: str) -> bool:
-        """Draw the curves; write the model if the recipe's end is reached, else say that the run stopped for `reason`.
+        """Draw the curves, and write the model if the run is finished, else report that it stopped for `reason`.
 
         Returns:
-            Whether the end is reached.
+            Whether the run is finished.
         """
         finished = self.done == self.recipe.steps
         if finished:
@@ -387,9 +387,9 @@ class TrainingRun:
         return finished
 
     def write_model(self, model: Network) -> None:
-        """Write the trained model with the facts of its training to the run's `model` folder."""
+        """Write the trained model and facts about its training to the run's `model` folder."""
         recipe, images = self.recipe, None if self.source.training is None else len(self.source.training)
-        # With the dataset's public name: where it lies on this machine helps nobody.
+        # With the dataset's public name: its path on this machine is of no use to others.
         values = {**recipe.to_dict(), "dataset": recipe.dataset_name or recipe.dataset}
         facts = {
             "recipe_name": self.recipe_name,
@@ -415,7 +415,11 @@ class TrainingRun:
         save_folder(model, self.folder.model, files)
 
     def fail(self, problem: str) -> None:
-        """Keep what is known about a run that went wrong in the step that was done last, and stop."""
+        """Write a report about a failure in the last finished step, and raise.
+
+        Raises:
+            FloatingPointError: Always; the message names the problem, the step and the complete checkpoints.
+        """
         step = self.done - 1
         report = {
             "step": step,
@@ -423,7 +427,7 @@ class TrainingRun:
             "problem": problem,
             "complete_checkpoints": self.folder.saved_steps(),
         }
-        # Of weights that FSDP has split no process has all.
+        # If FSDP has sharded the weights, no process has all of them.
         split = any(isinstance(parameter, DTensor) for parameter in self.network.parameters())
         weights = None if split else self.network.state_dict()
         main_process_alone(self.accelerator, lambda: self.folder.write_failure(report, weights))
@@ -441,7 +445,7 @@ def validation_accuracy(
     accelerator: Accelerator,
     batch_size: int,
 ) -> dict[int, float]:
-    """Accuracy at each K of `budgets`, each process taking its share of the images; empty without images."""
+    """Accuracy at each K of `budgets`; each process takes its share of the images. Empty if there are no images."""
     if len(data) == 0:
         return {}
     model.eval()

@@ -1,6 +1,6 @@
-"""Schedules: at which budgets the images of a training step run, as a function of the seed and the step alone.
+"""Schedules: the budgets at which the images of a training step run, as a function of the seed and the step alone.
 
-A budget is drawn as a step K of the config's `ladder`, counted from 1: for the Visual Perceiver the first K queries.
+A budget is drawn as a step K of the config's `ladder`, counted from 1; for the Visual Perceiver, the first K queries.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class Schedule(Protocol):
     Attributes:
         distils: Whether the first pass is the full network on every image and teaches the others; if not, each pass
             learns from the labels.
-        groups: Parts that a batch is split in.
+        groups: Number of parts that a batch is split into.
     """
 
     distils: bool
@@ -74,12 +74,12 @@ class Uniform:
 
 @checked_dataclass(frozen=True, config=CHECKED)
 class Stratified:
-    """Query Masking in every step at several K: one group of the batch at Q, each other at a K of its own, p(K) ~ 1/K.
+    """Query Masking at several K per step: one group of the batch runs at Q, each other group at its own K, p(K) ~ 1/K.
 
-    The image's place in the batch decides its group. A step then sees all scales of K, which lowers the variance of the
-    gradient as stratified sampling does, and the full network learns in every step. K is log-uniform, so that each
-    doubling of the budget gets the same share. After FlexiViT's and Matryoshka's per-batch draws (Beyer et al. 2023,
-    Kusupati et al. 2022), which use one draw for the whole batch.
+    The image's position in the batch decides its group. A step then covers all scales of K, which lowers the variance
+    of the gradient as stratified sampling does, and the full network learns in every step. K is log-uniform, so that
+    each doubling of the budget gets the same share. This follows FlexiViT and Matryoshka (Beyer et al. 2023, Kusupati
+    et al. 2022), which use one draw for the whole batch.
     """
 
     ladder: tuple[Any, ...]
@@ -98,11 +98,11 @@ class Stratified:
 
 @checked_dataclass(frozen=True, config=CHECKED)
 class Sandwich:
-    """Each image with all Q queries and with those of `students` smaller budgets, which learn from the full network.
+    """Each image runs with all Q queries and at `students` smaller budgets, which learn from the full network.
 
-    The sandwich rule with in-place distillation of universally slimmable networks (Yu & Huang 2019): the largest network
-    learns from the labels, the others from its answer. K of the students is log-uniform, p(K) ~ 1/K; with `smallest` one
-    of them is always K = 1, as in that paper.
+    This is the sandwich rule with in-place distillation of universally slimmable networks (Yu & Huang 2019): the
+    largest network learns from the labels, the others from its output. The students' K is log-uniform, p(K) ~ 1/K; with
+    `smallest` one of them is always K = 1, as in that paper.
     """
 
     ladder: tuple[Any, ...]
@@ -118,23 +118,24 @@ class Sandwich:
             raise ValueError(f"Expected at least 2 budgets for a sandwich, got {len(self.ladder)}.")
 
     def __call__(self, step: int) -> list[Pass]:
-        # Not Q itself, which is the teacher.
+        # Students are drawn below Q, which is the teacher.
         drawn = _log_uniform(_generator(self, step), len(self.ladder) - 1, self.students - self.smallest)
         return [Pass(self.ladder[K - 1]) for K in (len(self.ladder), *([1] if self.smallest else []), *drawn)]
 
 
 @checked_dataclass(frozen=True, config=CHECKED)
 class Nested:
-    """Each image at every K at which a block of queries ends, up to a largest K drawn anew in each step.
+    """Each image runs at every K at which a block of queries ends, up to a largest K that is drawn in each step.
 
-    Meant for a block-causal trunk, in which one pass at the largest K gives the answers of all the smaller ones, so that
-    all budgets learn for the price of one (AdaPerceiver: Jajal et al. 2025). Each learns from the labels.
+    This is meant for a block-causal trunk, in which one pass at the largest K also gives the logits of all smaller
+    ones, so that all budgets learn for the price of one (AdaPerceiver: Jajal et al. 2025). Each learns from the labels.
 
     Args:
         ladder: Budgets, ascending.
         seed: Random seed of the run.
-        block_ends: Such K, from the model's config (`nested_steps`).
-        largest: Weights of the largest K, such as {16: 2, 64: 1}; None is always Q. Smaller ones make a step cheaper.
+        block_ends: The K at which blocks end, from the model's config (`nested_steps`).
+        largest: Weights for drawing the largest K, such as {16: 2, 64: 1}; None always uses Q. A smaller largest K
+            makes a step cheaper.
     """
 
     ladder: tuple[Any, ...]
@@ -158,10 +159,11 @@ class Nested:
 
 @checked_dataclass(frozen=True, config=CHECKED)
 class SmallFirst:
-    """No pass is above a K_max, which grows from `start` to the full network in the first `fraction` of the steps.
+    """Caps every pass at a K_max, which grows from `start` to the full network in the first `fraction` of the steps.
 
-    By the same factor in equal times, so that each doubling of the budget gets the same share. Cheap first, as in
-    EfficientTrain++ (Wang et al. 2024) and PatchDropout (Liu et al. 2023), which begin with smaller or fewer patches.
+    K_max grows exponentially, so that each doubling of the budget takes the same time. Training starts with cheap
+    passes, as in EfficientTrain++ (Wang et al. 2024) and PatchDropout (Liu et al. 2023), which start with smaller or
+    fewer patches.
     """
 
     schedule: Any
@@ -192,11 +194,12 @@ class SmallFirst:
 
 @checked_dataclass(frozen=True, config=CHECKED)
 class DqsTail:
-    """In the last part of training, some of the smaller passes are adaptive.
+    """Makes some of the smaller passes adaptive in the last part of training.
 
-    Query Masking shows the network prefixes alone, but Dynamic Query Selection leaves any subset of the queries. From
-    (1 - `fraction`) of the steps on, each student (each pass, in schedules without a teacher in the batch, that is not
-    the full network) runs with probability `share` at a threshold ~ U(`thresholds`) instead; `knob` is its name.
+    Query Masking trains the network on prefixes of the queries only, but Dynamic Query Selection may keep any subset.
+    In the last `fraction` of the steps, each student (in schedules without a teacher in the batch, each pass that is
+    not the full network) runs with probability `share` at a threshold ~ U(`thresholds`) instead; `knob` is the
+    threshold's name.
     """
 
     schedule: Any
@@ -225,9 +228,9 @@ class DqsTail:
         passes = self.schedule(step)
         if step < self.steps * (1 - self.fraction):
             return passes
-        # Neither the numbers of the schedule nor those of the augmentation.
+        # The 2 keeps this random stream apart from those of the schedule and of the augmentation.
         random = np.random.default_rng((self.seed, step, 2))
-        # Drawn for every pass, needed or not, so that a draw does not depend on those before it.
+        # Drawn for every pass, needed or not, so that the draws do not depend on which passes are adaptive.
         selects, thresholds = random.random(len(passes)) < self.share, random.uniform(*self.thresholds, len(passes))
         first_is_full = len(passes) > 1
         return [
@@ -252,12 +255,12 @@ def create_schedule(
     steps: int = 1,
     block_ends: Sequence[int] | None = None,
 ) -> Schedule:
-    """The schedule that a recipe's `queries` describes: a function from the step to its passes.
+    """Create the schedule that a recipe's `queries` describes: a function from the step to its passes.
 
     Args:
         queries: `{"schedule": name, ...}` with the schedule's own arguments, and those of `SmallFirst` and `DqsTail` as
             `small_first` and `dqs_tail`.
-        ladder: The config's.
+        ladder: The config's ladder of budgets.
         seed: Random seed of the run; the same on every process.
         steps: Number of steps of the whole run.
         block_ends: The config's `nested_steps`.
@@ -298,15 +301,15 @@ def create_schedule(
 
 
 def step_macs(config: ElasticConfig, schedule: Schedule, step: int) -> float:
-    """Multiply-accumulates of a step's forward, per image; training takes about three times as many.
+    """Multiply-accumulates of a step's forward passes, per image; training takes about three times as many.
 
-    A pass at a threshold counts as if it spared nothing, as what it will spare is not known.
+    A pass at a threshold counts as if it removed no queries, as their number is not known in advance.
     """
     return config.count_passes([p.budget for p in schedule(step)], shared=schedule.groups == 1)
 
 
 def describe(passes: Sequence[Pass], knobs: Mapping[str, str]) -> str | list[str]:
-    """The budgets of a step, for a log: one, or a list of several, by short names."""
+    """The short names of a step's budgets, for the log: a string, or a list if there are several."""
     rounded = [
         Budget(**{k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in p.budget.kwargs.items()})
         for p in passes

@@ -1,4 +1,4 @@
-"""A run's state as named tensors in safetensors: the same for every device, number of processes and way to shard."""
+"""A run's state as named tensors in safetensors, independent of device, number of processes and sharding."""
 
 import json
 from pathlib import Path
@@ -23,14 +23,14 @@ FACTS = "state.json"
 def gather_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights, the optimiser's moments and averaged weights, by the parameters' names.
+    """Gather the weights, the optimiser's moments and the averaged weights, by the parameters' names.
 
-    Every process has to call this, as each may hold a part; the first gets the whole.
+    Every process has to call this, as each may hold a shard; the first process gets everything.
 
     Returns:
         Tensors on the CPU named `model.*`, `optimizer.*` and `average.*`, and the values that are not tensors.
     """
-    # With `cpu_offload` the others get nothing, which saves their memory.
+    # With `cpu_offload` the other processes get nothing, which saves memory.
     weights, moments = _state_dicts(model, optimizer, cpu_offload=True)
     state = {f"model.{name}": value for name, value in weights.items()}
     facts: dict[str, Any] = {}
@@ -52,12 +52,12 @@ def apply_state(
     optimizer: torch.optim.Optimizer,
     average: nn.Module | None,
 ) -> None:
-    """The inverse of `gather_state`; values of lower precision are taken in the precision of their place.
+    """The inverse of `gather_state`; tensors are cast to the dtype that the model or the optimiser uses.
 
     Raises:
-        ValueError: If the state is another model's or optimiser's.
+        ValueError: If the state is of another model or optimiser.
     """
-    # What a fresh run has says which names and dtypes there are.
+    # The state of the fresh run gives the names and dtypes to expect.
     weights, moments = _state_dicts(model, optimizer)
     weights = {name: _take(state, f"model.{name}", value) for name, value in weights.items()}
     for name, entries in moments["state"].items():
@@ -78,7 +78,7 @@ def apply_state(
 
 
 def gather_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole weights of a model that may be split over processes; every process has to call this and gets them."""
+    """The full weights of a model that may be sharded over processes; every process has to call this and gets them."""
     weights: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     return weights
 
@@ -96,7 +96,7 @@ def _take(state: dict[str, torch.Tensor], name: str, like: torch.Tensor) -> torc
 
 
 def write_state(folder: Path, state: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors to state*.safetensors and the rest, with the names of those files, to state.json."""
+    """Write the tensors to state*.safetensors, and the facts with the names of those files to state.json."""
     contiguous = {name: value.contiguous() for name, value in state.items()}
     save_torch_state_dict(contiguous, folder, filename_pattern="state{suffix}.safetensors", max_shard_size="5GB")
     files = sorted(path.name for path in folder.glob("state*.safetensors"))

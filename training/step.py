@@ -25,9 +25,9 @@ def forward_backward(
     average: ModelEmaV3 | None = None,
     teacher_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gradients of one step's loss, in micro-batches if the recipe says so; returns the (2,) losses of `Objective`.
+    """Compute the gradients of a step, in micro-batches if the recipe says so; return the (2,) losses of `Objective`.
 
-    `teacher_logits`, (B, labels), are the teacher's answers where they are known already.
+    `teacher_logits`, (B, labels), are the teacher's logits if they are cached.
     """
     objective: Any = accelerator.unwrap_model(model)
     B = len(pixel_values)
@@ -42,7 +42,7 @@ def forward_backward(
                 taught = teacher(pixel_values[part])
             if average is not None and schedule.distils and recipe.students.teacher == "ema":
                 averaged = average.module.forward_budgets(pixel_values[part], passes[:1])[0]
-        # Processes exchange gradients once, with the last part.
+        # Processes synchronise gradients once, with the last micro-batch.
         last = part.stop == B
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             parts = model(pixel_values[part], targets[part], passes, schedule.distils, taught, averaged)
@@ -53,7 +53,7 @@ def forward_backward(
 
 
 def check_batch(recipe: Recipe, schedule: Schedule, num_processes: int) -> None:
-    """Raise a `ValueError` unless the batch can be split in the schedule's groups by each process and micro-batch."""
+    """Raise a `ValueError` unless each process and micro-batch can split its images into the schedule's groups."""
     multiple = 2 * num_processes * schedule.groups
     if recipe.batch_size % multiple:
         raise ValueError(

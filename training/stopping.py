@@ -1,4 +1,4 @@
-"""Time: when a run is to stop, and how fast it goes."""
+"""When to stop a run, and how fast it trains."""
 
 import math
 import signal
@@ -10,7 +10,7 @@ import torch
 
 
 class StopRequest:
-    """Whether a run should stop: its time is over, or SIGTERM came while the context is open.
+    """Asks a run to stop when its time is over, or when SIGTERM arrives while the context is open.
 
     Args:
         max_minutes: Minutes from now until the run should stop; None is no limit.
@@ -24,7 +24,7 @@ class StopRequest:
         self.terminated = False
 
     def __enter__(self) -> "StopRequest":
-        # Python allows handlers in the main thread alone.
+        # Python allows signal handlers only in the main thread.
         self.handles = threading.current_thread() is threading.main_thread()
         if self.handles:
             self.previous = signal.signal(signal.SIGTERM, self._terminate)
@@ -42,32 +42,32 @@ class StopRequest:
         return self.terminated or time.monotonic() >= self.deadline
 
     def as_tensor(self, device: torch.device) -> torch.Tensor:
-        """(1,) float: 1 if this process is to stop."""
+        """(1,) float: 1 if this process should stop, else 0."""
         return torch.tensor([float(self.requested())], device=device)
 
     def reason(self) -> str:
-        """Why it stopped."""
+        """Why the run stopped."""
         return "SIGTERM" if self.terminated or self.max_minutes is None else f"{self.max_minutes:g} minutes are over"
 
 
 class Stopwatch:
-    """Images per second since the last restart, and the time of that piece."""
+    """Measures images per second, and seconds, since the last restart."""
 
     def __init__(self) -> None:
         self.shown = time.perf_counter()
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new piece."""
+        """Start measuring anew."""
         self.began, self.images = time.perf_counter(), 0
 
     def count(self, images: int) -> None:
-        """Images that were trained on."""
+        """Add images that were trained on."""
         self.images += images
 
     @property
     def seconds(self) -> float:
-        """Since the restart."""
+        """Seconds since the restart."""
         return time.perf_counter() - self.began
 
     def rate(self) -> float:
@@ -75,7 +75,7 @@ class Stopwatch:
         return self.images / self.seconds
 
     def minute_passed(self) -> bool:
-        """Whether a minute passed since this was last true."""
+        """Whether more than a minute has passed since this last returned True."""
         passed = time.perf_counter() - self.shown > 60
         if passed:
             self.shown = time.perf_counter()

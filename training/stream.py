@@ -1,6 +1,7 @@
-"""Training images as they come from the Hub or from parquet files, without a local copy or all of them in memory.
+"""Training images streamed from the Hub or from parquet files, without a local copy or loading all into memory.
 
-The main process reads encoded images and deals them (`StreamOrder`), DataLoader workers decode them (`DecodedImages`):
+The main process reads encoded images and assigns them to batches (`StreamOrder`); DataLoader workers decode them
+(`DecodedImages`):
 
     order = StreamOrder("ILSVRC/imagenet-1k", "train", batch_size=1024, seed=0, last_step=1000)
     crop = torchvision.transforms.RandomResizedCrop(224)
@@ -34,20 +35,20 @@ from hf_visual_perceiver.modeling.handler import open_image
 
 logger = logging.getLogger(__name__)
 
-# States of this many steps are kept. A DataLoader runs ahead of training by its workers times their prefetched batches.
+# The states of this many steps are kept, as a DataLoader runs ahead of training: by workers times prefetched batches.
 KEPT_STATES = 1024
 
 
 def load_stream(dataset: str, split: str) -> datasets.IterableDataset:
-    """One split as a stream of encoded images.
+    """Open one split as a stream of encoded images.
 
     Args:
         dataset: A folder of parquet files, as in `splits.open_split`, a single parquet file, or a Hub id.
         split: Name of the split.
 
     Raises:
-        ValueError: If there is no such split, or the dataset does not say what its columns are.
-        FileNotFoundError: If `dataset` looks like a path and is not there.
+        ValueError: If there is no such split, or the dataset does not describe its columns.
+        FileNotFoundError: If `dataset` looks like a path and does not exist.
     """
     try:
         stream = open_split(dataset, split, streaming=True)
@@ -59,48 +60,48 @@ def load_stream(dataset: str, split: str) -> datasets.IterableDataset:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image as it is stored, on its way to a place in a batch."""
+    """An image as it is stored, with its position in a batch."""
 
     step: int
-    position: int  # in the batch of the step, over all processes
+    position: int  # in the step's global batch, over all processes
     label: int
     data: bytes
-    name: str  # which image this is, for messages
+    name: str  # identifies the image in messages
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Successive images of a share, which are shuffled among themselves."""
+    """Consecutive images of a share, which are shuffled among themselves."""
 
     epoch: int
-    number: int  # in the epoch
-    start: dict[str, Any] | None  # where `datasets` stood before the first image; None is the beginning of the epoch
+    number: int  # index of the window in the epoch
+    start: dict[str, Any] | None  # the `datasets` stream's state before the first image; None: start of the epoch
 
 
 class StreamOrder:
     """The encoded images of each step, for one of several processes that each read a share of the stream.
 
-    A process goes through its share again and again, for as many steps as asked; it never waits for another to end an
-    epoch. Shares are whole files where the processes divide their number, and every world_size-th image of all files
-    otherwise. Images are shuffled in windows, each read while the one before is dealt: about one window is in memory.
-    What is stored in the order of its classes should be shuffled beforehand.
+    A process repeats its share for as many steps as asked, and does not wait for the others at the end of an epoch. If
+    the number of files is a multiple of the number of processes, a share is whole files; otherwise it is every
+    world_size-th image of all files. Images are shuffled in windows. A window is read while the previous one is
+    consumed, so about one window is in memory. A dataset that is sorted by class should be shuffled beforehand.
 
     Iterating yields lists of `EncodedImage`, batch_size / world_size long, as a DataLoader's `batch_sampler` does.
 
     Args:
         dataset: See `load_stream`.
         split: Name of the split.
-        batch_size: Images of a step, over all processes.
+        batch_size: Number of images per step, over all processes.
         seed: Random seed for the order of the images.
         last_step: Number of steps of the training.
         rank: Rank of this process.
         world_size: Number of processes.
-        shuffle_window: Images that are shuffled among themselves.
-        repeats: Times that an image stands in the order, in a row, each time to be augmented anew.
+        shuffle_window: Number of images that are shuffled among themselves.
+        repeats: How often an image occurs in a row, to be augmented anew each time.
 
     Raises:
-        ValueError: If the dataset does not fit: here, or during iteration, as soon as the stream shows it.
-        FileNotFoundError: If `dataset` looks like a path and is not there.
+        ValueError: If the dataset does not fit. Some faults only show, and are raised, during iteration.
+        FileNotFoundError: If `dataset` looks like a path and does not exist.
     """
 
     def __init__(
@@ -151,10 +152,10 @@ class StreamOrder:
         return batches
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on after `step` finished steps, as JSON can hold it.
+        """Return the state to resume from after `step` finished steps, as JSON-serialisable values.
 
         Raises:
-            ValueError: If the batch of `step` was not dealt yet, or too long ago.
+            ValueError: If the iteration has not reached `step` yet, or is more than `KEPT_STATES` steps past it.
         """
         if step not in self._places:
             raise ValueError(
@@ -165,12 +166,12 @@ class StreamOrder:
         return {**place, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any], allow_other_world: bool = False) -> None:
-        """Go on where another order with this dataset stood; sets `first_step`.
+        """Resume from the state of another order over this dataset; sets `first_step`.
 
         Args:
             state: State from `state_dict`, of the same rank.
-            allow_other_world: Whether the state may be of another rank or number of processes. The shares are then
-                others, and the next epoch begins at once.
+            allow_other_world: Whether the state may be of another rank or number of processes. The shares then differ,
+                so the order continues with the start of the next epoch.
 
         Raises:
             ValueError: If the state was written with other settings.
@@ -187,7 +188,7 @@ class StreamOrder:
         self._places = {self.first_step: self._start}
 
     def _identity(self) -> dict[str, int]:
-        """What a place in the order means nothing without."""
+        """The settings on which a position in the order depends."""
         return {name: getattr(self, name) for name in ("world_size", "rank", "seed", "shuffle_window", "repeats")}
 
     def _batches(self) -> Iterator[list[EncodedImage]]:
@@ -205,11 +206,11 @@ class StreamOrder:
             ]
 
     def _deal(self, window: _Window, skip: int) -> Iterator[tuple[_Window, int, tuple[int, bytes, str]]]:
-        """Shuffled images from `window` on, without the first `skip`, each with the place in the order after it."""
+        """Yield shuffled images from `window` on, without the first `skip`, each with the position right after it."""
         stream = self._read(window)
         upcoming = [next(stream)]
         while True:
-            # What is left to read of this window; the image that tells its end is the first of the next.
+            # Read the rest of this window; the image that shows its end is the first of the next.
             while upcoming[-1][0] is upcoming[0][0]:
                 upcoming.append(next(stream))
             *images, first = upcoming
@@ -220,7 +221,7 @@ class StreamOrder:
             offset = 0
             while shuffled:
                 image = shuffled.pop()
-                # One in for one out, so that neither reading nor memory comes in bursts.
+                # Read one image for each one yielded, so that neither reading nor memory comes in bursts.
                 if upcoming[-1][0] is upcoming[0][0]:
                     upcoming.append(next(stream))
                 for _ in range(self.repeats):
@@ -230,7 +231,7 @@ class StreamOrder:
             skip = 0
 
     def _read(self, window: _Window) -> Iterator[tuple[_Window, tuple[int, bytes, str]]]:
-        """Label, data and name of the images of this share from `window` on, each with its window, without end."""
+        """Yield the label, data and name of this share's images from `window` on, with their windows, endlessly."""
         while True:
             share = split_dataset_by_node(self._stream, rank=self.rank, world_size=self.world_size)
             if window.start is not None:
@@ -254,12 +255,12 @@ class StreamOrder:
         if encoded.get("path"):
             name = f"{encoded['path']} ({name})"
         label = example[self._label_column]
-        # ClassLabel is an integer in the file, but may be missing there.
+        # ClassLabel is an integer in the file, but may be null.
         if label is None or not 0 <= label < len(self.label_names):
             raise ValueError(
                 f"Expected labels in [0, {len(self.label_names)}), got {label} for {name}; unlabelled test splits have -1."
             )
-        # An image that is missing is as unreadable as one that is broken.
+        # A missing image is treated like an unreadable one.
         return label, encoded.get("bytes") or b"", name
 
 
@@ -273,9 +274,9 @@ def _close_at_exit(batches: Iterator) -> None:
 
 
 def _close_streams() -> None:
-    """Stop reading and let pyarrow's threads notice.
+    """Close the streams and wait for pyarrow's threads to stop.
 
-    They read ahead through Python files; one that still does when the interpreter shuts down makes the process hang.
+    These threads read ahead through Python file objects; if one still reads at interpreter shutdown, the process hangs.
     """
     for batches in list(_open):
         batches.close()
@@ -283,12 +284,12 @@ def _close_streams() -> None:
 
 
 class DecodedImages(torch.utils.data.Dataset):
-    """Encoded images to pixels; what is random about each follows from the seed, the step and its place in the batch.
+    """Decodes images to pixels; the randomness of each follows from the seed, the step and its position in the batch.
 
     Args:
-        transform: Function from PIL image to PIL image, all of one size, such as a random crop.
+        transform: Function from PIL image to PIL image, all of one output size, such as a random crop.
         seed: Random seed of the transform.
-        unreadable: `"error"`, or `"replace"` to have `collate` put another image of the batch in its place.
+        unreadable: `"error"` to raise, or `"replace"` to have `collate` use another image of the batch instead.
     """
 
     def __init__(self, transform: Callable[[Image.Image], Image.Image], seed: int, unreadable: str = "error"):
@@ -297,10 +298,10 @@ class DecodedImages(torch.utils.data.Dataset):
         self.transform, self.seed, self.unreadable = transform, seed, unreadable
 
     def __getitem__(self, key: EncodedImage) -> tuple[torch.Tensor | None, int, int]:
-        """Pixels (3, H, W) uint8, or None for an unreadable image; label; position in the batch over all processes.
+        """Return pixels (3, H, W) uint8, or None for an unreadable image; the label; the position in the global batch.
 
         Raises:
-            ValueError: If the image is unreadable and is not to be replaced.
+            ValueError: If the image is unreadable and `unreadable` is `"error"`.
         """
         try:
             image = open_image(key.data)
@@ -316,9 +317,9 @@ class DecodedImages(torch.utils.data.Dataset):
     def collate(
         batch: Sequence[tuple[torch.Tensor | None, int, int]],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images (B, 3, H, W) uint8, labels (B,) and positions (B,) of a batch.
+        """Collate a batch to images (B, 3, H, W) uint8, labels (B,) and positions (B,).
 
-        The next readable image, with its label, stands in for an unreadable one.
+        The next readable image, with its label, replaces an unreadable one.
 
         Raises:
             ValueError: If no image is readable.

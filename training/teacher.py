@@ -1,4 +1,4 @@
-"""Frozen teachers: any image classifier of transformers or timm."""
+"""Frozen teachers: any image classifier from transformers or timm."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 
 class FrozenTeacher(nn.Module):
-    """A classifier that answers on the student's images.
+    """A frozen classifier that takes images in the student's normalisation.
 
     Args:
         model: A transformers image classifier, or a timm model.
@@ -34,12 +34,12 @@ class FrozenTeacher(nn.Module):
         self.register_buffer("shift", ((ours[0] - theirs[0]) / theirs[1]).view(1, 3, 1, 1))
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
-        """Stays in eval mode."""
+        """Stay in eval mode, whatever `mode` is."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) images as the student sees them -> (B, labels) logits."""
+        """(B, 3, H, W) images, normalised for the student -> (B, labels) logits."""
         output = self.model(pixel_values * self.scale + self.shift)
         return getattr(output, "logits", output)
 
@@ -47,11 +47,11 @@ class FrozenTeacher(nn.Module):
 def load_teacher(
     name: str, label_names: list[str], image_size: tuple[int, int], preprocessing: dict[str, Any]
 ) -> FrozenTeacher:
-    """Load a teacher and check that it fits.
+    """Load a teacher and check that it fits the student.
 
     Args:
         name: A folder or Hub id that transformers loads as an image classifier, or the name of a timm model.
-        label_names: The student's.
+        label_names: The student's class names.
         image_size: The student's height and width.
         preprocessing: The student's `mean` and `std`.
 

@@ -1,7 +1,8 @@
-"""A teacher's answers on a fixed set of augmented views of the training images, computed once and read from a file.
+"""A teacher's logits on a fixed set of augmented views of the training images, computed once and read from a file.
 
-In epoch e every image is seen as its view e mod V, so a step needs no pass through the teacher. "Knowledge distillation: A
-good teacher is patient and consistent" (Beyer et al. 2022) is why the teacher answers on the very view that the student sees.
+Epoch e uses view e mod V of every image, so a step needs no pass through the teacher. The teacher's logits are of the
+same view that the student gets, because of "Knowledge distillation: A good teacher is patient and consistent" (Beyer et
+al. 2022).
 """
 
 import dataclasses
@@ -24,14 +25,14 @@ from hf_visual_perceiver.utils.files import folder_written_aside, write_json
 
 
 FACTS, LOGITS = "cache.json", "logits.npy"
-# Of the views; the same for every run, so that runs of several seeds share a cache.
+# Random seed of the views; the same for every run, so that runs with different seeds share a cache.
 VIEW_SEED = 0
 
 
 class TeacherCache:
-    """Views of the training images and what a teacher answers to them.
+    """Augmented views of the training images and a teacher's logits on them.
 
-    `open` or `create` makes one.
+    `open_cache` opens one that `create_cache` wrote.
 
     Args:
         augment: Function that makes a view.
@@ -45,7 +46,7 @@ class TeacherCache:
         self._draws: Draws | None = None
 
     def draws(self, epoch: int) -> Draws:
-        """What happens to each of the n images in this epoch."""
+        """The random draws of each of the n images in this epoch."""
         view = epoch % len(self.logits)
         if view != self._view or self._draws is None:
             self._draws = view_draws(self.augment, view, self.logits.shape[1], self.image_size)
@@ -55,12 +56,12 @@ class TeacherCache:
     def batch(
         self, images: torch.Tensor, labels: torch.Tensor, indices: np.ndarray, epoch: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The views of an epoch, for some of the images.
+        """Make the views of some of the images in an epoch.
 
         Args:
             images: (B, 3, H, W) uint8.
             labels: (B,) int64.
-            indices: (B,) of the images in the training set.
+            indices: (B,) indices of the images in the training set.
             epoch: Epoch of the run.
 
         Returns:
@@ -72,7 +73,7 @@ class TeacherCache:
 
 
 def view_draws(augment: BatchAugmentation, view: int, num_images: int, image_size: tuple[int, int]) -> Draws:
-    """What happens to each image in a view, a function of the view alone."""
+    """The random draws of each image in a view, a function of the view alone."""
     draws = augment.draw(view, num_images, *image_size)
     if augment.augmentation.alternating_flip:
         draws = dataclasses.replace(draws, flip=augment.flipped_at_first ^ bool(view % 2))
@@ -82,7 +83,7 @@ def view_draws(augment: BatchAugmentation, view: int, num_images: int, image_siz
 def cache_facts(
     teacher: FrozenTeacher, augmentation: Augmentation, preprocessing: dict[str, Any], data: ImageDataset, views: int
 ) -> dict[str, Any]:
-    """What a cache depends on, as plain values; two caches of equal facts hold the same."""
+    """Everything that a cache depends on, as plain values; caches with equal facts are interchangeable."""
     weights = hashlib.blake2b(digest_size=16)
     for name, value in sorted(teacher.state_dict().items()):
         weights.update(
@@ -97,14 +98,14 @@ def cache_facts(
         "label_names": data.label_names,
         "images_hash": pixels.hexdigest(),
         "teacher_hash": weights.hexdigest(),
-        # Of the targets alone.
+        # Label smoothing only changes the targets.
         "augmentation": {k: v for k, v in dataclasses.asdict(augmentation).items() if k != "label_smoothing"},
         "preprocessing": {key: list(preprocessing[key]) for key in ("mean", "std")},
     }
 
 
 def open_cache(folder: str | Path, facts: dict[str, Any], augment: BatchAugmentation) -> TeacherCache:
-    """Map a cache into memory.
+    """Open a cache as a memory map.
 
     Args:
         folder: Folder that `create_cache` wrote.
@@ -112,7 +113,7 @@ def open_cache(folder: str | Path, facts: dict[str, Any], augment: BatchAugmenta
         augment: Function that makes a view, from `view_augmentation`.
 
     Raises:
-        ValueError: If the folder holds no complete cache, or one that was made with something else, which is named.
+        ValueError: If the folder holds no complete cache, or one with other facts; the message names the first of them.
     """
     folder = Path(folder)
     try:
@@ -148,16 +149,16 @@ def create_cache(
     accelerator: Accelerator,
     batch_size: int = 500,
 ) -> None:
-    """Compute and write a cache; the folder is complete or absent. On the way, stderr says how far it is.
+    """Compute and write a cache; the folder is written atomically. Progress is shown on stderr.
 
     Args:
-        folder: New, or an empty folder.
+        folder: A new or empty folder.
         facts: Facts to store with the cache, from `cache_facts`.
         augment: Function that makes a view, from `view_augmentation`.
-        teacher: Who answers.
+        teacher: The teacher.
         data: The training images, decoded and of one size.
-        accelerator: Says where and in which precision.
-        batch_size: Images of one pass.
+        accelerator: Determines the device and the precision.
+        batch_size: Number of images per forward pass.
     """
     n, size = len(data), (data.images.shape[1], data.images.shape[2])
     teacher.to(accelerator.device)
@@ -182,6 +183,6 @@ def create_cache(
 def view_augmentation(
     augmentation: Augmentation, num_labels: int, preprocessing: dict[str, Any], num_images: int
 ) -> BatchAugmentation:
-    """The augmentation that makes views: a run's, with the seed of the views."""
+    """The augmentation that makes views: that of a run, but with the seed of the views."""
     mean, std = preprocessing["mean"], preprocessing["std"]
     return BatchAugmentation(augmentation, num_labels, mean, std, VIEW_SEED, num_images=num_images)

@@ -1,4 +1,4 @@
-"""timm's classifiers in our training loop, to become teachers."""
+"""timm classifiers in our training loop, to train teachers."""
 
 import copy
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from hf_visual_perceiver.modeling.elastic import default_preprocessing
 
 
 class TimmNetwork(ElasticModel, TimmWrapperForImageClassification):
-    """A timm classifier with what a training step asks of a network. It is saved as transformers' wrapper of timm's models.
+    """A timm classifier with the methods that a training step calls. It is saved as transformers' `TimmWrapper`.
 
     It has one budget, which counts as K = 1.
 
@@ -25,15 +25,16 @@ class TimmNetwork(ElasticModel, TimmWrapperForImageClassification):
 
     @classmethod
     def create(cls, name: str, arguments: dict[str, Any], label_names: list[str]) -> "TimmNetwork":
-        """A timm model of random weights.
+        """Create a timm model with random weights.
 
         Args:
-            name: timm's, such as resnet18.
-            arguments: For `timm.create_model`, such as output_stride; and image_size, height and width of the images (32).
+            name: timm's name of the model, such as resnet18.
+            arguments: Arguments of `timm.create_model`, such as output_stride; and image_size, the height and width of
+                the images (default 32).
             label_names: Names of the classes.
 
         Raises:
-            ValueError: If timm has no such model, or none with these arguments.
+            ValueError: If timm has no such model, or the model does not accept these arguments.
         """
         model_args = {key: value for key, value in arguments.items() if key != "image_size"}
         image_size = arguments.get("image_size", 32)
@@ -43,7 +44,7 @@ class TimmNetwork(ElasticModel, TimmWrapperForImageClassification):
             model_args=model_args,
             id2label=dict(enumerate(label_names)),
             label2id={label: i for i, label in enumerate(label_names)},
-            # A list, as JSON has it.
+            # A list, as it will be after a round trip through JSON.
             pretrained_cfg={**default_preprocessing(image_size), "input_size": list(size)},  # type: ignore[call-arg]
         )
         try:
@@ -59,22 +60,22 @@ class TimmNetwork(ElasticModel, TimmWrapperForImageClassification):
         return network.train()
 
     def forward_budgets(self, pixel_values: torch.Tensor, passes: Sequence[Pass]) -> list[torch.Tensor]:
-        """The logits (n, labels) of each pass's n images; there is one budget."""
+        """The logits (n, labels) of each pass's n images; the budgets are ignored, as there is only one."""
         return [self(pixel_values[p.images]).logits for p in passes]
 
     def blocks(self) -> list[Any]:
-        """The whole network."""
+        """The whole network, as one block."""
         return [self.timm_model]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save, as `TimmWrapperForImageClassification` does, and under its name, so that transformers alone loads it."""
+        """Save as a `TimmWrapperForImageClassification`, so that transformers loads it without this package."""
         plain = copy.copy(self)
         plain.__class__ = TimmWrapperForImageClassification  # type: ignore[assignment]
         plain.save_pretrained(*args, **kwargs)
 
     @property
     def image_height_width(self) -> tuple[int, int]:
-        """Of the images it takes."""
+        """Height and width of the images that it takes."""
         height, width = self.config.pretrained_cfg["input_size"][1:]
         return height, width
 

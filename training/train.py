@@ -1,7 +1,7 @@
 """Train a Visual Perceiver: `accelerate launch training/train.py --config training/recipes/NAME.yaml`.
 
-accelerate decides on the number of processes and the device. All random numbers of a step are drawn from the recipe's seed and
-the step, so that a resumed run continues with the same draws on every device.
+accelerate decides on the number of processes and the device. All random numbers of a step are drawn from the recipe's
+seed and the step, so that a resumed run continues with the same draws on every device.
 """
 
 import logging
@@ -37,14 +37,14 @@ def train(
     max_minutes: float | None = None,
     allow_recipe_change: bool = False,
 ) -> Path | None:
-    """Run a recipe, to its end or for some time, and at its end write the Hub-ready model to `output_dir`/model.
+    """Train by a recipe, to its end or for a limited time; at the end, write the Hub-ready model to `output_dir`/model.
 
     Args:
         recipe: Recipe of the run.
-        output_dir: A new or empty folder, or with `resume` that of the run to continue.
+        output_dir: A new or empty folder; with `resume`, the folder of the run to continue.
         resume: Continue from the newest complete checkpoint.
         recipe_name: Name of the recipe on the model's card.
-        max_minutes: Stop after this time with everything saved; None runs to the end. SIGTERM stops a run likewise.
+        max_minutes: Save a checkpoint and stop after this time; None runs to the end. SIGTERM does the same.
         allow_recipe_change: Resume although the recipe differs from that of the run.
 
     Returns:
@@ -56,7 +56,7 @@ def train(
         OSError: If a checkpoint cannot be written, such as on a full disk; the last good checkpoints stay.
     """
     stop, folder = StopRequest(max_minutes), RunFolder(output_dir)
-    # Not by accelerate's state, which would then be made before the Accelerator says how.
+    # accelerate's state is not asked, as that would create it before the Accelerator configures it.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     slow_bf16 = recipe.mixed_precision == "bf16" and on_cpu and not cpu_computes_in_bf16()
     precision = "no" if slow_bf16 else recipe.mixed_precision
@@ -71,14 +71,14 @@ def train(
             console.print(f"The run is finished; its model is in {folder.model}.")
         return folder.model
     training = TrainingRun(recipe, folder, accelerator, recipe_name, resume)
-    # What does not fit has been raised; from here on the folder is written to.
+    # All checks are done; from here on the folder is written to.
     training.start()
     training.loop(stop)
     return folder.model if training.finish(stop.reason()) else None
 
 
 def _tracker(name: str | None) -> str | None:
-    """The tracker, or None with a message when it is not installed."""
+    """Return the tracker, or print a message and return None if it is not installed."""
     if name is None or name in [str(getattr(t, "value", t)) for t in get_available_trackers()]:
         return name
     console.print(f"Tracker {name} is not installed; the run is logged to log.jsonl alone.")
@@ -90,7 +90,7 @@ def command(
     output_dir: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE by default.")] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue the run in the output folder, with its own recipe and what is given."),
+        typer.Option("--resume", help="Continue the run in the output folder, with its own recipe and any overrides."),
     ] = False,
     max_minutes: Annotated[
         float | None, typer.Option(help="Save the run and stop after this time; --resume continues it.")
@@ -98,15 +98,15 @@ def command(
     allow_recipe_change: Annotated[
         bool,
         typer.Option(
-            "--allow-recipe-change", help="Resume with the recipe of --config, though it differs from the run's."
+            "--allow-recipe-change", help="Resume with the recipe of --config, even if it differs from the run's."
         ),
     ] = False,
     dataset: Annotated[str | None, typer.Option(help="Hub id, folder of parquet files, or imagefolder.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="Keys of the recipe, such as steps=100.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides of recipe keys, such as steps=100.")] = None,
 ) -> None:
-    """Train a Visual Perceiver by a recipe."""
+    """Train a Visual Perceiver with a recipe."""
     folder, source = RunFolder(output_dir or Path("runs") / config.stem), config
-    # What the run was started with need not be given again.
+    # The overrides that the run was started with need not be given again.
     if resume and not allow_recipe_change and folder.recipe_file.exists():
         source = folder.recipe_file
         if os.environ.get("RANK", "0") == "0":

@@ -1,4 +1,4 @@
-"""Values from YAML, checked by pydantic; an error is one line that names the key, what was expected and what was given."""
+"""Values from YAML, checked by pydantic. An error is one line with the key, what was expected and what was given."""
 
 import dataclasses
 from typing import Annotated, Any
@@ -9,8 +9,8 @@ from pydantic.dataclasses import dataclass as checked_dataclass  # noqa: F401  (
 
 CHECKED = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
-# YAML has whole numbers and truth values of its own, so that neither stands for the other. A float may be a string, as which
-# YAML 1.1 reads 5e-4.
+# Integers and booleans are strict, as YAML has both types. Floats may be strings, because YAML 1.1 reads 5e-4 as a
+# string.
 Flag = Annotated[bool, Field(strict=True)]
 Whole = Annotated[int, Field(strict=True, ge=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -20,16 +20,16 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def validated(cls: type, values: dict[str, Any], place: str, **given: Any) -> Any:
-    """A checked dataclass from plain values.
+    """Build a checked dataclass from plain values.
 
     Args:
         cls: The dataclass.
         values: Values by key.
-        place: Name of what holds the values, for error messages.
-        given: Fields that the values may not have.
+        place: Where the values come from, for error messages.
+        given: Fields that are set by the caller and that `values` must not contain.
 
     Raises:
-        ValueError: Naming the key that does not fit.
+        ValueError: If a key does not fit; the message names it.
     """
     try:
         allowed = {f.name for f in dataclasses.fields(cls)} - set(given)
@@ -38,7 +38,7 @@ def validated(cls: type, values: dict[str, Any], place: str, **given: Any) -> An
         return TypeAdapter(cls).validate_python({**values, **given})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        if first["type"] == "value_error":  # of our own, which says it all
+        if first["type"] == "value_error":  # our own error, whose message is complete
             raise ValueError(f"{place}: {first['ctx']['error']}") from None
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "missing":
@@ -47,6 +47,6 @@ def validated(cls: type, values: dict[str, Any], place: str, **given: Any) -> An
 
 
 def require(condition: bool, name: str, expected: str, value: Any) -> None:
-    """Raise a `ValueError` unless the condition, which concerns several keys, holds."""
+    """Raise a `ValueError` unless a condition holds; for conditions that involve several keys."""
     if not condition:
         raise ValueError(f"Expected `{name}` to be {expected}, got {value!r}.")

@@ -1,1 +1,1 @@
-"""Time and memory."""
+"""Benchmarks of time and memory."""

@@ -1,4 +1,4 @@
-"""Time and memory of a checkpoint on this machine: every budget, in each form of the model, side by side."""
+"""Benchmark a checkpoint's time and memory on this machine: every budget, in each form of the model, side by side."""
 
 import copy
 import statistics
@@ -35,19 +35,19 @@ from hf_visual_perceiver.utils.memory import fitting
 class Rival:
     """Another network to time beside the model's forms."""
 
-    run: Callable[[torch.Tensor], Any]  # what it does with a batch
-    macs: int | None = None  # for one image
-    dtype: torch.dtype | None = None  # of the batch; None is that of the first form
+    run: Callable[[torch.Tensor], Any]  # the forward pass of a batch
+    macs: int | None = None  # multiply-accumulates of one image
+    dtype: torch.dtype | None = None  # dtype of the batch; None is that of the first form
 
 
 @torch.no_grad()
 def timm_rival(name: str, config: Any, device: torch.device, dtype: torch.dtype) -> Rival:
-    """A classifier of timm, of random weights, for the images and classes of a config.
+    """Create a timm classifier with random weights, for the images and classes of a config.
 
     Args:
-        name: timm's.
-        config: The model's.
-        device: Where to compute.
+        name: timm's name of the classifier.
+        config: The config of the model to compare with.
+        device: Device to compute on.
         dtype: Dtype to compute in.
 
     Raises:
@@ -82,22 +82,24 @@ class BenchmarkRow:
     """One form of the model, at one setting and batch size. Ratios are medians over repetitions."""
 
     batch_size: int
-    form: str  # of FORMS, with its dtype; or a rival
+    form: str  # one of FORMS, with its dtype; or a rival's name
     setting: str
-    used: float | None  # such as queries: mean over the batch
-    macs: float | None  # mean per image, by `count_macs`, also where folding spares some
-    ms: float  # of the batch, median
-    p50_ms: float | None  # of single calls, as `ms`; of larger batches None
+    used: float | None  # usage per image, such as queries: mean over the batch
+    macs: float | None  # mean per image, by `count_macs`, even if folding saves some of them
+    ms: float  # time per batch, median
+    p50_ms: float | None  # median of single calls, equal to `ms`; None for larger batches
     p95_ms: float | None
     images_per_second: float
-    relative_time: float | None  # to the full network in the same form
+    relative_time: float | None  # relative to the full network in the same form
     relative_to_fixed: (
         float | None
-    )  # of an adaptive budget, to the largest fixed one that costs no more, in the same form
-    relative_to_first: float  # to the first form at the same setting; a rival to the full network in the first form
-    share_of_peak: float | None  # of the machine's measured matrix products in the dtype of the images
-    peak_mb: float | None  # of the tensors made in the forward; ONNX Runtime does not say
-    page_faults: int | None  # in one forward
+    )  # for an adaptive budget, relative to the largest fixed one that costs no more, in the same form
+    relative_to_first: (
+        float  # to the first form at the same setting; for a rival, to the full network in the first form
+    )
+    share_of_peak: float | None  # share of the machine's measured matmul peak in the dtype of the images
+    peak_mb: float | None  # peak memory of tensors made in the forward; unknown for ONNX Runtime
+    page_faults: int | None  # page faults of one forward
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,11 @@ class Setting:
     budget: Budget
     used: float
     macs: float
-    nearest: Budget | None = None  # of an adaptive budget: the largest at which all images cost alike, and no more
+    nearest: Budget | None = None  # for an adaptive budget, the largest fixed one that costs no more
 
     @classmethod
     def of(cls, model: Any, pixels: torch.Tensor, budget: Budget) -> "Setting":
-        """What the budget means for these images."""
+        """Measure a budget's usage and cost on these images."""
         config: ElasticConfig = model.config
         output = output_at(model, pixels, budget)
         macs = config.count_macs(budget, output).double().mean().item()
@@ -122,7 +124,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """What is timed, and which other runs its row is relative to."""
+    """A call to time, and the names of the other runs that its row is relative to."""
 
     form: str
     setting: str
@@ -156,7 +158,7 @@ def forms_of(model: Any, forms: Sequence[str], dtypes: Sequence[torch.dtype]) ->
                 raise ValueError(f"Expected a form that a {model.config.model_type} has, got {form!r}.")
             if form != "int8":
                 result[f"{form} {str(dtype).removeprefix('torch.')}"] = (form_of(model, form, dtype), dtype)
-            elif form not in result:  # it has a dtype of its own, and takes images in float32
+            elif form not in result:  # int8 is one form for all dtypes, and takes images in float32
                 result[form] = (model.optimize_for_inference(int8=True), torch.float32)
     if not result:
         raise ValueError("Expected at least one form and one dtype, got none.")
@@ -188,21 +190,22 @@ def benchmark(
     """Time every setting of every form in turn, repetition after repetition.
 
     Args:
-        model: In float32, on the device to measure.
+        model: A model in float32, on the device to measure.
         images: (n, C, H, W), normalised; repeated for larger batches.
-        batch_sizes: Each is measured by itself.
-        budgets: What to measure, beside the full network; None is the config's `budgets`. An adaptive one is measured beside
-            the largest at which all images cost alike and no more than its mean on the batch.
+        batch_sizes: Batch sizes; each is measured separately.
+        budgets: Budgets to measure, beside the full network; None is the config's `budgets`. With an adaptive budget,
+            the largest fixed one that costs no more than its mean on the batch is measured too.
         forms: Some of `FORMS`.
-        dtypes: Each form is measured in each.
+        dtypes: Each form is measured in each dtype.
         repetitions: How often all settings are run.
         rivals: Other networks, by name.
-        progress: Say on stderr how far it is.
-        single_calls: Repetitions of a batch of one image, of which the median and the 95th percentile are reported; None is
+        progress: Whether to show progress on stderr.
+        single_calls: Repetitions at batch size 1, of which the median and the 95th percentile are reported; None uses
             `repetitions`, without percentiles.
 
     Raises:
-        ValueError: If an argument is out of its range, or a batch does not fit in memory (with a size that does).
+        ValueError: If an argument is out of range, or a batch does not fit in memory; the message names a size that
+            does.
     """
     for batch_size in batch_sizes:
         if batch_size < 1:
@@ -227,7 +230,7 @@ def benchmark(
             faults = {r.name: page_faults(r.call) for r in runs}
             memory = {r.name: peak_memory(r.call, device) / 1e6 if r.torch_allocates else None for r in runs}
         measured.append((batch_size, runs, times, memory, faults))
-    # Last, because its large products would change how the allocator treats what comes after.
+    # Last, because its large matrix products would change how the allocator serves later runs.
     used = {run.dtype for _, runs, *_ in measured for run in runs}
     peaks = {dtype: matmul_peak(model, device, dtype) for dtype in used}
     return [
@@ -281,7 +284,7 @@ def plan(
     budgets: Sequence[Budget],
     rivals: dict[str, Rival],
 ) -> list[Run]:
-    """What is to be timed on a batch: all settings of each form, then the rivals."""
+    """List the runs to time on a batch: all settings of each form, then the rivals."""
     config = model.config
     found = [Setting.of(model, pixels, budget) for budget in dict.fromkeys([*budgets, Budget()])]
     known = {setting.budget for setting in found}
@@ -290,7 +293,7 @@ def plan(
         for near in dict.fromkeys(s.nearest for s in found)
         if near and near not in known
     ]
-    # Those at which all images cost alike first, ascending.
+    # Fixed budgets come first; both kinds ascend in cost.
     found.sort(key=lambda setting: (setting.nearest is not None, setting.macs))
     settings = {setting.budget.short(config.knobs): setting for setting in found}
     full, first = Budget().short(config.knobs), next(iter(contenders))
@@ -364,9 +367,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def plot_benchmark(rows: Sequence[BenchmarkRow], path: str | Path) -> None:
-    """Plot time against multiply-accumulates, both relative to the full network, a panel for each batch size.
+    """Plot time against multiply-accumulates, both relative to the full network, with one panel per batch size.
 
-    A rival's are relative to the full network in the first form.
+    A rival's values are relative to the full network in the first form.
     """
     sizes = list(dict.fromkeys(row.batch_size for row in rows))
     figure = Figure(figsize=(max(4 * len(sizes), 6), 5), layout="constrained")

@@ -1,4 +1,4 @@
-"""How time and memory are measured: side by side, in turns, with the conditions of the machine."""
+"""Measure time and memory: interleaved runs, the machine's peak of matrix products, peak memory and page faults."""
 
 import statistics
 import time
@@ -20,14 +20,15 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 
-# torch compiles at the first run of a size, tries it at the second and records its CUDA graph at the third.
+# torch compiles at the first run of a size, warms up at the second and records its CUDA graph at the third.
 GRAPH_WARMUPS = 3
-# A run of less time, in seconds, is found with its weights where the run before it left them: mostly not in the cache.
+# Runs that take fewer seconds than this are slowed by the run before, which has mostly evicted their weights from the
+# cache.
 SHORT = 0.05
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for an accelerator; a CPU is never ahead."""
+    """Wait for an accelerator; does nothing on a CPU, which runs synchronously."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -41,18 +42,21 @@ def interleaved(
     progress: bool = True,
     warmups: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of each run, one repetition of all after the other, so that what slows the machine slows all alike.
+    """Time runs in turn, repetition after repetition, so that whatever slows the machine affects all of them alike.
 
-    Short runs (`SHORT`) are done once untimed just before, or the first of several settings of a network would pay for
-    bringing its weights to the cache for all of them.
+    A short run (`SHORT`) is repeated once untimed just before it is timed. Otherwise the first of a network's settings
+    would pay for loading the weights into the cache for all of them.
 
     Args:
-        runs: What to time, by name.
-        repetitions: At least 1.
-        device: Where they run.
-        title: What stderr calls it.
-        progress: Say there how far it is.
-        warmups: Repetitions before, untimed. What records CUDA graphs needs `GRAPH_WARMUPS`.
+        runs: Functions to time, by name.
+        repetitions: Number of repetitions, at least 1.
+        device: Device that they run on.
+        title: Title of the progress on stderr.
+        progress: Whether to show progress on stderr.
+        warmups: Number of untimed repetitions beforehand. Runs that record CUDA graphs need `GRAPH_WARMUPS`.
+
+    Returns:
+        The seconds of each repetition, by name.
 
     Raises:
         ValueError: If there are no repetitions.
@@ -81,19 +85,19 @@ def interleaved(
 
 
 def median_ratio(seconds: list[float], reference: list[float]) -> float:
-    """The median of the ratios of the same repetition."""
+    """The median over repetitions of the ratio of the two times."""
     return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
 
 
 @torch.inference_mode()
 def matmul_peak(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> float:
-    """The most multiply-accumulates/s that any linear of a network's shapes reaches.
+    """The highest multiply-accumulates per second that a linear layer of the network's shapes reaches.
 
-    Of products of 256 to 4,096 tokens (4,096 to 32,768 on a GPU) with the weights of its larger linears, and of a large
-    square one.
+    It is measured on products of 256 to 4,096 tokens (4,096 to 32,768 on a GPU) with weights shaped like those of the
+    network's larger linear layers, and on a large square product.
     """
     best = 0.0
-    large, launches = (2048, 1) if device.type == "cpu" else (8192, 20)  # launching a product may take longer than it
+    large, launches = (2048, 1) if device.type == "cpu" else (8192, 20)  # a launch may take longer than a product
     rows_of = (256, 1024, 4096) if device.type == "cpu" else (4096, 16384, 32768)
     weights = {(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     largest = max((a * b for a, b in weights), default=0)
@@ -112,7 +116,7 @@ def _repeat(run: Callable[[], Any], times: int) -> None:
 
 
 class PeakMemory(TorchDispatchMode):
-    """The most bytes of tensors made inside that were alive at once.
+    """Records the peak number of bytes of tensors that are created inside the context and alive at once.
 
     Example:
         >>> with PeakMemory() as memory:
@@ -147,13 +151,13 @@ class PeakMemory(TorchDispatchMode):
 
 def _tensors(values: Any) -> list[torch.Tensor]:
     leaves = torch.utils._pytree.tree_leaves(values)
-    # oneDNN's own tensors, which hold packed weights, have no storage.
+    # oneDNN's opaque tensors, which hold packed weights, have no storage.
     return [x for x in leaves if isinstance(x, torch.Tensor) and x.layout == torch.strided]
 
 
 @torch.inference_mode()
 def page_faults(run: Callable[[], Any]) -> int | None:
-    """How often the system had to provide a page of memory during a run; None where it does not say (Windows)."""
+    """The number of minor page faults during a run; None where the system does not report it (Windows)."""
     if resource is None:
         return None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -163,7 +167,7 @@ def page_faults(run: Callable[[], Any]) -> int | None:
 
 @torch.inference_mode()
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes of tensors that a run has alive at once, beyond those that exist already."""
+    """The peak number of bytes of tensors alive at once during a run, beyond those that existed before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -1,1 +1,1 @@
-"""The `visual-perceiver` command, a file for each of its commands."""
+"""The `visual-perceiver` command, with one file per subcommand."""

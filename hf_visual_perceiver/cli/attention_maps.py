@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def attention_maps_command(
     images: Annotated[
-        list[str] | None, typer.Argument(help="Image files, folders of them, or - for stdin; by default the dataset.")
+        list[str] | None, typer.Argument(help="Image files, folders of images, or - for stdin; by default the dataset.")
     ] = None,
     model: ModelOption = None,
     dataset: DatasetOption = None,
@@ -41,7 +41,7 @@ def attention_maps_command(
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
-    """What each token or query reads, as a picture: cross-attention averaged over a dataset, or over given images."""
+    """Plot what each token or query attends to: cross-attention averaged over a dataset, or over given images."""
     from hf_visual_perceiver.data.image_files import list_images, read_image
     from hf_visual_perceiver.data.image_processor import create_image_processor
     from hf_visual_perceiver.data.images import load_images

@@ -25,7 +25,7 @@ from hf_visual_perceiver.utils.choices import FORMS, check_dtype
 def benchmark_command(
     checkpoint: ModelArgument = None,
     model: ModelOption = None,
-    batch_size: Annotated[list[int], typer.Option(help="Repeat for several.")] = [1, 64],  # noqa: B006
+    batch_size: Annotated[list[int], typer.Option(help="Batch size; repeat for several.")] = [1, 64],  # noqa: B006
     budget: BudgetOption = None,
     form: Annotated[
         list[str] | None,
@@ -33,20 +33,23 @@ def benchmark_command(
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="float32, bfloat16 or float16; repeat. By default float32, and bfloat16 where it is fast."),
+        typer.Option(
+            help="float32, bfloat16 or float16; repeat for several. By default float32, and bfloat16 where it is fast."
+        ),
     ] = None,
     timm: Annotated[
-        list[str] | None, typer.Option(help="Also time a classifier of timm, of random weights, by its name; repeat.")
+        list[str] | None,
+        typer.Option(help="Also time this timm classifier, with random weights; repeat for several."),
     ] = None,
-    repetitions: Annotated[int, typer.Option(min=1, help="Of all settings.")] = 7,
+    repetitions: Annotated[int, typer.Option(min=1, help="How often each setting is timed.")] = 7,
     single_calls: Annotated[
-        int, typer.Option(min=1, help="Repetitions with one image, for its median and 95th percentile.")
+        int, typer.Option(min=1, help="Repetitions at batch size 1, for the median and 95th percentile.")
     ] = 200,
     device: DeviceOption = "auto",
     plot: Annotated[Path | None, picture_option("Write relative time against MACs to this picture.")] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Time and memory of a checkpoint on this machine, at every budget and in each form, side by side."""
+    """Measure a checkpoint's time and memory on this machine, at every budget and in each form, side by side."""
     import torch
 
     from hf_visual_perceiver.benchmark.benchmark import benchmark, benchmark_table, plot_benchmark, timm_rival

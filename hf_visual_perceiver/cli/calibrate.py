@@ -34,29 +34,27 @@ if TYPE_CHECKING:
 
 def calibrate_command(
     checkpoint: ModelArgument = None,
-    target_macs: Annotated[
-        float | None, typer.Option(help="At most this fraction of the MACs of the full network.")
-    ] = None,
+    target_macs: Annotated[float | None, typer.Option(help="At most this fraction of the full network's MACs.")] = None,
     target_ms: Annotated[
-        float | None, typer.Option(help="At most this many ms per image, here and at --batch-size.")
+        float | None, typer.Option(help="At most this many ms per image, on this machine and at --batch-size.")
     ] = None,
     max_accuracy_drop: Annotated[
-        float | None, typer.Option(help="At most this many percentage points below the full network.")
+        float | None, typer.Option(help="At most this many percentage points of accuracy below the full network.")
     ] = None,
     search: Annotated[
         str | None,
-        typer.Option(help='Knobs to choose, such as "K", "t" or "K,t"; by default the first of the model\'s.'),
+        typer.Option(help='Knobs to search over, such as "K", "t" or "K,t"; by default the model\'s first.'),
     ] = None,
     budget: BudgetOption = None,
     write: Annotated[
-        bool, typer.Option("--write", help="Make it the default in the model folder's config.json.")
+        bool, typer.Option("--write", help="Make the chosen budget the default in the model folder's config.json.")
     ] = False,
     model: ModelOption = None,
     dataset: Annotated[
         str | None,
         typer.Option(
             help="Labelled images that the model was not trained on: Hub id, folder of parquet files, or imagefolder; "
-            "by default the sample that ships."
+            "by default the bundled sample."
         ),
     ] = None,
     split: SplitOption = "test",
@@ -66,7 +64,7 @@ def calibrate_command(
     dtype: DtypeOption = "float32",
     json_file: JsonOption = None,
 ) -> None:
-    """Choose a budget for a cost or an accuracy, and report what it does on images that it was not chosen on."""
+    """Choose a budget for a target cost or accuracy, and report its results on held-out images."""
     from hf_visual_perceiver.data.images import load_images
     from hf_visual_perceiver.data.parts import at_most
     from hf_visual_perceiver.evaluation.calibration import (
@@ -80,7 +78,7 @@ def calibrate_command(
     from hf_visual_perceiver.utils.conditions import measurement_conditions
 
     console, messages = output_console(json_file), Console(stderr=True)
-    # What could fail at the end fails now.
+    # Fail early: check whatever could fail after the measurement.
     target = Target.from_options(target_macs, target_ms, max_accuracy_drop)
     name = chosen_model(checkpoint, model)
     if write and not (Path(name) / "config.json").is_file():
@@ -117,7 +115,7 @@ def calibrate_command(
 
 
 def calibration_table(result: "Calibration", config: Any) -> "Table":
-    """What the chosen budget did where it was chosen and elsewhere, beside the full network."""
+    """The chosen budget's results on both halves, beside the full network's on the held-out half."""
     chosen = result.budget.short(config.knobs)
     low, high = (100 * x for x in result.accuracy_interval)
     drop = f"{result.drop:.2f} ({result.drop_interval[0]:.2f} to {result.drop_interval[1]:.2f})"

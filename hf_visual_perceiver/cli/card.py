@@ -1,4 +1,4 @@
-"""`visual-perceiver card`: a model card from what is measured and stored, without measuring anything."""
+"""`visual-perceiver card`: write a model card from stored results, without measuring anything."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +15,10 @@ def card_command(
     model: ModelOption = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Write the card here, as model_cards/NAME.md; by default README.md in the folder."),
+        typer.Option(help="File to write, such as model_cards/NAME.md; by default README.md in the folder."),
     ] = None,
 ) -> None:
-    """Write a checkpoint's model card anew from its JSON files: evaluation, and, if there, training and robustness."""
+    """Rewrite a checkpoint's model card from its JSON files: evaluation and, if present, training and robustness."""
     from hf_visual_perceiver.hub.card import rewrite_card
 
     folder = Path(chosen_model(checkpoint, model))

@@ -15,7 +15,7 @@ def compare_command(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in markdown.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Validation accuracy of training runs at every K, side by side: mean and deviation over seeds."""
+    """Compare training runs by validation accuracy at every K: mean and standard deviation over seeds."""
     from hf_visual_perceiver.evaluation.comparison import compare_runs, plot_comparison
 
     console, comparison = output_console(json_file), compare_runs(runs)

@@ -11,12 +11,12 @@ def demo_app_command(
     checkpoint: ModelArgument = None,
     model: ModelOption = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of this machine.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 listens on all networks of this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="By default the first free one from 7860 on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; by default the first free one from 7860 on.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """A page that shows what the two knobs do to one image; needs the extra `demo`."""
+    """Serve a page that shows what the two knobs do to one image; needs the extra `demo`."""
     from hf_visual_perceiver.hub.space.demo import Demo
     from hf_visual_perceiver.inference.loading import choose_device
 

@@ -54,7 +54,7 @@ def evaluate_command(
         bool, typer.Option("--write-card", help="Write the result and a model card into the model's folder.")
     ] = False,
 ) -> None:
-    """Accuracy, what images use, MACs and time at every budget."""
+    """Measure accuracy, usage (such as queries per image), MACs and time at every budget."""
     from hf_visual_perceiver.data.images import load_images
     from hf_visual_perceiver.data.parts import at_most
     from hf_visual_perceiver.evaluation.evaluate import evaluate
@@ -108,13 +108,13 @@ def evaluation_table(evaluation: "Evaluation") -> "Table":
         for row in evaluation.rows
     ]
     headers = ("setting", evaluation.unit, "std", "min-max", "MACs (M)", "accuracy (%)", "ms/image", "time")
-    # A line where other knobs are turned; the full network turns none.
+    # A line is drawn where the set of knobs changes; the full network sets none.
     turned = [row.budget.kwargs.keys() for row in evaluation.rows]
     ends = [i for i, (one, other) in enumerate(pairwise(turned)) if other and one != other]
     return terminal_table("one network, every budget", headers, rows, ends=ends)
 
 
 def errors_line(evaluation: "Evaluation") -> str:
-    """What the full network gets wrong, in one line."""
+    """The full network's errors by class, in one line."""
     confusion = evaluation.confusion
     return "Errors by class were not measured." if confusion is None else f"Full network: {confusion.sentence()}"

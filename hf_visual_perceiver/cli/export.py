@@ -37,21 +37,25 @@ def export_command(
     model: ModelOption = None,
     format: Annotated[str, typer.Option(callback=one_of(FORMATS), help=f"{', '.join(FORMATS)}.")] = "onnx",
     output: Annotated[
-        Path | None, typer.Option(help="File (timm: folder) to write; by default named after the checkpoint, here.")
+        Path | None,
+        typer.Option(
+            help="File (timm: folder) to write; by default in the current folder, named after the checkpoint."
+        ),
     ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
-            help='A budget to fix in the graph, such as "K=16"; by default knobs are inputs of the graph where the model has such '
-            "a graph, and else the model's own budget is fixed."
+            help='A budget to fix in the graph, such as "K=16"; by default the knobs are inputs of the graph if the '
+            "model supports that, and otherwise its default budget is fixed."
         ),
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantise the linears to 8 bits (onnx).")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise the linear layers to 8 bits (onnx only).")] = False,
 ) -> None:
-    """Write a checkpoint for other runtimes, compared with PyTorch at several budgets before the file is kept.
+    """Export a checkpoint for other runtimes; the file is kept only if it agrees with PyTorch at several budgets.
 
-    A graph takes pixel_values (B, C, H, W) and gives logits (B, labels), and what images used. A Visual Perceiver's also takes
-    dqs_threshold (float32; 1 keeps all queries) and num_active_queries (int64). The batch is dynamic.
+    A graph takes pixel_values (B, C, H, W) and returns logits (B, labels), and what each image used. A Visual
+    Perceiver's graph also takes dqs_threshold (float32; 1 keeps all queries) and num_active_queries (int64). The batch
+    size is dynamic.
     """
     from hf_visual_perceiver.export.graph import check_output, export_onnx, export_program, export_timm
     from hf_visual_perceiver.inference.loading import load_config, load_model
@@ -63,7 +67,7 @@ def export_command(
         raise ValueError(f"Expected --int8 with --format onnx, got {format!r}.")
     if format == "onnx":
         require_extra("export")
-    # What could fail at the end fails now.
+    # Fail early: check whatever could fail after the export.
     config = load_config(folder)
     fixed = None if budget is None else config.parse_budget(budget)
     called = "" if fixed is None else "-" + "-".join(fixed.short(config.knobs).lower().replace("=", "").split(", "))
@@ -104,9 +108,9 @@ def compare_exports_command(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in markdown.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Accuracy and time of exported files beside PyTorch's, on the same batches in turn.
+    """Compare exported files with PyTorch: accuracy and time, on the same batches in turn.
 
-    OMP_NUM_THREADS sets the threads of all of them.
+    OMP_NUM_THREADS sets the number of threads for all of them.
     """
     from hf_visual_perceiver.data.images import load_images
     from hf_visual_perceiver.data.parts import at_most
@@ -135,14 +139,14 @@ def compare_exports_command(
     if markdown:
         console.print(markdown_table(columns, rows, left=2), markup=False, highlight=False, soft_wrap=True)
     else:
-        ends = range(len(files), len(rows), 1 + len(files))  # of each budget
+        ends = range(len(files), len(rows), 1 + len(files))  # a line after each budget
         console.print(terminal_table("exported, side by side", columns, rows, left=2, ends=ends))
     console.print(conditions_line(result.conditions), style="dim", highlight=False)
     write_result(json_file, result.to_dict())
 
 
 def comparison_cells(row: "ExportRow") -> list[str]:
-    """The cells of one row, after its budget."""
+    """The cells of one row, without its budget."""
     return [
         row.form,
         f"{row.megabytes:.2f}",

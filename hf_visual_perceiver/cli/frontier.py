@@ -23,16 +23,17 @@ from hf_visual_perceiver.utils.tables import markdown_table, terminal_table
 
 def frontier_command(
     models: Annotated[
-        list[str] | None, typer.Argument(help="Folders or Hub ids; by default the one that ships.")
+        list[str] | None, typer.Argument(help="Folders or Hub ids; by default the bundled checkpoint.")
     ] = None,
     dataset: DatasetOption = None,
     dataset_name: DatasetNameOption = None,
     split: SplitOption = "test",
     choose: Annotated[
-        str, typer.Option(help="Part of the dataset that settings are chosen by, no image of which was trained on.")
+        str, typer.Option(help="Part of the dataset to choose settings on; no image in it may have been trained on.")
     ] = "train[-5000:]",
     macs: Annotated[
-        list[float] | None, typer.Option("--macs", min=0, help="Millions of MACs of a column; repeat for several.")
+        list[float] | None,
+        typer.Option("--macs", min=0, help="Limit of a column, in millions of MACs; repeat for several."),
     ] = None,
     batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
@@ -40,7 +41,7 @@ def frontier_command(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in markdown.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """The best accuracy at most so many MACs, over all settings of each network."""
+    """Find each network's best accuracy within limits of MACs, over all its settings."""
     from hf_visual_perceiver.data.images import load_images
     from hf_visual_perceiver.evaluation.frontier import Frontier, measure_points, plot_frontier
     from hf_visual_perceiver.inference.loading import choose_device, default_dataset, default_model, load_model

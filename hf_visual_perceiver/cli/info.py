@@ -17,7 +17,7 @@ from hf_visual_perceiver.utils.files import read_json
 
 
 def info_command(checkpoint: ModelArgument = None, model: ModelOption = None, json_file: JsonOption = None) -> None:
-    """A checkpoint at a glance: architecture, default budget, cost at every budget, measured accuracy."""
+    """Show a checkpoint's architecture, default budget, cost at every budget and measured accuracy."""
     from hf_visual_perceiver.evaluation.evaluate import read_evaluation
     from hf_visual_perceiver.hub.card import training_lines
     from hf_visual_perceiver.inference.loading import load_model

@@ -40,20 +40,20 @@ def knn_command(
     gallery_split: Annotated[
         str, typer.Option(help='Images to search in, such as "train" or "train[:10000]".')
     ] = "train",
-    split: Annotated[str, typer.Option(help='Images to search for, such as "test" or "train[-5000:]".')] = "test",
+    split: Annotated[str, typer.Option(help='Images to classify, such as "test" or "train[-5000:]".')] = "test",
     max_images: MaxImagesOption = None,
     budget: BudgetOption = None,
     feature: Annotated[str, typer.Option(help=f"{' or '.join(FEATURES)}.")] = "pooled",
-    neighbours: Annotated[int, typer.Option(help="k.")] = 20,
-    temperature: Annotated[float, typer.Option(help="A neighbour votes with exp(cosine / this).")] = 0.07,
+    neighbours: Annotated[int, typer.Option(help="Number of neighbours, k.")] = 20,
+    temperature: Annotated[float, typer.Option(help="A neighbour votes with weight exp(cosine / temperature).")] = 0.07,
     batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
     json_file: JsonOption = None,
 ) -> None:
-    """Retrieval: images classified by their nearest neighbours in a gallery, by the features of AutoModel, at every budget.
+    """Classify images by their nearest neighbours in a gallery, with the features of AutoModel, at several budgets.
 
-    The checkpoint's own classes play no part, so the dataset may have others.
+    The checkpoint's own classes are not used, so the dataset may have others.
     """
     from hf_visual_perceiver.data.parts import at_most, load_splits
     from hf_visual_perceiver.evaluation.retrieval import measure_retrieval
@@ -88,7 +88,7 @@ def knn_command(
 
 
 def retrieval_table(result: "Retrieval", config: Any) -> "Table":
-    """One line for each budget."""
+    """The results for the terminal, one line per budget."""
     rows = [
         [
             row.budget.short(config.knobs),

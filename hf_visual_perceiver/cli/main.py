@@ -1,7 +1,7 @@
 """The `visual-perceiver` command.
 
-Neither this module nor those of the commands import torch before a command begins its work, so that --help and mistakes in
-the arguments are answered at once; see visual_perceiver_launcher.
+Neither this module nor those of the commands import torch before a command starts its work, so that --help and errors
+in the arguments respond at once; see visual_perceiver_launcher.
 """
 
 import functools
@@ -64,7 +64,7 @@ def _show_version(value: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and exit.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option(DEBUG, help=DEBUG_HELP)] = False,
 ) -> None:
@@ -72,7 +72,7 @@ def options(
 
 
 def _begun(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, which first imports the package."""
+    """Wrap a command so that it first imports the package."""
 
     @functools.wraps(command)
     def run(**arguments: object) -> None:
@@ -88,7 +88,7 @@ for name, command in COMMANDS.items():
 
 
 def import_package() -> None:
-    """Run the package's __init__, which registers the models, if the launcher has not; and quieten what it imports."""
+    """Run the package's __init__, which registers the models, unless it has run, and silence other libraries."""
     package = sys.modules["hf_visual_perceiver"]
     if not hasattr(package, "__version__"):
         assert package.__spec__ is not None, "it was made of one"
@@ -105,7 +105,7 @@ def import_package() -> None:
 
 
 def main() -> None:
-    """Run the command; what is wrong with the input is said in one line, without a traceback."""
+    """Run the command; errors in the input are reported in one line, without a traceback."""
     run_app(app, out_of_memory="a smaller --batch-size needs less")
 
 

@@ -1,6 +1,6 @@
-"""Options that several commands share, where their results go, and what to call a model or dataset in them.
+"""Options that several commands share, output of their results, and the names of models and datasets in results.
 
-Command modules import this without torch; what needs it is imported inside functions.
+Command modules can import this without torch; imports that need torch are inside functions.
 """
 
 import json
@@ -20,7 +20,7 @@ STDOUT = Path("-")
 
 
 def one_of(names: Collection[str]) -> Callable[[typer.CallbackParam, str], str]:
-    """A check of an option's value."""
+    """Create a callback that checks that an option's value is one of `names`."""
 
     def check(parameter: typer.CallbackParam, value: str) -> str:
         if value not in names:
@@ -36,7 +36,7 @@ def _dtype(value: str) -> str:
 
 
 def _json_file(value: Path | None) -> Path | None:
-    """What could fail at the end fails at once."""
+    """Fail early if the file cannot be written."""
     if value is not None and value != STDOUT:
         check_writable(value)
     return value
@@ -58,16 +58,16 @@ def one_model(context: typer.Context, value: str | None) -> str | None:
 
 
 def required_model(context: typer.Context, value: str | None) -> str | None:
-    """As `one_model`, and a usage error if neither names one."""
+    """Like `one_model`, and raise a usage error if neither names a checkpoint."""
     if not value and not context.params.get("model"):
         raise typer.BadParameter("Missing a checkpoint: its folder, as an argument or with --model.", context)
     return one_model(context, value)
 
 
-# Eager, so that the argument's check sees it.
+# Eager, so that it is parsed before the argument's callback, which reads it.
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", is_eager=True, help="Folder or Hub id; by default the one that ships."),
+    typer.Option("--model", is_eager=True, help="Folder or Hub id; by default the bundled checkpoint."),
 ]
 ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", callback=one_model, help="Folder or Hub id, as --model takes it.")
@@ -78,68 +78,68 @@ RequiredModelArgument = Annotated[
 ]
 DatasetOption = Annotated[
     str | None,
-    typer.Option(
-        "--dataset", help="Hub id, folder of parquet files, or imagefolder; by default the sample that ships."
-    ),
+    typer.Option("--dataset", help="Hub id, folder of parquet files, or imagefolder; by default the bundled sample."),
 ]
 DatasetNameOption = Annotated[
     str | None,
     typer.Option(
-        "--dataset-name", help="What to call the dataset in the result: its Hub id, if --dataset is a copy of it."
+        "--dataset-name", help="Name of the dataset in the result, such as its Hub id if --dataset is a local copy."
     ),
 ]
 SplitOption = Annotated[
     str, typer.Option("--split", help='Split of the dataset, or a part of it such as "test[:200]" or "train[-5000:]".')
 ]
 MaxImagesOption = Annotated[
-    int | None, typer.Option("--max-images", min=1, help="At most so many images of a split, evenly spaced in it.")
+    int | None, typer.Option("--max-images", min=1, help="Maximum number of images of a split, evenly spaced in it.")
 ]
 BudgetOption = Annotated[
     list[str] | None,
-    typer.Option("--budget", help='What images may use, such as "K=16", "K=16, t=0.8" or "full"; repeat for several.'),
+    typer.Option("--budget", help='Compute budget, such as "K=16", "K=16, t=0.8" or "full"; repeat for several.'),
 ]
 OneBudgetOption = Annotated[
     str | None,
     typer.Option(
-        "--budget", help='What images may use, such as "K=16", "K=16, t=0.8" or "full"; by default the model\'s own.'
+        "--budget", help='Compute budget, such as "K=16", "K=16, t=0.8" or "full"; by default the model\'s own.'
     ),
 ]
-BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images of a batch.")]
+BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per batch.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option("--dtype", callback=_dtype, help="float32, bfloat16 or float16.")]
-FastOption = Annotated[bool, typer.Option("--fast", help="Use the form that is optimised for CPUs; same answers.")]
+FastOption = Annotated[
+    bool, typer.Option("--fast", help="Use the form that is optimised for CPUs, with the same results.")
+]
 JsonOption = Annotated[
     Path | None,
     typer.Option(
         "--json",
         callback=_json_file,
-        help="Also write the result to this file; - is stdout, and everything else then goes to stderr.",
+        help="Also write the result to this JSON file; - is stdout, and all other output then goes to stderr.",
     ),
 ]
 
 
 def parsed_budgets(config: Any, texts: Collection[str] | None) -> list[Any] | None:
-    """What `--budget` was given, for a model with this config; None if it was not.
+    """Parse the values of `--budget` for a model with this config; None if there are none.
 
     Raises:
-        ValueError: If a text is no budget, or out of the model's range.
+        ValueError: If a text is not a budget, or is out of the model's range.
     """
     return [config.parse_budget(text) for text in texts] if texts else None
 
 
 def picture_option(help: str) -> Any:
-    """An option for a picture to write: .png, .svg or .pdf."""
+    """Create an option for a picture file to write: .png, .svg or .pdf."""
     return typer.Option(callback=_picture, help=help)
 
 
 def output_console(json_file: Path | None = None, width: int = 120) -> Console:
-    """Where a command prints: stdout, or stderr if `--json -` takes that. `width` is for what is no terminal."""
+    """The console of a command: stdout, or stderr if `--json -` uses stdout. `width` applies without a terminal."""
     console = Console(stderr=json_file == STDOUT)
     return console if console.is_terminal else Console(stderr=json_file == STDOUT, width=width)
 
 
 def write_result(json_file: Path | None, values: Any) -> None:
-    """Write plain values where `--json` says."""
+    """Write plain values to the file or stdout that `--json` names, if it is given."""
     if json_file == STDOUT:
         json.dump(values, sys.stdout, indent=2)
         sys.stdout.write("\n")
@@ -148,19 +148,19 @@ def write_result(json_file: Path | None, values: Any) -> None:
 
 
 def chosen_model(argument: str | None, option: str | None) -> str:
-    """The checkpoint that a command was given, as its argument or with `--model`; the one that ships if neither was."""
+    """The checkpoint given to a command as argument or with `--model`, or else the bundled one."""
     from hf_visual_perceiver.inference.loading import default_model
 
     return argument or option or default_model()
 
 
 def model_label(name: str) -> str:
-    """What a result calls a model: where it lies on this machine helps nobody."""
+    """The name of a model in results: its Hub id, or its folder's name without the path on this machine."""
     return Path(name).name if Path(name).is_dir() else name
 
 
 def dataset_label(dataset: str | None, dataset_name: str | None = None) -> str:
-    """What a result calls a dataset; None is the sample that ships."""
+    """The name of a dataset in results; None is the bundled sample."""
     from hf_visual_perceiver.inference.loading import SAMPLE
 
     return dataset_name or (Path(dataset).name if dataset and Path(dataset).exists() else dataset) or SAMPLE

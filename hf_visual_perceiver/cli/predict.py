@@ -21,19 +21,19 @@ from hf_visual_perceiver.utils.tables import terminal_table
 
 
 def predict_command(
-    images: Annotated[list[str], typer.Argument(help="Image files, folders of them, or - for an image on stdin.")],
+    images: Annotated[list[str], typer.Argument(help="Image files, folders of images, or - for an image on stdin.")],
     model: ModelOption = None,
     budget: OneBudgetOption = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Labels to show of each image.")] = 3,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of labels to show per image.")] = 3,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
     fast: FastOption = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Labels with probabilities, and what each image used and cost.
+    """Classify images: labels with probabilities, and what each image used and cost.
 
-    Unreadable files are named, the others classified; the exit status is then 1.
+    Unreadable files are reported and the others are classified; the exit status is then 1.
     """
     from hf_visual_perceiver.data.image_files import list_images, read_image
     from hf_visual_perceiver.inference.classification import classify

@@ -30,29 +30,31 @@ def publish_command(
         typer.Argument(
             metavar="[MODEL] REPO_ID",
             callback=_two_places,
-            help="The checkpoint's folder, which is not changed, unless --model names it; where to on the Hub: "
-            "namespace/name.",
+            help="The checkpoint's folder, which is not changed (or give it with --model), and the Hub repository to "
+            "publish to, namespace/name.",
         ),
     ],
     model: ModelOption = None,
-    private: Annotated[bool, typer.Option("--private", help="Create the repository for its owner's eyes.")] = False,
-    revision: Annotated[str, typer.Option(help="Branch to commit to; created if it is not there.")] = "main",
-    tag: Annotated[str | None, typer.Option(help="Tag of the commit; by default the next of v1, v2, ...")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch to commit to; created if it does not exist.")] = "main",
+    tag: Annotated[
+        str | None, typer.Option(help="Tag for the commit; by default the next free one of v1, v2, ...")
+    ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(
-            help='What the published model uses unless told otherwise: "K=16", "t=0.8", "K=32, t=0.8", "full".'
-        ),
+        typer.Option(help='Default budget of the published model, such as "K=16", "t=0.8", "K=32, t=0.8" or "full".'),
     ] = None,
     space: Annotated[
         str | None,
-        typer.Option(help="namespace/name of a Space to make, which shows the model; its card points there."),
+        typer.Option(help="namespace/name of a Space to create as a demo; the model's card links to it."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show; contact nobody.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and list the files, without contacting the Hub.")
+    ] = False,
 ) -> None:
-    """Put a checkpoint on the Hub: checked in transformers and timm, one commit, a tag.
+    """Publish a checkpoint on the Hub in one commit with a tag, after checking that transformers and timm load it.
 
-    The check runs the folder's own code, in a process of its own without this package, a token or the Hub.
+    The check runs the folder's own code in a separate process, without this package, an access token or the Hub.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
@@ -63,7 +65,7 @@ def publish_command(
 
     *checkpoint, repo_id = places
     folder = Path(chosen_model(checkpoint[0] if checkpoint else None, model))
-    # Not a terminal, no width: lines are then as long as they need.
+    # A fixed width where there is no terminal to take it from.
     console = Console(width=None if sys.stdout.isatty() else 120)
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -92,7 +94,7 @@ def publish_command(
                     console, upload_space(files, space, f"Show {published.tag}", state, private=private, api=api)
                 )
     except KeyboardInterrupt as interrupt:
-        # The message says what was under way, and what is left to do.
+        # The message names the interrupted step and what is left to do.
         print(f"error: {str(interrupt) or 'interrupted. The same command tries again.'}", file=sys.stderr)
         raise typer.Exit(130) from None
 

@@ -45,25 +45,29 @@ def robustness_command(
         Path | None,
         typer.Option(
             "--cifar10-c",
-            help="Folder of the published CIFAR-10-C (NAME.npy, labels.npy), instead of our own corruptions; --dataset is "
-            "then CIFAR-10.",
+            help="Folder of the published CIFAR-10-C (NAME.npy, labels.npy), to use instead of our own corruptions; "
+            "--dataset has to be CIFAR-10.",
         ),
     ] = None,
-    corruption: Annotated[list[str] | None, typer.Option(help="Repeat for several; by default all.")] = None,
-    severity: Annotated[list[int] | None, typer.Option(help="1 to 5; repeat for several; by default all.")] = None,
+    corruption: Annotated[
+        list[str] | None, typer.Option(help="Corruption; repeat for several; by default all.")
+    ] = None,
+    severity: Annotated[
+        list[int] | None, typer.Option(help="Severity, 1 to 5; repeat for several; by default all.")
+    ] = None,
     budget: BudgetOption = None,
     max_images: MaxImagesOption = None,
-    seed: Annotated[int, typer.Option(help="Of the corruptions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the corruptions.")] = 0,
     batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
     fast: FastOption = False,
     json_file: JsonOption = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Write robustness.md, its pictures and robustness.json into this folder.")
+        Path | None, typer.Option(help="Write robustness.md, its figures and robustness.json into this folder.")
     ] = None,
 ) -> None:
-    """Accuracy and what images use under common corruptions; whether harder images get more."""
+    """Measure accuracy and usage under common corruptions, and whether harder images use more."""
     from hf_visual_perceiver.data.images import load_images
     from hf_visual_perceiver.evaluation.corruptions import SEVERITIES
     from hf_visual_perceiver.evaluation.robustness import measure_robustness
@@ -73,7 +77,7 @@ def robustness_command(
     from hf_visual_perceiver.utils.conditions import command_line
 
     console, name = output_console(json_file), chosen_model(checkpoint, model)
-    if output_dir:  # what could fail at the end fails now
+    if output_dir:  # fail early if it cannot be created
         output_dir.mkdir(parents=True, exist_ok=True)
     network = (load_optimized if fast else load_model)(name, choose_device(device), dtype)
     budgets = parsed_budgets(network.config, budget)
@@ -106,7 +110,7 @@ def robustness_command(
 
 
 def robustness_table(result: "Robustness") -> "Table":
-    """Accuracy by corruption, mean over severities, for the terminal; where images use different numbers, the mean in brackets."""
+    """Accuracy by corruption, mean over severities, for the terminal; adaptive budgets with mean usage in brackets."""
     from hf_visual_perceiver.evaluation.robustness import ALL, CLEAN
     from hf_visual_perceiver.evaluation.robustness_report import severities_in_words
 

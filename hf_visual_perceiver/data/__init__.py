@@ -1,1 +1,1 @@
-"""Datasets, their parts, images in files, the embedded sample."""
+"""Datasets and their splits, image files, image processors and the embedded sample."""

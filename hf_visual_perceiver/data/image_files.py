@@ -15,10 +15,10 @@ STDIN = "-"
 
 
 def list_images(names: Sequence[str]) -> list[str]:
-    """The files among `names`, and the image files in the folders among them.
+    """List the image files that `names` stand for: files as they are, and the image files in folders.
 
     Raises:
-        ValueError: If a folder has no images, a name is an address, or stdin is named twice.
+        ValueError: If a folder has no images, a name is a URL, or stdin is named twice.
     """
     files: list[str] = []
     for name in names:
@@ -40,7 +40,11 @@ def list_images(names: Sequence[str]) -> list[str]:
 
 
 def read_image(name: str) -> Image.Image:
-    """An RGB image, or a `ValueError` that names the file."""
+    """Read an RGB image.
+
+    Raises:
+        ValueError: If it cannot be read; the message names the file.
+    """
     try:
         if name == STDIN:
             return open_image(sys.stdin.buffer.read())

@@ -1,16 +1,16 @@
-"""The image processor of a checkpoint, from what its config says of its images."""
+"""The image processor of a checkpoint, created from its config."""
 
 from transformers import ViTImageProcessor
 
 from hf_visual_perceiver.modeling import VisualPerceiverConfig
 
 
-# timm's names of resampling filters, as PIL's numbers, which preprocessor_config.json holds.
+# PIL's numbers, as in preprocessor_config.json, of timm's resampling filters.
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
 def create_image_processor(config: VisualPerceiverConfig) -> ViTImageProcessor:
-    """The processor that prepares images as timm does for the same checkpoint.
+    """Create a processor that prepares images as timm does for the same checkpoint.
 
     Raises:
         ValueError: If the config names an interpolation that timm does not know.

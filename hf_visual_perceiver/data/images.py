@@ -1,4 +1,4 @@
-"""Images for training and evaluation: loading, decoding once, the order of batches, cropping to size."""
+"""Images for training and evaluation: loading, decoding, resizing, normalisation and the order of batches."""
 
 import hashlib
 import random
@@ -18,21 +18,21 @@ from hf_visual_perceiver.data.splits import open_split
 from hf_visual_perceiver.modeling.handler import open_image
 
 
-# Names of columns, where there are several that could be meant. CIFAR-100 calls its 100 classes fine_label.
+# Preferred column names if several columns qualify. CIFAR-100 calls its 100 classes fine_label.
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 
 
 @dataclass
 class ImageDataset:
-    """Labelled images, either decoded, (n, H, W, 3) uint8, or encoded in a `datasets.Dataset`, to be decoded at each use."""
+    """Labelled images: decoded, (n, H, W, 3) uint8, or encoded in a `datasets.Dataset` and decoded at each use."""
 
     images: Any
     labels: np.ndarray
     label_names: list[str]
 
     def __post_init__(self) -> None:
-        # `open_image` decodes, as everywhere.
+        # Images are decoded by `open_image`, as everywhere in this package.
         if isinstance(self.images, datasets.Dataset) and self.images.features["image"].decode:
             self.images = self.images.cast_column("image", datasets.Image(decode=False))
 
@@ -40,13 +40,13 @@ class ImageDataset:
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        """One image, in RGB."""
+        """Return one image, in RGB."""
         if isinstance(self.images, np.ndarray):
             return Image.fromarray(self.images[index])
         return _decode(self.images, int(index), "the dataset")
 
     def subset(self, indices: slice | np.ndarray) -> "ImageDataset":
-        """The images of a slice, without copying pixels, or of positions (n,), with."""
+        """Select images by a slice, without copying decoded pixels, or by indices (n,), with a copy."""
         if isinstance(self.images, np.ndarray):
             images = self.images[indices]
         else:
@@ -54,9 +54,10 @@ class ImageDataset:
         return ImageDataset(images, self.labels[indices], self.label_names)
 
     def split_off(self, count: int) -> tuple["ImageDataset", "ImageDataset"]:
-        """Split off `count` images: returns the others, then these. They are the last ones, or evenly spaced if sorted by class.
+        """Split off `count` images; returns the rest and these.
 
-        The last images of an imagefolder would all be of its last class.
+        They are the last images, or evenly spaced ones if the dataset is sorted by class: the last images of an
+        imagefolder would all be of its last class.
         """
         n = len(self)
         if 0 < count < n and (np.diff(self.labels) >= 0).all():
@@ -68,8 +69,8 @@ class ImageDataset:
 def load_images(dataset: str, split: str = "train", cache_gib: float = 8.0) -> ImageDataset:
     """Load a labelled image dataset.
 
-    Images of one size are decoded once and kept as uint8 if they fit in `cache_gib`; a dataset of other or larger images
-    is decoded at each use.
+    Images are decoded once and kept as uint8 if all have the same size and they fit in `cache_gib`; otherwise they are
+    decoded at each use.
 
     Args:
         dataset: A folder of parquet files, a single parquet file, an imagefolder, or a Hub id. `splits.open_split` says
@@ -79,7 +80,7 @@ def load_images(dataset: str, split: str = "train", cache_gib: float = 8.0) -> I
 
     Raises:
         ValueError: If the dataset has no such split, no image or no label column, or an unreadable image.
-        FileNotFoundError: If `dataset` looks like a path and is not there.
+        FileNotFoundError: If `dataset` looks like a path and does not exist.
     """
     table = load_table(dataset, split)
     image_column, label_column = _find_columns(table, dataset)
@@ -111,7 +112,7 @@ def load_images(dataset: str, split: str = "train", cache_gib: float = 8.0) -> I
 
 
 def load_table(dataset: str, split: str) -> datasets.Dataset:
-    """The undecoded table of one split; see `load_images` for the arguments."""
+    """Load the undecoded table of one split; see `load_images` for the arguments."""
     try:
         return open_split(dataset, split)
     except ValueError as error:
@@ -131,7 +132,7 @@ def _find_columns(table: datasets.Dataset, dataset: str) -> tuple[str, str]:
 
 
 def _choose(kind: str, columns: list[str], usual: Sequence[str], dataset: str) -> str:
-    """The only column of this kind, or the first one with a usual name."""
+    """Choose the only column of this kind, or the first one with a usual name."""
     if len(columns) == 1:
         return columns[0]
     if named := [name for name in usual if name in columns]:
@@ -156,7 +157,7 @@ def _decode(table: datasets.Dataset, index: int, dataset: str) -> Image.Image:
 
 
 def _decode_all(table: datasets.Dataset, size: tuple[int, int], dataset: str) -> np.ndarray | None:
-    """All images as one uint8 array, or None if one has another size."""
+    """Decode all images to one uint8 array; None if an image has another size."""
     pixels = np.empty((len(table), size[1], size[0], 3), dtype=np.uint8)
     for i in range(len(table)):
         image = _decode(table, i, dataset)
@@ -167,7 +168,7 @@ def _decode_all(table: datasets.Dataset, size: tuple[int, int], dataset: str) ->
 
 
 def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """uint8 images (B, H, W, 3) to `pixel_values` (B, 3, H, W), as an image processor without resizing does."""
+    """Convert uint8 images (B, H, W, 3) to `pixel_values` (B, 3, H, W), as an image processor without resizing does."""
     x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
     return (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
 
@@ -175,7 +176,7 @@ def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
 def pixels_of_size(
     data: ImageDataset, indices: range, size: tuple[int, int], interpolation: str = "bicubic"
 ) -> np.ndarray:
-    """uint8 images (B, H, W, 3) of the given (height, width); those of another size are resized."""
+    """Return uint8 images (B, H, W, 3) of the given (height, width); images of another size are resized."""
     if isinstance(data.images, np.ndarray) and data.images.shape[1:3] == size:
         return data.images[indices.start : indices.stop]
     images = (data.image(i) for i in indices)
@@ -185,7 +186,7 @@ def pixels_of_size(
 def resize_transform(
     image_size: tuple[int, int], interpolation: str = "bicubic", random_crop: bool = False
 ) -> Callable[[Image.Image], Image.Image]:
-    """Brings an image to the network's (height, width): a resized crop, random (timm's), or all of it."""
+    """Create a transform to the network's (height, width): timm's random resized crop, or a resize of the whole."""
     if random_crop:
         return RandomResizedCropAndInterpolation(image_size, interpolation=interpolation)
     height, width = image_size
@@ -199,7 +200,7 @@ def seed_everything(*key: int) -> None:
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # Not torch.manual_seed, which also looks for accelerators: this is called for every image, in worker processes too.
+    # Not torch.manual_seed, which also seeds accelerators: this is called for every image, in worker processes too.
     torch.default_generator.manual_seed(seed % 2**63)
 
 
@@ -210,7 +211,7 @@ def share_of_batch(batch_size: int, rank: int, world_size: int) -> np.ndarray:
     pairs do not depend on the number of processes.
 
     Raises:
-        ValueError: If the batch cannot be shared out in pairs.
+        ValueError: If the batch cannot be divided into pairs of images for each process.
 
     Example:
         >>> share_of_batch(8, rank=1, world_size=2).tolist()
@@ -269,7 +270,7 @@ class BatchOrder:
 
 
 class ResizedImages(torch.utils.data.Dataset):
-    """Training images in the network's size; the random crop of each is a function of the seed, the epoch and its position."""
+    """Training images in the network's size; each random crop is a function of the seed, the epoch and the position."""
 
     def __init__(self, data: ImageDataset, transform: Callable[[Image.Image], Image.Image], seed: int):
         self.data, self.transform, self.seed = data, transform, seed
@@ -278,7 +279,7 @@ class ResizedImages(torch.utils.data.Dataset):
         return len(self.data)
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, int]:
-        """(3, H, W) uint8 and the label."""
+        """Return the image, (3, H, W) uint8, and its label."""
         position, epoch, index = key
         seed_everything(self.seed, epoch, position)
         pixels = np.asarray(self.transform(self.data.image(index)))

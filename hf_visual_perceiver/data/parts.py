@@ -1,4 +1,4 @@
-"""Several parts of a dataset, such as `train[:10000]` and `train[-5000:]`, and fewer images of them."""
+"""Load several parts of a dataset, such as `train[:10000]` and `train[-5000:]`, and limit their number of images."""
 
 from itertools import combinations
 
@@ -9,7 +9,7 @@ from hf_visual_perceiver.data.splits import parse_split
 
 
 def evenly_spaced(count: int, max_images: int | None = None) -> np.ndarray:
-    """The places of at most `max_images` of `count` images; the first ones may all be of one class.
+    """Return evenly spaced indices of at most `max_images` of `count` images; the first may all be of one class.
 
     Example:
         >>> evenly_spaced(10, 4).tolist()
@@ -22,20 +22,20 @@ def evenly_spaced(count: int, max_images: int | None = None) -> np.ndarray:
 
 
 def at_most(data: ImageDataset, max_images: int | None) -> ImageDataset:
-    """At most so many of the images, evenly spaced; None is all."""
+    """Select at most `max_images` images, evenly spaced; None selects all."""
     return data if max_images is None else data.subset(evenly_spaced(len(data), max_images))
 
 
 def load_splits(dataset: str, *splits: str, apart: bool = False) -> list[ImageDataset]:
-    """Several parts of a dataset; each split is loaded once.
+    """Load several parts of a dataset; each split is loaded only once.
 
     Args:
-        dataset: A folder, a parquet file or a Hub id, as `load_images` takes it.
+        dataset: A folder, a parquet file or a Hub id, as in `load_images`.
         splits: Names of splits or of parts of them, such as `train[:10000]`.
-        apart: No image may be in two of them.
+        apart: Whether to forbid that parts overlap.
 
     Raises:
-        ValueError: If `load_images` refuses the dataset, a part has no images, or `apart` is set and two parts overlap.
+        ValueError: If `load_images` raises it, a part has no images, or `apart` is set and two parts overlap.
     """
     parts = [parse_split(split) for split in splits]
     whole = {name: load_images(dataset, name) for name in dict.fromkeys(name for name, _ in parts)}

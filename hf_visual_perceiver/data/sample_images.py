@@ -1,4 +1,4 @@
-"""Write a few images of the embedded sample to files, to have something to classify.
+"""Write a few images of the embedded sample to files, as inputs to try commands on.
 
 python -m hf_visual_perceiver.data.sample_images FOLDER --count 8
 """
@@ -27,8 +27,8 @@ def write_sample_images(folder: Path, count: int) -> list[Path]:
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="Where to write.")],
-    count: Annotated[int, typer.Option(help="How many images.")] = 8,
+    folder: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    count: Annotated[int, typer.Option(help="Number of images.")] = 8,
 ) -> None:
     """Write a few images of the embedded sample to files."""
     datasets.disable_progress_bars()

@@ -1,4 +1,4 @@
-"""Splits of a dataset: which of its files they are, and parts of them, as `train[-5000:]`."""
+"""Splits of a dataset: the files that belong to a split, and parts of splits such as `train[-5000:]`."""
 
 import glob
 import os
@@ -11,7 +11,7 @@ import datasets
 
 
 SPLIT = re.compile(r"([^\[\]]+)(?:\[(-?\d+)?:(-?\d+)?\])?")
-# What folders of splits are called, as the `datasets` library has it.
+# Folder names of splits, as in the `datasets` library.
 SYNONYMS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -20,7 +20,7 @@ SYNONYMS = {
 
 
 def parse_split(split: str) -> tuple[str, slice]:
-    """The name of a split, and which of its images are meant.
+    """Parse a split into its name and the slice of its images.
 
     Raises:
         ValueError: If it is neither a name nor a name with a slice in brackets.
@@ -39,26 +39,26 @@ def parse_split(split: str) -> tuple[str, slice]:
 
 
 def open_split(dataset: str, split: str, streaming: bool = False) -> Any:
-    """A split, or a part of one, as the `datasets` library reads it.
+    """Open a split, or a part of one, with the `datasets` library.
 
-    In a folder a split is the first of these that is there:
+    In a folder, a split is the first of these that exists:
 
-    1. its folder of that name: the parquet files in it, or else its images;
-    2. parquet files in it or in its folder `data` that are called as the split, with or without a number, such as
-       `test.parquet` or `test-00000-of-00001.parquet`;
-    3. a folder whose name means the same, such as `val` for `validation`, or one that lies further down;
+    1. a subfolder with the split's name: the parquet files in it, or else its images;
+    2. parquet files in the folder or in its subfolder `data` that are named after the split, with or without a number,
+       such as `test.parquet` or `test-00000-of-00001.parquet`;
+    3. a subfolder with a synonymous name, such as `val` for `validation`, or one deeper in the folder;
     4. for `train`, all images.
 
     Folders with a metadata file, or with parquet files elsewhere, are left to `datasets`.
 
     Args:
-        dataset: A folder, a single parquet file, which has any split, or a Hub id.
-        split: The name of a split or of a part of it, see `parse_split`; for a Hub id, anything that `datasets` takes.
-        streaming: Return a `datasets.IterableDataset`, of a whole split in parquet files or on the Hub.
+        dataset: A folder, a single parquet file (which is used for any split), or a Hub id.
+        split: The name of a split or of a part of it, see `parse_split`; for a Hub id, whatever `datasets` accepts.
+        streaming: Return a `datasets.IterableDataset`; only for a whole split in parquet files or on the Hub.
 
     Raises:
         ValueError: If there is no such split.
-        FileNotFoundError: If `dataset` looks like a path and is not there.
+        FileNotFoundError: If `dataset` looks like a path and does not exist.
     """
     path = Path(dataset)
     if not path.exists():
@@ -87,7 +87,7 @@ def open_split(dataset: str, split: str, streaming: bool = False) -> Any:
 
 
 def _find_split(path: Path, name: str) -> Path | list[Path] | None:
-    """The imagefolder, or the parquet files, that are a split; None leaves it to `datasets`."""
+    """Find the imagefolder or the parquet files of a split; None leaves it to `datasets`."""
     if any(file.stem == "metadata" and file.is_file() for file in path.iterdir()):
         return None
     if (path / name).is_dir():
@@ -119,7 +119,7 @@ def _find_split(path: Path, name: str) -> Path | list[Path] | None:
 
 
 def _search(path: Path, names: set[str]) -> tuple[list[Path], bool]:
-    """The outermost folders of these names, and whether there are parquet files outside of them."""
+    """Find the outermost folders with these names, and whether there are parquet files outside of them."""
     found, parquet = [], False
     for folder, inside, files in os.walk(path):
         found += [Path(folder, name) for name in inside if name in names]
@@ -137,7 +137,7 @@ def _load_imagefolder(folder: Path) -> datasets.Dataset:
         table = datasets.load_dataset("imagefolder", data_files=f"{_pattern(folder)}/**", split="train")
     except FileNotFoundError:
         table = None
-    # `datasets` drops the labels where there is one class, or classes do not lie side by side.
+    # `datasets` drops the labels if there is a single class, or if the class folders are not siblings.
     if table is None or list(table.features) == ["image"]:
         folders = {file.parent for file in folder.rglob("*") if file.is_file()} - {folder}
         raise ValueError(
@@ -147,7 +147,7 @@ def _load_imagefolder(folder: Path) -> datasets.Dataset:
 
 
 def _pattern(path: Path) -> str:
-    """What `datasets` takes for this path alone, whatever is in its name."""
+    """Escape a path, so that `datasets` takes it literally and not as a glob pattern."""
     return glob.escape(str(path.absolute()))
 
 

@@ -1,1 +1,1 @@
-"""Accuracy at every budget, and what follows from it."""
+"""Evaluation at every budget: accuracy, calibration, cascades, robustness, retrieval and plots."""

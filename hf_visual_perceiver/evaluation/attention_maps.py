@@ -1,4 +1,4 @@
-"""What each latent token reads: its attention over the image, averaged over images (the paper's Figures 3, 4, 5 and 9)."""
+"""Attention maps: each latent token's attention, averaged over images (the paper's Figures 3, 4, 5 and 9)."""
 
 import math
 from collections.abc import Iterable
@@ -15,18 +15,18 @@ from hf_visual_perceiver.modeling import Budget
 
 @torch.inference_mode()
 def average_attention(model: Any, batches: Iterable[torch.Tensor], budget: Budget | None = None) -> np.ndarray:
-    """What each latent token reads of an image, averaged over images and heads.
+    """Each latent token's cross-attention over the image, averaged over images and heads.
 
     Args:
-        model: In eval mode; it has to have a `look`.
+        model: A model in eval mode that has a `look` method.
         batches: Batches of `pixel_values`, (B, C, H, W) each.
-        budget: Whose tokens to look at; None is the full network.
+        budget: The budget whose tokens to look at; None is the full network.
 
     Returns:
-        (K, rows, columns) float64: of each token a distribution over the grid of the image.
+        (K, rows, columns) float64: for each token, a distribution over the image's grid.
 
     Raises:
-        ValueError: If there is no image, the budget is out of its range, or the model has nothing to show.
+        ValueError: If there is no image, the budget is out of range, or the model has no `look` method.
 
     Example:
         >>> import torch
@@ -49,7 +49,7 @@ def average_attention(model: Any, batches: Iterable[torch.Tensor], budget: Budge
 
 
 def plot_attention_maps(maps: np.ndarray, path: str | Path, title: str = "") -> None:
-    """Draw maps (K, rows, columns) from left to right and top to bottom, each on a scale of its own from 0 to its maximum."""
+    """Draw maps (K, rows, columns) from left to right and top to bottom, each scaled from 0 to its own maximum."""
     columns = min(len(maps), max(1, math.ceil(math.sqrt(len(maps)))))
     rows = math.ceil(len(maps) / columns)
     width = max(3.2, 0.85 * columns)

@@ -1,4 +1,4 @@
-"""Calibration: the budget that meets a target, chosen on one half of a set and reported on the other."""
+"""Calibration: choose the budget that meets a target on one half of a dataset, and report it on the other half."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,21 +16,21 @@ from hf_visual_perceiver.utils.files import read_json, write_json
 
 
 KINDS = ("macs", "ms", "accuracy_drop")
-# Below this a 95 % interval is wider than about 8 points at 70 % accuracy.
+# With fewer images, a 95 % interval is wider than about 8 points at 70 % accuracy.
 FEW_IMAGES = 500
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a budget has to meet.
+    """The bound that a budget has to meet.
 
     Attributes:
-        kind: `"macs"`, at most this fraction of the network's multiply-accumulates; `"ms"`, at most
-            this many milliseconds per image; `"accuracy_drop"`, at most this many percentage points below all queries.
+        kind: `"macs"`: at most this fraction of the full network's multiply-accumulates; `"ms"`: at most this many
+            milliseconds per image; `"accuracy_drop"`: at most this many percentage points below the full network.
         value: The bound.
 
     Raises:
-        ValueError: If the kind is unknown or the bound out of its range.
+        ValueError: If the kind is unknown or the bound is out of range.
     """
 
     kind: str
@@ -52,10 +52,10 @@ class Target:
     def from_options(
         cls, target_macs: float | None = None, target_ms: float | None = None, max_accuracy_drop: float | None = None
     ) -> "Target":
-        """The one target that is given.
+        """Create the target from the one option that is given.
 
         Raises:
-            ValueError: If there is none, or more than one.
+            ValueError: If none is given, or more than one.
         """
         given = {
             kind: value
@@ -80,19 +80,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A budget, what it is expected to do, and the curve that it was chosen from.
+    """The result of `calibrate`: the chosen budget, its results, and the curve that it was chosen from.
 
     Attributes:
-        target: What was asked for.
-        budget: What was chosen.
-        chosen_on: What the budget did on the images that it was chosen on; too good, because it was chosen there.
-        achieved: What it did on the other images.
-        full: What the full network did on the other images.
-        accuracy_interval: 95 % (Wilson) around the accuracy of `achieved`.
-        drop: Percentage points of accuracy below the full network, on the other images.
-        drop_interval: 95 %, paired: both ran on the same images.
-        met: Whether the target also holds on the other images.
-        curve: All budgets measured on the images that it was chosen on.
+        target: The target that was asked for.
+        budget: The chosen budget.
+        chosen_on: The budget's results on the half that it was chosen on; optimistic, because it was chosen there.
+        achieved: Its results on the held-out half.
+        full: The full network's results on the held-out half.
+        accuracy_interval: 95 % interval (Wilson) of the accuracy in `achieved`.
+        drop: Percentage points of accuracy below the full network, on the held-out half.
+        drop_interval: 95 % interval of `drop`, paired, as both ran on the same images.
+        met: Whether the target also holds on the held-out half.
+        curve: All measured budgets, on the half that the budget was chosen on.
     """
 
     target: Target
@@ -120,7 +120,7 @@ def reference_row(rows: Sequence[Row]) -> Row:
 
 
 def target_value(row: Row, reference: Row, kind: str) -> float:
-    """What a row has in the target's units: a fraction of the reference's MACs, ms per image, or points of accuracy."""
+    """A row's value in the target's units: a fraction of the reference's MACs, ms per image, or points of accuracy."""
     values = {
         "macs": row.macs / reference.macs,
         "ms": row.ms_per_image,
@@ -135,14 +135,14 @@ def meets(row: Row, reference: Row, target: Target) -> bool:
 
 
 def choose_budget(rows: Sequence[Row], target: Target, knobs: Mapping[str, str] | None = None) -> Row:
-    """The row to run: for a cost, the most accurate that is cheap enough; for a drop, the cheapest accurate enough.
+    """Choose a row: for a target cost, the most accurate row that meets it; for a target drop, the cheapest that does.
 
-    Ties go to the cheaper one in MACs, or the more accurate one.
+    Ties go to the row with fewer MACs, or to the more accurate one, respectively.
 
     Args:
-        rows: Rows of the measured budgets, with the full network among them.
-        target: What to meet.
-        knobs: Names of the knobs by their short names, for the message.
+        rows: Rows of the measured budgets, including the full network.
+        target: The target to meet.
+        knobs: Names of the knobs by their short names, for the error message.
 
     Raises:
         ValueError: If no row meets the target; the message says which comes nearest.
@@ -168,12 +168,12 @@ def choose_budget(rows: Sequence[Row], target: Target, knobs: Mapping[str, str] 
 
 
 def candidate_budgets(config: ElasticConfig, search: Sequence[str] = (), target: Target | None = None) -> list[Budget]:
-    """What calibration tries: `candidates` of the config; with a target of MACs, also the largest budget that meets it.
+    """The budgets that calibration tries: the config's `candidates`; for a MACs target, also the largest that meets it.
 
     Args:
         config: The model's config.
-        search: The knobs to turn, by short or long names; none is the first that the family has.
-        target: What to meet.
+        search: The knobs to vary, by short or long names; if empty, the family's first knob.
+        target: The target to meet.
     """
     budgets = config.candidates(search)
     if target is not None and target.kind == "macs" and config.knob_names(search) == config.knob_names():
@@ -189,15 +189,15 @@ def calibrate(
     batch_size: int = 256,
     progress: bool = True,
 ) -> Calibration:
-    """Choose a budget on every other image, and report what it does on the rest.
+    """Choose a budget on every other image, and report its results on the rest.
 
     Args:
-        model: In eval mode, on the device and in the dtype to run.
+        model: A model in eval mode, on the device and in the dtype to run.
         data: Labelled images that the model was not trained on, at least two.
-        target: What to meet.
-        budgets: What to try beside the full network; `candidate_budgets` if None.
-        batch_size: Images of a batch; matters to a target of time.
-        progress: Say on stderr how far it is.
+        target: The target to meet.
+        budgets: Budgets to try beside the full network; `candidate_budgets` if None.
+        batch_size: Number of images per batch; it matters for a time target.
+        progress: Whether to show progress on stderr.
 
     Raises:
         ValueError: If the target cannot be met, or the data do not fit the model.
@@ -215,7 +215,7 @@ def calibrate(
             f"Expected at least 2 images to calibrate on, half to choose and half to report, got {len(data)}."
         )
     budgets = candidate_budgets(model.config, target=target) if budgets is None else budgets
-    # Every other image, so that both halves have all classes of a sorted set.
+    # Every other image, so that both halves have all classes even if the dataset is sorted by class.
     halves = data.subset(slice(0, None, 2)), data.subset(slice(1, None, 2))
     measured = measure_budgets(model, halves[0], list(dict.fromkeys([*budgets, Budget()])), batch_size, progress)
     curve = [m.row() for m in measured]
@@ -223,7 +223,7 @@ def calibrate(
     others = measure_budgets(model, halves[1], [chosen.budget, Budget()], batch_size, progress)
     achieved, full = (m.row() for m in others)
     drop, drop_interval = accuracy_drop(others[1], others[0])
-    # Wilson's stays inside [0, 1] for few images.
+    # Wilson's interval stays inside [0, 1] even for few images.
     interval = binomtest(int(others[0].correct.sum()), len(halves[1])).proportion_ci(method="wilson")
     return Calibration(
         target=target,
@@ -248,15 +248,15 @@ def accuracy_drop(full: Measurement, other: Measurement) -> tuple[float, tuple[f
 
 
 def paired_interval(lost: int, won: int, images: int) -> tuple[float, float]:
-    """The 95 % interval, in percentage points, of a difference between two accuracies on the same images.
+    """The 95 % interval, in percentage points, of the difference between two accuracies on the same images.
 
-    Wald's interval on the discordant images, half an image added to each of the four cells (Agresti & Min 2005), which SciPy
-    does not have.
+    This is Wald's interval on the discordant images, with half an image added to each of the four cells (Agresti & Min
+    2005). SciPy does not have it.
 
     Args:
-        lost: Images that only the first classifies rightly.
-        won: Images that only the second does.
-        images: All of them.
+        lost: Number of images that only the first model classifies correctly.
+        won: Number of images that only the second model classifies correctly.
+        images: Number of all images.
 
     Example:
         >>> [round(x, 2) for x in paired_interval(lost=30, won=10, images=1000)]
@@ -271,12 +271,12 @@ def paired_interval(lost: int, won: int, images: int) -> tuple[float, float]:
 
 
 def write_budget(folder: str | Path, budget: Budget) -> None:
-    """Make a budget the default of a checkpoint: the knobs in its config.json.
+    """Make a budget the default of a checkpoint by setting the knobs in its config.json.
 
-    Both loading libraries read it; all other keys stay as they are. The file is written aside and renamed.
+    Both transformers and timm read them. All other keys stay as they are, and the file is replaced atomically.
 
     Raises:
-        ValueError: If the folder has no readable config.json of a known model, or the budget is out of its range.
+        ValueError: If the folder has no readable config.json of a known model, or the budget is out of range.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -285,10 +285,10 @@ def write_budget(folder: str | Path, budget: Budget) -> None:
 
 
 def with_default(values: dict[str, Any], budget: Budget, source: str = "config.json") -> dict[str, Any]:
-    """The values of a config.json with another default budget, for transformers and for timm.
+    """Return the values of a config.json with another default budget, for transformers and for timm.
 
     Raises:
-        ValueError: If they are not of a known model, or the budget is out of its range.
+        ValueError: If the values are not of a known model, or the budget is out of range.
     """
     config = config_from_dict(values, source)
     config.resolve(**budget.kwargs)
@@ -298,5 +298,5 @@ def with_default(values: dict[str, Any], budget: Budget, source: str = "config.j
     values = {**values, **knobs}
     if "model_args" in values:  # timm's copy
         values["model_args"] = {**values["model_args"], **knobs}
-    config_from_dict(values, source)  # raises for what cannot be loaded
+    config_from_dict(values, source)  # raises if the result cannot be loaded
     return values

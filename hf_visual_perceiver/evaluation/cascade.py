@@ -1,4 +1,4 @@
-"""A cascade: a small budget first, more only for the images that it leaves uncertain.
+"""A cascade: all images run at a small budget first, and only uncertain ones at larger budgets.
 
 Shapes: B images, S stages, n images of a validation set.
 """
@@ -22,12 +22,12 @@ from hf_visual_perceiver.utils.files import write_json
 
 @dataclass(frozen=True)
 class CascadeOutput:
-    """What a cascade returns.
+    """The output of a cascade.
 
     Attributes:
-        logits: (B, labels), each image's from its last stage.
-        used: (B,) what its last stage used, such as queries.
-        stage: (B,) the stage where it stopped.
+        logits: (B, labels), from each image's last stage.
+        used: (B,) how much the last stage used, such as the number of queries.
+        stage: (B,) the stage at which each image stopped.
     """
 
     logits: torch.Tensor
@@ -37,13 +37,13 @@ class CascadeOutput:
 
 @dataclass(frozen=True)
 class Rerun:
-    """What `start` of a model would give, for models that begin anew at each budget."""
+    """Stands in for the result of `start`, for models that have to start over at each budget."""
 
     model: Any
     pixel_values: torch.Tensor
 
     def extend(self, **knobs: Any) -> Any:
-        """The model's answer at a budget."""
+        """The model's output at a budget."""
         return self.model(self.pixel_values, **self.model.config.resolve(**knobs))
 
     def __getitem__(self, images: torch.Tensor) -> "Rerun":
@@ -51,17 +51,18 @@ class Rerun:
 
 
 class Cascade:
-    """Runs the first budget; an image whose top probability reaches the stage's threshold is done, the others go on.
+    """Runs budgets in turn; an image stops once its top probability reaches the stage's threshold, the others continue.
 
-    Images that are done leave the batch, so they cost nothing further. The others go on where they are if the model can
-    (`start`), as the Visual Perceiver does, of which only the new queries read; otherwise they run anew. (MSDNet and DVT stop
-    likewise, by the top probability: Huang et al. 2018, Wang et al. 2021.)
+    Images that have stopped leave the batch, so they cost nothing further. The others continue from their state if the
+    model supports that (`start`), as the Visual Perceiver does, in which only the new queries then attend to the image;
+    otherwise they are computed again. (MSDNet and DVT also stop by the top probability: Huang et al. 2018, Wang et al.
+    2021.)
 
     Args:
         model: Model in eval mode; its own default budget is ignored.
-        stages: Budgets at which all images cost alike, ascending in cost.
-        thresholds: One for each stage but the last: the top probability at which an image stops there. 0 stops all,
-            more than 1 none. The last stage stops all.
+        stages: Fixed budgets, at which all images cost the same, ascending in cost.
+        thresholds: One per stage except the last: the top probability at which an image stops there. 0 stops all
+            images, a value above 1 none. The last stage stops all.
 
     Raises:
         ValueError: If the stages or the thresholds are not as described.
@@ -104,7 +105,7 @@ class Cascade:
             answer = output.logits
             if logits is None:
                 logits = answer.new_zeros(B, answer.shape[1])
-            # Written at each stage, and overwritten for those that go on.
+            # Written at each stage; later stages overwrite the logits of images that continue.
             logits = logits.index_copy(0, going, answer)
             used[going], stopped[going] = output.used, stage
             if stage == len(self.thresholds):
@@ -139,7 +140,7 @@ class Cascade:
 
 
 def check_stages(config: ElasticConfig, stages: Sequence[Budget]) -> list[Budget]:
-    """The stages as a list, or a `ValueError` unless all images cost alike at each, and they ascend in cost."""
+    """Return the stages as a list; raise a `ValueError` unless they are fixed budgets that ascend in cost."""
     for stage in stages:
         if config.is_adaptive(stage):
             raise ValueError(f"Expected stages at which all images cost alike, got {stage.short(config.knobs)}.")
@@ -151,13 +152,13 @@ def check_stages(config: ElasticConfig, stages: Sequence[Budget]) -> list[Budget
 
 
 def top_probability(logits: torch.Tensor) -> torch.Tensor:
-    """How sure an answer is: (B, labels) -> (B,), in float32."""
+    """The probability of the most likely class, as confidence: (B, labels) -> (B,), in float32."""
     return F.softmax(logits.float(), dim=-1).amax(dim=-1)
 
 
 @dataclass(frozen=True)
 class CascadeChoice:
-    """Thresholds found by a search, and what they do on the images that they were found on."""
+    """Thresholds found by a search, with their accuracy and cost on the images that they were found on."""
 
     thresholds: list[float]
     accuracy: float
@@ -178,20 +179,20 @@ def stopping_stages(confidence: np.ndarray, thresholds: Sequence[float]) -> np.n
 def search_thresholds(
     confidence: np.ndarray, correct: np.ndarray, macs: Sequence[float], budget: float, combinations: int = 2000
 ) -> CascadeChoice:
-    """The thresholds of the highest accuracy among those whose mean cost on these images is within the budget.
+    """Find the thresholds with the highest accuracy among those whose mean cost on these images is within the budget.
 
-    DVT and MSDNet pose the same problem, one set of thresholds per budget. Here all combinations of quantiles of
+    DVT and MSDNet solve the same problem, with one set of thresholds per budget. Here all combinations of quantiles of
     each stage's confidence are tried, `combinations` at most, so the result does not depend on a random search.
 
     Args:
         confidence: (n, S) top probability of each image at each stage, on validation images.
-        correct: (n, S) bool, whether the stage's answer is right.
+        correct: (n, S) bool, whether the stage's prediction is correct.
         macs: (S,) cost of stopping at each stage, ascending; see `count_stages` of the config.
         budget: Highest mean cost per image, in the same unit.
         combinations: Number of combinations of thresholds to try.
 
     Raises:
-        ValueError: If the arrays do not fit together, or stopping everything at the first stage is over the budget.
+        ValueError: If the arrays do not fit together, or the first stage alone costs more than the budget.
 
     Example:
         >>> confidence, correct = np.array([[0.9, 0.9], [0.4, 0.9]]), np.array([[True, True], [False, True]])
@@ -211,7 +212,7 @@ def search_thresholds(
         )
     n, S = confidence.shape
     levels = max(2, int(combinations ** (1 / max(1, S - 1))))
-    # 0 stops every image at a stage, 2 none.
+    # A threshold of 0 stops every image at the stage, 2 stops none.
     grids = [
         np.unique([0.0, *np.quantile(confidence[:, stage], np.linspace(0, 1, levels)), 2.0]) for stage in range(S - 1)
     ]

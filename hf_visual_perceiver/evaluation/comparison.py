@@ -1,4 +1,4 @@
-"""Runs side by side: accuracy at every K, mean and deviation over seeds."""
+"""Compare training runs: accuracy at every K, with mean and standard deviation over seeds."""
 
 import itertools
 import json
@@ -20,20 +20,20 @@ from hf_visual_perceiver.training.recipe import recipe_from_dict
 from hf_visual_perceiver.utils.tables import markdown_table
 
 
-LONGEST_NAME = 3  # keys of the recipe; beyond that, the names of the folders are easier to read
+LONGEST_NAME = 3  # maximum number of recipe keys in a name; beyond that, folder names are easier to read
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a comparison takes from a run's folder.
+    """The data that a comparison reads from a run's folder.
 
     Attributes:
         path: The folder.
         seed: Seed in the recipe.
-        recipe: The keys that say what is learned, without the seed, as dotted names such as `queries.schedule`.
-        step: The last one that was evaluated.
-        accuracy: K to validation accuracy at that step.
-        macs_per_image: Mean multiply-accumulates of an image in training, if they are known.
+        recipe: The recipe's keys that affect learning, without the seed, as dotted names such as `queries.schedule`.
+        step: The last evaluated step.
+        accuracy: Validation accuracy at that step, by K.
+        macs_per_image: Mean multiply-accumulates per image in training, if known.
     """
 
     path: Path
@@ -46,17 +46,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seed.
 
     Attributes:
-        name: Short and unique in the comparison.
+        name: Short name, unique in the comparison.
         runs: Names of the folders.
         seeds: The seed of each run.
-        step: The last one that was evaluated.
-        accuracy: K to the mean validation accuracy.
-        deviation: K to the sample standard deviation over seeds; None with a single seed.
-        macs_per_image: Mean over the runs that know it.
-        recipe: Keys of the recipe in which the rows of the comparison differ.
+        step: The last evaluated step.
+        accuracy: Mean validation accuracy, by K.
+        deviation: Sample standard deviation over seeds, by K; None with a single seed.
+        macs_per_image: Mean over the runs for which it is known.
+        recipe: The recipe's values for the keys in which the rows of the comparison differ.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Comparison:
 
     @property
     def budgets(self) -> list[int]:
-        """Every K that was evaluated in a row, ascending."""
+        """Every K that was evaluated in any row, ascending."""
         return sorted({K for row in self.rows for K in row.accuracy})
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Comparison:
         return {"rows": [asdict(row) for row in self.rows]}
 
     def table(self) -> list[list[str]]:
-        """Cells of the table, the headers first; accuracies in percent."""
+        """Cells of the table, headers first; accuracies are in percent."""
         with_macs = any(row.macs_per_image is not None for row in self.rows)
         headers = ["runs", "seeds", "step", *(["training MACs (M)"] if with_macs else [])]
         lines = [[*headers, *(f"K = {K}" for K in self.budgets)]]
@@ -104,15 +104,15 @@ class Comparison:
 def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     """Compare the validation accuracies of runs at their last evaluated step.
 
-    Runs whose recipes differ in the seed alone, and in keys that do not change what is learned, make up a row, in the
-    order in which the first of them is given.
+    Runs whose recipes differ only in the seed, and in keys that do not change what is learned, make up a row. Rows are
+    in the order of their first runs.
 
     Args:
         folders: The runs' folders.
 
     Raises:
         ValueError: If a folder is no run, its log is damaged or has no validation accuracies, or runs of a row cannot be
-            averaged: the same seed twice, or other steps or K.
+            averaged, because a seed occurs twice or the evaluated steps or K differ.
     """
     if not folders:
         raise ValueError("Expected at least one run to compare, got none.")
@@ -152,7 +152,7 @@ def read_run(folder: str | Path) -> Run:
     Raises:
         ValueError: If the folder is no run, its log is damaged, or it has no validation accuracies.
     """
-    # Resolved, because `.` has no name.
+    # Resolved, because the path `.` has an empty name.
     run = RunFolder(Path(folder).resolve())
     if not run.recipe_file.is_file():
         raise ValueError(f"Expected the folder of a run, got {folder}, which has no recipe.yaml.")
@@ -175,7 +175,7 @@ def read_run(folder: str | Path) -> Run:
     return Run(
         path=run.path,
         seed=seed,
-        # Where the data lies is free, but what it is called tells other data.
+        # The path of the data may differ between runs, but another name means other data.
         recipe=_flat({**learned, "dataset": dataset}),
         step=step,
         accuracy={entry["K"]: entry["validation_accuracy"] for entry in evaluated if entry["step"] == step},
@@ -184,7 +184,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def plot_comparison(comparison: Comparison, path: str | Path) -> None:
-    """Plot validation accuracy against K, one line for each row, with the deviation over seeds as error bars."""
+    """Plot validation accuracy against K, one line per row, with the standard deviation over seeds as error bars."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for row in comparison.rows:
@@ -228,7 +228,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _training_macs(run: RunFolder, entries: list[dict[str, Any]]) -> float | None:
-    """From the log, or else from the facts of a finished run."""
+    """Mean multiply-accumulates per image, from the log or else from the training.json of a finished run."""
     logged = [entry["macs_per_image"] for entry in entries if "macs_per_image" in entry]
     if logged:
         return statistics.fmean(logged)
@@ -239,7 +239,7 @@ def _training_macs(run: RunFolder, entries: list[dict[str, Any]]) -> float | Non
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Groups of keys as dotted names; an empty group has none."""
+    """Flatten groups of keys to dotted names; an empty group is dropped."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
@@ -270,11 +270,11 @@ def _differing_keys(recipes: list[dict[str, Any]]) -> list[str]:
 
 
 def _names(groups: list[list[Run]], differing: list[str]) -> list[str]:
-    """By the keys that differ if they are few, or else by what the names of a row's folders have in common."""
+    """Name rows by the keys that differ, if these are few, or else by the common prefix of a row's folder names."""
     recipes = [group[0].recipe for group in groups]
-    # Keys that only some have mostly follow from another key, such as the number of students from the schedule.
+    # Keys that only some recipes have mostly follow from another key, as the number of students from the schedule.
     shared = [key for key in differing if all(key in recipe for recipe in recipes)]
-    # The table has a column for the step; the length of runs tells them apart if nothing else does.
+    # The table has a column for the step, so the length of the runs is used only if nothing else differs.
     chosen = [key for key in shared if key not in ("steps", "warmup_steps")]
     for keys in (chosen, shared, differing):
         names = [_name(recipe, keys) for recipe in recipes]
@@ -295,7 +295,7 @@ def _value(value: Any) -> str:
 
 
 def _common_name(names: list[str]) -> str:
-    """What the names begin with, without a dangling separator or the word seed."""
+    """The common prefix of the names, without a trailing separator or the word seed."""
     if len(names) == 1:
         return names[0]
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(min(names), max(names), strict=False))
@@ -309,7 +309,7 @@ def _percent(mean: float | None, deviation: float | None) -> str:
 
 
 def _apart(budgets: list[int]) -> list[int]:
-    """Those K, from the largest down, whose labels do not overlap on a logarithmic axis."""
+    """Choose K, from the largest down, whose labels do not overlap on a logarithmic axis."""
     chosen: list[int] = []
     for K in reversed(budgets):
         if not chosen or math.log2(chosen[-1] / K) >= 0.35:

@@ -1,10 +1,10 @@
-"""Corrupted images: the published CIFAR-10-C where its files are at hand, and half a dozen corruptions of our own.
+"""Corrupted images: the published CIFAR-10-C, if its files are given, and half a dozen corruptions of our own.
 
 CIFAR-10-C (Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR
-2019, https://zenodo.org/records/2535967) is the field's standard. The corruptions of `CORRUPTIONS` are what Pillow and NumPy
-give in a line each, with severities of our own: numbers measured with them are not CIFAR-10-C numbers.
-Packages that draw the whole set (imagecorruptions, torch-uncertainty, corrupt-tta) have ImageNet-C's constants, too strong
-for 32x32, and need OpenCV and scikit-image or kornia.
+2019, https://zenodo.org/records/2535967) is the field's standard. The corruptions in `CORRUPTIONS` are those that take
+a line or two of Pillow and NumPy, with our own severities: results measured with them are not CIFAR-10-C results.
+Packages that implement the whole set (imagecorruptions, torch-uncertainty, corrupt-tta) use ImageNet-C's constants,
+which are too strong for 32x32 images, and need OpenCV and scikit-image or kornia.
 """
 
 import io
@@ -24,7 +24,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def gaussian_noise(image: Image.Image, c: float, random: np.random.Generator) -> Image.Image:
-    """`c`: standard deviation, of values in [0, 1]."""
+    """`c`: standard deviation of the noise, for values in [0, 1]."""
     pixels = np.asarray(image, dtype=np.float32)
     return Image.fromarray(
         np.rint(pixels + 255 * c * random.standard_normal(pixels.shape)).clip(0, 255).astype(np.uint8)
@@ -32,7 +32,7 @@ def gaussian_noise(image: Image.Image, c: float, random: np.random.Generator) ->
 
 
 def gaussian_blur(image: Image.Image, c: float, random: np.random.Generator) -> Image.Image:
-    """`c`: standard deviation in pixels of an image whose shorter side is 32."""
+    """`c`: standard deviation in pixels, for an image whose shorter side is 32; it scales with the image."""
     return image.filter(ImageFilter.GaussianBlur(c * min(image.size) / 32))
 
 
@@ -47,13 +47,13 @@ def contrast(image: Image.Image, c: float, random: np.random.Generator) -> Image
 
 
 def pixelate(image: Image.Image, c: float, random: np.random.Generator) -> Image.Image:
-    """`c`: the side of the image in big pixels, as a share of its side."""
+    """`c`: side of the downsampled image, as a share of the original side."""
     small = image.resize((int(image.width * c), int(image.height * c)), Image.Resampling.BOX)
     return small.resize(image.size, Image.Resampling.BOX)
 
 
 def jpeg_compression(image: Image.Image, c: int, random: np.random.Generator) -> Image.Image:
-    """`c`: Pillow's quality."""
+    """`c`: Pillow's JPEG quality."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=c)
     return Image.open(file)
@@ -72,22 +72,22 @@ CORRUPTIONS: dict[str, tuple[Callable[[Image.Image, Any, np.random.Generator], I
 def corrupt(
     images: np.ndarray, corruption: str, severity: int, seed: int = 0, indices: Sequence[int] | None = None
 ) -> np.ndarray:
-    """Corrupt a batch by one of our own corruptions.
+    """Apply one of our own corruptions to a batch.
 
     Args:
         images: (B, H, W, 3) uint8.
         corruption: A key of `CORRUPTIONS`.
         severity: 1 to 5.
         seed: Random seed.
-        indices: The images' places in their dataset, (B,): what is random about an image follows from the seed, the
-            corruption's name and this number, whatever batch it is in. 0 to B - 1 by default.
+        indices: (B,) indices of the images in their dataset; 0 to B - 1 by default. An image's random numbers follow
+            from the seed, the corruption's name and this index, and not from the batch.
 
     Returns:
-        The same shape and type.
+        (B, H, W, 3) uint8 corrupted images.
 
     Raises:
-        ValueError: If there is no such corruption or severity, the images are not (B, H, W, 3) uint8, or there is not one
-            index for each.
+        ValueError: If there is no such corruption or severity, the images are not (B, H, W, 3) uint8, or the number of
+            indices differs from that of the images.
 
     Example:
         >>> images = np.full((2, 32, 32, 3), 100, dtype=np.uint8)
@@ -113,7 +113,7 @@ def corrupt(
 
 @dataclass(frozen=True)
 class Cifar10C:
-    """The folder of the published CIFAR-10-C: NAME.npy, 32x32 images in uint8, all of severity 1, then of 2 to 5; labels.npy.
+    """The folder of the published CIFAR-10-C: labels.npy, and NAME.npy with 32x32 uint8 images by severity, 1 to 5.
 
     Args:
         folder: The unpacked folder.
@@ -143,7 +143,7 @@ class Cifar10C:
 
     @property
     def corruptions(self) -> list[str]:
-        """What the folder has."""
+        """The corruptions in the folder."""
         return sorted(file.stem for file in self.folder.glob("*.npy") if file.stem != "labels")
 
     def images(self, corruption: str, severity: int) -> ImageDataset:
@@ -161,7 +161,7 @@ class Cifar10C:
         return ImageDataset(images[part], self.clean.labels, self.clean.label_names)
 
     def _load(self, name: str) -> np.ndarray:
-        """An array, mapped into memory rather than read."""
+        """Open an array as a memory map."""
         try:
             return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Do harder images get more? What images use at an adaptive budget, against the full network's confidence and error."""
+"""Do harder images use more at an adaptive budget? Compares usage with the full network's confidence and error."""
 
 import warnings
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from hf_visual_perceiver.modeling import Budget
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation over images; all None where it is not defined, because a side is the same for all.
+    """Spearman's rank correlation over images; all fields are None if it is undefined, as one variable is constant.
 
     Attributes:
-        value: In [-1, 1].
-        standard_error: Deviation over bootstrap draws of the images.
+        value: The correlation, in [-1, 1].
+        standard_error: Standard deviation over bootstrap resamples of the images.
         low: Lower end of the bootstrap's 95 % interval.
-        high: Upper end.
+        high: Upper end of that interval.
     """
 
     value: float | None
@@ -34,16 +34,16 @@ class Correlation:
 
 @dataclass(frozen=True)
 class Bin:
-    """Images that use about as much.
+    """A bin of images with similar usage.
 
     Attributes:
-        used_min: The least in the bin, such as queries.
-        used_max: The most.
-        used_mean: Mean over the bin.
-        images: How many.
+        used_min: Smallest usage in the bin, such as the number of queries.
+        used_max: Largest usage in the bin.
+        used_mean: Mean usage in the bin.
+        images: Number of images.
         accuracy: Accuracy of the full network on them.
         standard_error: Standard error of that accuracy.
-        confidence: Mean probability of the full network's answer.
+        confidence: Mean probability of the full network's prediction.
     """
 
     used_min: int
@@ -57,15 +57,15 @@ class Bin:
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How what images use at a budget goes with the full network's confidence and error.
+    """How images' usage at an adaptive budget relates to the full network's confidence and error.
 
     Attributes:
-        budget: At which each image takes what it needs.
-        with_confidence: Rank correlation of what is used with the probability of the full network's answer.
-        with_error: The same with 1 where the full network is wrong, 0 where it is right.
-        used_right: Mean used where the full network is right; None if it never is.
-        used_wrong: Mean used where it is wrong; None if it never is.
-        bins: From little to much.
+        budget: The adaptive budget.
+        with_confidence: Rank correlation of usage with the probability of the full network's prediction.
+        with_error: Rank correlation of usage with the full network's error (1 if wrong, 0 if right).
+        used_right: Mean usage of images that the full network classifies correctly; None if there are none.
+        used_wrong: Mean usage of images that it misclassifies; None if there are none.
+        bins: Bins of images, by ascending usage.
     """
 
     budget: Budget
@@ -85,23 +85,23 @@ class Difficulty:
 def measure_difficulty(
     budget: Budget, used: np.ndarray, confidence: np.ndarray, right: np.ndarray, bins: int = 5
 ) -> Difficulty:
-    """Relate what is used to difficulty.
+    """Relate usage to difficulty.
 
     Args:
-        budget: At which each image takes what it needs.
-        used: What each image uses, such as queries, (n,).
-        confidence: Probability of the full network's answer, (n,).
-        right: Whether that answer is right, (n,) bool.
-        bins: At most so many, of about equally many images.
+        budget: An adaptive budget.
+        used: (n,) how much each image uses, such as the number of queries.
+        confidence: (n,) probability of the full network's prediction.
+        right: (n,) bool, whether that prediction is correct.
+        bins: Maximum number of bins, which have about equally many images.
 
     Raises:
-        ValueError: If the three have different lengths, or none.
+        ValueError: If the three arrays have different lengths, or are empty.
     """
     if not len(used) == len(confidence) == len(right) > 0:
         raise ValueError(
             f"Expected used, confidence and right of the same images, got {len(used)}, {len(confidence)} and {len(right)}."
         )
-    # An edge belongs to the bin below it.
+    # A value on an edge belongs to the bin below it.
     edges = np.unique(np.quantile(used, np.linspace(0, 1, bins + 1)[1:-1], method="lower"))
     places = np.searchsorted(edges, used)
     return Difficulty(
@@ -115,7 +115,7 @@ def measure_difficulty(
 
 
 def correlate(a: np.ndarray, b: np.ndarray, draws: int = 1000, seed: int = 0) -> Correlation:
-    """Spearman's rank correlation of (n,) values with its bootstrap over images.
+    """Spearman's rank correlation of two (n,) arrays, with a bootstrap over images.
 
     Example:
         >>> correlate(np.array([1, 2, 3, 4]), np.array([10, 20, 40, 30]), draws=10).value
@@ -125,7 +125,7 @@ def correlate(a: np.ndarray, b: np.ndarray, draws: int = 1000, seed: int = 0) ->
         return Correlation(None, None, None, None)
     generator = np.random.default_rng(seed)
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # of few images, of which some draws are all alike
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # with few images, some resamples are constant
         drawn = bootstrap(
             (a, b), _spearman, paired=True, n_resamples=draws, batch=16, method="percentile", rng=generator
         )
@@ -135,7 +135,7 @@ def correlate(a: np.ndarray, b: np.ndarray, draws: int = 1000, seed: int = 0) ->
 
 
 def _spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Of many draws at once, which `scipy.stats.spearmanr` does not do."""
+    """Spearman's correlation of many resamples at once, which `scipy.stats.spearmanr` does not support."""
     x, y = (ranks - ranks.mean(axis, keepdims=True) for ranks in (rankdata(a, axis=axis), rankdata(b, axis=axis)))
     return (x * y).sum(axis) / np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
 

@@ -1,6 +1,6 @@
 """Accuracy, cost and time of a checkpoint at every budget, in one pass over a dataset.
 
-Results can be read without the packages that measuring takes (extra `cli`), as the Space does.
+Reading results does not need the packages that measuring needs (extra `cli`); the Space relies on this.
 """
 
 import logging
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Results from before there were several families do not say which it is.
+# Results from before there were several families do not contain these; they are all of the Visual Perceiver.
 FORMER_UNIT, FORMER_KNOBS = "queries", {"K": "num_active_queries", "t": "dqs_threshold"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one budget was measured to do."""
+    """The summary of one budget's results."""
 
     budget: Budget
-    used_mean: float  # of what the images of a batch use different numbers of, such as queries
+    used_mean: float  # usage per image, in the evaluation's `unit`, such as queries
     used_std: float
     used_min: int
     used_max: int
@@ -46,22 +46,22 @@ class Row:
     accuracy: float
     standard_error: float
     ms_per_image: float  # median over batches
-    relative_time: float  # to the full network on the same batch, median over batches
+    relative_time: float  # relative to the full network on the same batch, median over batches
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one budget did to each of n images.
+    """The results of one budget on each of n images.
 
     Attributes:
-        budget: What the images might use.
-        predictions: (n,) class indices.
-        labels: (n,) the right ones.
-        used: (n,) what each used, such as queries.
-        macs: (n,) what each cost.
-        confidence: (n,) its top probability.
-        seconds: Per image, one value for each batch.
-        reference_seconds: The same of the full network on the same batches.
+        budget: The budget.
+        predictions: (n,) predicted class indices.
+        labels: (n,) true class indices.
+        used: (n,) how much each image used, such as the number of queries.
+        macs: (n,) multiply-accumulates of each image.
+        confidence: (n,) top probability.
+        seconds: Time per image, one value per batch.
+        reference_seconds: The full network's time per image on the same batches.
     """
 
     budget: Budget
@@ -75,7 +75,7 @@ class Measurement:
 
     @property
     def correct(self) -> np.ndarray:
-        """(n,) bool: which images were classified as labelled."""
+        """(n,) bool: which images were classified correctly."""
         return self.predictions == self.labels
 
     def row(self) -> Row:
@@ -102,11 +102,11 @@ class Evaluation:
     """The rows of a sweep and the conditions that they were measured under.
 
     Attributes:
-        rows: One for each budget.
+        rows: One row per budget.
         conditions: Hardware, versions, data.
         confusion: Confusion matrix of the full network; None in results of earlier versions.
-        unit: What the images use different numbers of; see `ElasticConfig`.
-        knobs: The names of the knobs, by their short names.
+        unit: The unit in which usage is counted, such as queries; see `ElasticConfig`.
+        knobs: Names of the knobs, by their short names.
     """
 
     rows: list[Row]
@@ -116,11 +116,11 @@ class Evaluation:
     knobs: dict[str, str] = field(default_factory=lambda: dict(FORMER_KNOBS))
 
     def name(self, budget: Budget) -> str:
-        """What tables call a budget."""
+        """The name of a budget in tables."""
         return budget.short(self.knobs)
 
     def series(self) -> dict[str, list[Row]]:
-        """The rows by the knobs that they set, each ascending in cost; the full network is with those of the first knob."""
+        """Group the rows by the knobs that they set, ascending in cost; the full network joins the first group."""
         short = {name: knob for knob, name in self.knobs.items()}
         first = next(iter(self.knobs), "")
         found: dict[str, list[Row]] = {}
@@ -136,7 +136,7 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
-        """The inverse of `to_dict`, also of what earlier versions wrote."""
+        """The inverse of `to_dict`; also reads results of earlier versions."""
         confusion = Confusion(values["confusion"]) if "confusion" in values else None
         naming = {key: values[key] for key in ("unit", "knobs") if key in values}
         rows = [Row(**with_budget(row)) for row in values["rows"]]
@@ -144,7 +144,7 @@ class Evaluation:
 
 
 def plain(result: Any) -> dict[str, Any]:
-    """A dataclass as plain values, budgets as the values of their knobs."""
+    """Convert a dataclass to plain values; budgets become dicts of their knobs."""
     return asdict(
         result,
         dict_factory=lambda pairs: {key: value.kwargs if isinstance(value, Budget) else value for key, value in pairs},
@@ -152,7 +152,7 @@ def plain(result: Any) -> dict[str, Any]:
 
 
 def with_budget(values: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `plain` for what has a budget, also for what earlier versions wrote of the Visual Perceiver.
+    """The inverse of `plain` for values with a budget; also reads what earlier versions wrote for the Visual Perceiver.
 
     Example:
         >>> with_budget({"num_active_queries": 8, "dqs_threshold": None, "queries_mean": 8.0})
@@ -176,7 +176,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def default_budgets(config: ElasticConfig) -> list[Budget]:
-    """What is measured by default: budgets at which all images cost alike, then those at which each takes what it needs."""
+    """The budgets that are measured by default: first the fixed ones, then the adaptive ones."""
     return [*config.budgets(), *config.adaptive_budgets()]
 
 
@@ -188,18 +188,18 @@ def evaluate(
     progress: bool = True,
     conditions: dict[str, Any] | None = None,
 ) -> Evaluation:
-    """Measure accuracy, what images use, MACs and time at several budgets, and the confusion matrix.
+    """Measure accuracy, usage (such as queries per image), MACs and time at several budgets, and the confusion matrix.
 
-    Every batch goes through all budgets in turn, after a warm-up on the first one, so that times are compared on the same
-    images within moments of each other. Times are of the model alone, on images that are ready on its device.
+    Every batch goes through all budgets in turn, after a warm-up on the first batch, so that times are compared on the
+    same images within moments of each other. Times are of the model alone, on images that are already on its device.
 
     Args:
-        model: In eval mode, on the device and in the dtype to measure.
-        data: Images that the model has labels for.
-        budgets: What to measure, whatever the model does by default; `default_budgets` if None.
-        batch_size: Images of a batch.
-        progress: Say on stderr how far it is.
-        conditions: More facts to keep with the result, such as the names of model and dataset.
+        model: A model in eval mode, on the device and in the dtype to measure.
+        data: Images whose classes the model knows.
+        budgets: Budgets to measure, regardless of the model's default; `default_budgets` if None.
+        batch_size: Number of images per batch.
+        progress: Whether to show progress on stderr.
+        conditions: Further facts to store with the result, such as the names of model and dataset.
 
     Raises:
         ValueError: If the dataset's labels are not the model's, or a budget is out of the model's range.
@@ -221,7 +221,7 @@ def evaluate(
 
 
 def form_of(model: Any) -> dict[str, str]:
-    """The dtype, and attention or "optimized", of a model, for the conditions of a measurement."""
+    """The model's dtype, and its attention implementation or form "optimized", for the conditions of a measurement."""
     attention = {"attention": str(getattr(model.config, "_attn_implementation", None))}
     form = attention if isinstance(model, PreTrainedModel) else {"form": "optimized"}
     return {"dtype": str(model.dtype).removeprefix("torch."), **form}
@@ -230,10 +230,10 @@ def form_of(model: Any) -> dict[str, str]:
 def measure_budgets(
     model: Any, data: "ImageDataset", budgets: Sequence[Budget], batch_size: int = 256, progress: bool = True
 ) -> list[Measurement]:
-    """What `evaluate` is made of: what every image did at each of `budgets`, which are taken as they come.
+    """Measure every image at each of `budgets`, in the given order; `evaluate` summarises the result.
 
     Raises:
-        ValueError: If `evaluate` raises it.
+        ValueError: For the same reasons as in `evaluate`.
     """
     config = model.config
     all_labels = labels_of_model(model, data)
@@ -242,7 +242,7 @@ def measure_budgets(
     if batch_size < 1:
         raise ValueError(f"Expected a batch size of at least 1, got {batch_size}.")
 
-    # The reference of relative times runs too, if it is not among them.
+    # The full network always runs, as the reference of relative times.
     measured = list(dict.fromkeys([*budgets, Budget()]))
     found: dict[Budget, list[tuple[np.ndarray, ...]]] = {budget: [] for budget in measured}
     seconds: dict[Budget, list[float]] = {budget: [] for budget in measured}
@@ -281,9 +281,9 @@ def pixel_batches(
     batch_size: int,
     description: str | None = None,
 ) -> Iterator[tuple[range, torch.Tensor]]:
-    """The indices of each batch and its `pixel_values` (B, C, H, W), as the model takes them and where it is.
+    """Yield the indices of each batch and its `pixel_values` (B, C, H, W), preprocessed and on the model's device.
 
-    With a `description`, stderr shows how far it is.
+    With a `description`, progress is shown on stderr.
     """
     from hf_visual_perceiver.data.images import normalise, pixels_of_size
 
@@ -297,13 +297,14 @@ def pixel_batches(
 
 
 def labels_of_model(model: Any, data: "ImageDataset") -> np.ndarray:
-    """The dataset's labels as indices of the model's classes, (n,).
+    """Map the dataset's labels to indices of the model's classes, (n,).
 
     Classes are matched by name. If the dataset's names are numbers (or LABEL_n) that the model does not have, they are
-    taken for indices, and if the model's are LABEL_n, for the dataset's classes in their order; a warning says so.
+    taken as class indices. If the model's names are LABEL_n, the dataset's classes are matched to them in order. Both
+    cases log a warning.
 
     Raises:
-        ValueError: If the dataset has a class that the model does not know, or knows twice.
+        ValueError: If the dataset has a class that the model does not have, or has twice.
     """
     names, given = model.config.label_names, data.label_names
     if given == names:
@@ -329,7 +330,7 @@ def labels_of_model(model: Any, data: "ImageDataset") -> np.ndarray:
 
 
 def _timed_forward(model: Any, pixels: torch.Tensor, budget: Budget) -> tuple[float, Any]:
-    """Seconds, and what the model returned."""
+    """Run the model once; return the seconds and its output."""
 
     def synchronise() -> None:
         if pixels.device.type == "cuda":
@@ -344,10 +345,10 @@ def _timed_forward(model: Any, pixels: torch.Tensor, budget: Budget) -> tuple[fl
 
 @torch.inference_mode()
 def output_at(model: Any, pixels: torch.Tensor, budget: Budget) -> Any:
-    """What a model, with or without a head, returns at a budget, whatever its config's own.
+    """Run a model, with or without a head, at a budget, regardless of its default budget.
 
     Raises:
-        ValueError: If the batch does not fit in memory; the message has a size that does.
+        ValueError: If the batch does not fit in memory; the message names a batch size that does.
     """
     from hf_visual_perceiver.utils.memory import fitting
 

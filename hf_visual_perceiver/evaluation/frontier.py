@@ -1,4 +1,4 @@
-"""The best accuracy at most so many multiply-accumulates, of several networks side by side."""
+"""The best accuracy within a limit of multiply-accumulates, for several networks side by side."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,24 +16,24 @@ from hf_visual_perceiver.evaluation.plots import save_figure
 if TYPE_CHECKING:
     from hf_visual_perceiver.data.images import ImageDataset
 
-# Fixed before anything is measured, so that nothing is fitted to the images that are reported.
+# Set before anything is measured, so that nothing is fitted to the reported images.
 CASCADE_THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 FIXED, ADAPTIVE, CASCADE = "fixed", "adaptive", "cascade"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One way to run one network, measured on two sets of images.
+    """One setting of one network, measured on two sets of images: one to report on, one to choose settings on.
 
     Attributes:
         model: Name of the network.
-        setting: What it was told, such as "K=16".
-        kind: "fixed" if all images cost alike, "adaptive" if a knob lets each image take what it needs, or "cascade".
-        macs: Mean multiply-accumulates per image that is reported.
-        accuracy: On the images that are reported, in [0, 1].
-        standard_error: Of the accuracy.
-        chosen_macs: Mean multiply-accumulates per image that settings are chosen by.
-        chosen_accuracy: On the images that settings are chosen by.
+        setting: Name of the setting, such as "K=16".
+        kind: "fixed" if all images cost the same, "adaptive" if the cost depends on the image, or "cascade".
+        macs: Mean multiply-accumulates per image, on the reported images.
+        accuracy: Accuracy on the reported images, in [0, 1].
+        standard_error: Standard error of that accuracy.
+        chosen_macs: Mean multiply-accumulates per image, on the images for choosing.
+        chosen_accuracy: Accuracy on the images for choosing.
     """
 
     model: str
@@ -49,18 +49,19 @@ class Point:
 def measure_points(
     name: str, model: Any, data: "ImageDataset", choosing: "ImageDataset", batch_size: int = 256, progress: bool = True
 ) -> list[Point]:
-    """All ways to run a network: its fixed and its adaptive budgets, and cascades of its fixed ones if it can go on.
+    """Measure all settings of a network: its fixed and adaptive budgets, and cascades of the fixed ones.
 
-    A cascade stops an image at the first budget whose top probability reaches a threshold, one of CASCADE_THRESHOLDS for all
+    Cascades are only measured if the model can continue from a smaller budget (`start`). A cascade stops an image at
+    the first budget whose top probability reaches a threshold, which is one of CASCADE_THRESHOLDS and the same for all
     budgets.
 
     Args:
-        name: What to call the network.
-        model: In eval mode.
+        name: Name of the network in the result.
+        model: A model in eval mode.
         data: Labelled images to report on.
-        choosing: Other labelled images, to choose settings by.
-        batch_size: Images of a batch.
-        progress: Say on stderr how far it is.
+        choosing: Other labelled images, to choose settings on.
+        batch_size: Number of images per batch.
+        progress: Whether to show progress on stderr.
 
     Raises:
         ValueError: If the images do not fit the model.
@@ -97,11 +98,11 @@ def measure_points(
 
 
 def cascaded(stages: Sequence[Measurement], costs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Which images a cascade answers rightly and what each costs, (n,) each, from what its stages did alone.
+    """Which images a cascade classifies correctly and what each costs, (n,) each, from separate runs of its stages.
 
     Args:
-        stages: Of the fixed budgets, ascending.
-        costs: (S,) of stopping at each stage.
+        stages: Measurements of the fixed budgets, ascending.
+        costs: (S,) cost of stopping at each stage.
         threshold: Top probability at which an image stops.
     """
     confidence = np.stack([m.confidence for m in stages], axis=1)  # (n, S)
@@ -111,18 +112,18 @@ def cascaded(stages: Sequence[Measurement], costs: np.ndarray, threshold: float)
 
 
 def best_point(points: Sequence[Point], macs: float) -> Point | None:
-    """Of the settings that cost at most `macs` on the images to choose by, the most accurate there; None if there is none."""
+    """The most accurate setting that costs at most `macs`, both on the images for choosing; None if there is none."""
     fitting = [point for point in points if point.chosen_macs <= macs]
     return max(fitting, key=lambda point: (point.chosen_accuracy, -point.chosen_macs), default=None)
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Points of several networks.
+    """The measured points of several networks.
 
     Attributes:
-        points: Of all networks.
-        limits: Multiply-accumulates of the table's columns.
+        points: Points of all networks.
+        limits: Limits of multiply-accumulates, one per column of the table.
         conditions: Hardware, versions, data.
     """
 
@@ -131,7 +132,7 @@ class Frontier:
     conditions: dict[str, Any]
 
     def rows(self) -> list[tuple[str, str, list[Point | None]]]:
-        """For each network its best fixed settings and its best of all, at each limit: (network, which, points)."""
+        """The best fixed settings and the best of all settings of each network, by limit: (network, which, points)."""
         rows: list[tuple[str, str, list[Point | None]]] = []
         for model in dict.fromkeys(point.model for point in self.points):
             points = [point for point in self.points if point.model == model]
@@ -142,7 +143,7 @@ class Frontier:
         return rows
 
     def table(self) -> list[list[str]]:
-        """Headers and rows: accuracy in percent, and the setting."""
+        """Headers and rows of the table; cells are the accuracy in percent and the setting."""
         headers = ["network", "settings", *(f"<= {limit / 1e6:g} M" for limit in self.limits)]
         cells = [
             [model, which, *("" if p is None else f"{100 * p.accuracy:.2f} ({p.setting})" for p in points)]
@@ -160,7 +161,7 @@ class Frontier:
 
 
 def plot_frontier(frontier: Frontier, path: str | Path) -> None:
-    """Plot accuracy against mean MACs: a colour for each network, lines for fixed budgets, marks for the others."""
+    """Plot accuracy against mean MACs: one colour per network, lines for fixed budgets, markers for the others."""
     save_figure(frontier_figure(frontier), path)
 
 

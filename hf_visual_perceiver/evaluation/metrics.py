@@ -1,4 +1,4 @@
-"""Metrics in the form of the `evaluate` library, without a download."""
+"""Metrics as classes of the `evaluate` library, which need no download."""
 
 import datasets
 import evaluate
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Accuracy(evaluate.Metric):
-    """Share of right predictions and its standard error.
+    """Share of correct predictions and its standard error.
 
     Example:
         >>> Accuracy().compute(predictions=[0, 1, 1, 1], references=[0, 1, 1, 0])

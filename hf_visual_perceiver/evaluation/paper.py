@@ -1,14 +1,14 @@
-"""What the paper printed, to stand beside what is measured here.
+"""The paper's published numbers, for comparison with our measurements.
 
-Dancette & Cord, *Dynamic Query Selection for Fast Visual Perceiver*, CVPR Workshops 2022 (hal-03945064). Accuracies are of
-CIFAR-10's test images, in percent.
+Dancette & Cord, *Dynamic Query Selection for Fast Visual Perceiver*, CVPR Workshops 2022 (hal-03945064). Accuracies are
+on CIFAR-10's test images, in percent.
 """
 
 CITATION = (
     "Dancette & Cord, Dynamic Query Selection for Fast Visual Perceiver, CVPR 2022 Transformers for Vision Workshop"
 )
 
-# Table 1: of one image, in millions. The paper says FLOP; its numbers are multiply-accumulates.
+# Table 1: cost of one image, in millions. The paper says FLOP, but its numbers are multiply-accumulates.
 MACS_M: dict[int, float] = {1: 11, 2: 17, 4: 29, 8: 52, 16: 99, 32: 195, 48: 293, 64: 394}
 
 # Table 1: inference time of a batch of 512 images, and relative to 64 queries; the hardware is not named.
@@ -27,7 +27,7 @@ RELATIVE_TIME: dict[int, float] = {1: 0.05, 2: 0.06, 4: 0.08, 8: 0.12, 16: 0.23,
 # Tables 1 and 2: one network, trained with Query Masking.
 QUERY_MASKING: dict[int, float] = {1: 40.29, 2: 49.89, 4: 64.00, 8: 77.13, 16: 85.91, 32: 90.52, 48: 91.78, 64: 92.58}
 
-# Table 2: "Retrained", one network for each number of queries.
+# Table 2: "Retrained", one network per number of queries.
 SPECIALISTS: dict[int, float] = {1: 46.78, 2: 57.63, 4: 66.23, 8: 71.63, 16: 84.64, 32: 92.56, 48: 94.46, 64: 95.87}
 
 # Table 2: "Q=64", trained with all 64 queries and evaluated with random ones, mean of 5 runs.

@@ -1,4 +1,4 @@
-"""Pictures of what was measured."""
+"""Plots of evaluations."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from hf_visual_perceiver.utils.files import check_picture, written_aside
 
 
 def plot_tradeoff(evaluation: Evaluation, path: str | Path) -> None:
-    """Plot accuracy against mean MACs: one curve for each knob, or set of knobs, that the budgets turn."""
+    """Plot accuracy against mean MACs: one curve per knob, or set of knobs, that the budgets set."""
     save_figure(tradeoff_figure(evaluation), path)
 
 
@@ -32,7 +32,7 @@ def tradeoff_figure(evaluation: Evaluation) -> Figure:
         others = [row for other, rows_of_other in series.items() if other != name for row in rows_of_other]
         others.sort(key=lambda row: row.macs)
         for row in rows:
-            # On the side that the other curve is not on.
+            # The label is placed on the side away from the other curve.
             above = bool(others) and row.accuracy > np.interp(
                 row.macs, [other.macs for other in others], [other.accuracy for other in others]
             )
@@ -61,7 +61,7 @@ def _value(value: Any) -> str:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Save aside and rename, so that no half-written picture is left."""
+    """Save a figure atomically, so that no half-written file is left."""
     check_picture(Path(path))
     with written_aside(path) as aside:
         figure.savefig(aside, dpi=150)

@@ -1,6 +1,7 @@
-"""A small network that guesses, from what the first tokens read, which budgets would classify an image rightly.
+"""A small network that predicts from cross-attention outputs which budgets will classify an image correctly.
 
-Trained after the fact, the classifier frozen; for classifiers with `forward_chosen`. Shapes: B images, m probing queries, P budgets, D width.
+It reads the outputs of the first queries. It is trained afterwards, with the classifier frozen, and needs a classifier
+with `forward_chosen`. Shapes: B images, m probing queries, P budgets, D width.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,9 @@ from hf_visual_perceiver.modeling import Budget
 
 
 class BudgetPredictor(nn.Module):
-    """Cross-attention outputs of the first m queries to the log-odds of a right answer at each budget.
+    """Maps cross-attention outputs of the first m queries to the log-odds of a correct prediction at each budget.
 
-    (B, m, D) -> (B, P). A layer norm and an MLP with one hidden layer.
+    (B, m, D) -> (B, P). It consists of a layer norm and an MLP with one hidden layer.
     """
 
     def __init__(self, width: int, num_probes: int, num_budgets: int, hidden: int = 64):
@@ -39,7 +40,14 @@ class BudgetPredictor(nn.Module):
 def fit_predictor(
     y: torch.Tensor, correct: torch.Tensor, epochs: int = 30, hidden: int = 64, seed: int = 0
 ) -> BudgetPredictor:
-    """Train a predictor on what was read, (n, m, D), and whether each budget was right, (n, P) bool; binary cross-entropy.
+    """Train a predictor with binary cross-entropy.
+
+    Args:
+        y: (n, m, D) cross-attention outputs of the first m queries.
+        correct: (n, P) bool, whether each budget classifies the image correctly.
+        epochs: Number of epochs.
+        hidden: Width of the hidden layer.
+        seed: Random seed.
 
     Example:
         >>> y, correct = torch.randn(32, 4, 8), torch.ones(32, 3, dtype=torch.bool)
@@ -60,7 +68,7 @@ def fit_predictor(
 
 
 def choose_budgets(log_odds: torch.Tensor, budget_macs: Sequence[float], price: float) -> torch.Tensor:
-    """The budget of each image, (B,): the highest probability of a right answer, less its share of all MACs times `price`.
+    """Choose the budget of each image, (B,), that maximises P(correct) - `price` * (MACs / MACs of the largest budget).
 
     Example:
         >>> choose_budgets(torch.tensor([[0.0, 3.0], [2.0, 2.1]]), [1.0, 10.0], price=0.1).tolist()
@@ -71,7 +79,7 @@ def choose_budgets(log_odds: torch.Tensor, budget_macs: Sequence[float], price: 
 
 
 def predicted_macs(config: Any, budgets: Sequence[Budget], predictor: BudgetPredictor) -> list[int]:
-    """Multiply-accumulates of an image at each budget, with reading all that the largest reads, and the predictor."""
+    """Multiply-accumulates of an image at each budget, with the largest budget's cross-attention and the predictor."""
     return [macs + predictor.macs for macs in config.count_chosen(budgets)]
 
 
@@ -81,8 +89,8 @@ class PredictedBudgets:
     Args:
         model: Model in eval mode; its own default budget is ignored.
         predictor: See `fit_predictor`.
-        budgets: What it predicts for, ascending.
-        price: What all MACs of the largest budget are worth in probability of a right answer; 0 is the most accurate.
+        budgets: The budgets that it predicts for, ascending.
+        price: Probability of a correct prediction that the largest budget's MACs are worth; 0 ignores the cost.
     """
 
     def __init__(self, model: Any, predictor: BudgetPredictor, budgets: Sequence[Budget], price: float):
@@ -95,7 +103,7 @@ class PredictedBudgets:
 
     @torch.no_grad()
     def __call__(self, pixel_values: torch.Tensor) -> Any:
-        """Classify images (B, C, H, W); what the model's forward returns."""
+        """Classify images (B, C, H, W); returns what the model's forward returns."""
         macs = self.model.config.count_chosen(self.budgets)
 
         def choose(y: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How well a model's features find images of the same class, at every budget: weighted nearest neighbours.
+"""Retrieval: weighted k-nearest-neighbour classification with a model's features, at every budget.
 
 Shapes: n queried images, m images of the gallery, k neighbours, D width, C classes.
 """
@@ -27,17 +27,18 @@ def knn_classify(
     neighbours: int = 20,
     temperature: float = 0.07,
 ) -> torch.Tensor:
-    """The class of each image by its nearest neighbours, each of which votes with exp(cosine / temperature).
+    """Classify each image by its nearest neighbours, each of which votes with weight exp(cosine / temperature).
 
-    The protocol of instance discrimination (Wu et al. 2018, section 3.4), with DINO's 20 neighbours (Caron et al. 2021).
+    This is the protocol of instance discrimination (Wu et al. 2018, section 3.4), with DINO's 20 neighbours (Caron et
+    al. 2021).
 
     Args:
         queried: (n, D) features.
         gallery: (m, D) features.
         labels: (m,) classes of the gallery, in [0, num_classes).
-        num_classes: C.
-        neighbours: k.
-        temperature: The smaller, the more the nearest count.
+        num_classes: Number of classes, C.
+        neighbours: Number of neighbours, k.
+        temperature: The smaller it is, the more weight the nearest neighbours get.
 
     Returns:
         (n,) class indices.
@@ -62,7 +63,7 @@ def knn_classify(
 
 
 def check_vote(neighbours: int, temperature: float, images: int) -> None:
-    """Raise a `ValueError` unless `knn_classify` can count votes so in a gallery of so many images."""
+    """Raise a `ValueError` unless these arguments of `knn_classify` are valid for a gallery of `images` images."""
     if not 1 <= neighbours <= images:
         raise ValueError(f"Expected neighbours in [1, {images}], the gallery's images, got {neighbours}.")
     if not temperature > 0:
@@ -71,16 +72,16 @@ def check_vote(neighbours: int, temperature: float, images: int) -> None:
 
 @dataclass(frozen=True)
 class RetrievalRow:
-    """What one budget was measured to do.
+    """The results of one budget.
 
     Attributes:
-        budget: What the images might use.
-        used_mean: Mean of what a queried image used, such as queries.
-        macs: Mean multiply-accumulates of one queried image.
-        accuracy: With a gallery at the same budget.
-        standard_error: Standard error of that accuracy.
-        full_gallery_accuracy: With a gallery by the full network.
-        full_gallery_standard_error: Standard error of that accuracy.
+        budget: The budget of the queried images.
+        used_mean: Mean usage of a queried image, such as the number of queries.
+        macs: Mean multiply-accumulates of a queried image.
+        accuracy: Accuracy with the gallery's features computed at the same budget.
+        standard_error: Standard error of `accuracy`.
+        full_gallery_accuracy: Accuracy with the gallery's features computed by the full network.
+        full_gallery_standard_error: Standard error of `full_gallery_accuracy`.
     """
 
     budget: Budget
@@ -105,7 +106,7 @@ class Retrieval:
 
 
 def retrieval_budgets(config: ElasticConfig) -> list[Budget]:
-    """What is measured by default: a small budget, a middle one and the full network.
+    """The budgets that are measured by default: a small one, a middle one and the full network.
 
     Example:
         >>> from hf_visual_perceiver import VisualPerceiverConfig
@@ -124,18 +125,18 @@ def compute_features(
     batch_size: int = 256,
     description: str | None = None,
 ) -> tuple[dict[Budget, torch.Tensor], dict[Budget, np.ndarray], dict[Budget, np.ndarray]]:
-    """Features of all images at each budget, (n, D) on the CPU, and what each used and cost, (n,).
+    """Compute features of all images at each budget, (n, D) on the CPU, with each image's usage and MACs, (n,).
 
     Args:
-        model: In eval mode, without a head.
-        data: Images; labels play no part.
-        budgets: What the images may use.
-        feature: `"pooled"`, what the head would read, or `"mean"`, the mean of the tokens.
-        batch_size: Images of a batch.
-        description: What stderr calls it while it says how far it is; None says nothing.
+        model: A model in eval mode, without a head.
+        data: Images; the labels are not used.
+        budgets: Budgets to run.
+        feature: `"pooled"` for the head's input, or `"mean"` for the mean of the tokens.
+        batch_size: Number of images per batch.
+        description: Title of the progress on stderr; None shows no progress.
 
     Raises:
-        ValueError: If the feature is unknown or a budget out of the model's range.
+        ValueError: If the feature is unknown or a budget is out of the model's range.
     """
     if feature not in FEATURES:
         raise ValueError(f"Expected a feature among {', '.join(FEATURES)}, got {feature!r}.")
@@ -173,19 +174,19 @@ def measure_retrieval(
     """Classify images by their nearest neighbours in a gallery, at several budgets.
 
     Args:
-        model: In eval mode, as `AutoModel` loads it.
+        model: A model in eval mode, as `AutoModel` loads it.
         gallery: Labelled images to search in.
-        queried: Labelled images to search for.
-        budgets: What to measure; `retrieval_budgets` if None.
+        queried: Labelled images to classify.
+        budgets: Budgets to measure; `retrieval_budgets` if None.
         feature: See `compute_features`.
         neighbours: See `knn_classify`.
         temperature: See `knn_classify`.
-        batch_size: Images of a batch.
-        progress: Say on stderr how far it is.
-        conditions: More facts to keep with the result.
+        batch_size: Number of images per batch.
+        progress: Whether to show progress on stderr.
+        conditions: Further facts to store with the result.
 
     Raises:
-        ValueError: If the two sets have other classes, or an argument is not as described.
+        ValueError: If the two datasets have different classes, or an argument is not as described.
     """
     budgets = retrieval_budgets(model.config) if budgets is None else budgets
     if gallery.label_names != queried.label_names:

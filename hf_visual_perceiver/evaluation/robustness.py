@@ -1,4 +1,4 @@
-"""Accuracy and what images use under common corruptions, at several budgets."""
+"""Accuracy and usage (such as queries per image) under common corruptions, at several budgets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,14 +31,14 @@ CLEAN, ALL = "clean", "all"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one budget did on the images of a cell.
+    """The results of one budget on the images of a cell.
 
     Attributes:
-        budget: What the images might use.
-        accuracy: Mean over images, and over corruptions and severities where the cell has several.
-        standard_error: Standard error of `accuracy` over images, for the given corruptions.
-        used_mean: Mean of what an image used, such as queries.
-        adaptive: Whether each image takes what it needs.
+        budget: The budget.
+        accuracy: Mean over images, and over corruptions and severities if the cell has several.
+        standard_error: Standard error of `accuracy` over images, with the corruptions taken as given.
+        used_mean: Mean usage of an image, such as the number of queries.
+        adaptive: Whether the budget is adaptive, that is, whether usage depends on the image.
     """
 
     budget: Budget
@@ -53,9 +53,9 @@ class Cell:
     """The outcomes under one corruption at one severity.
 
     Attributes:
-        corruption: Its name, `"clean"` or `"all"`.
-        severity: 0 for clean images; None is the mean over the severities measured.
-        outcomes: One per budget, in the order of the result.
+        corruption: Name of the corruption, `"clean"` or `"all"`.
+        severity: 0 for clean images; None for the mean over the measured severities.
+        outcomes: One outcome per budget, in the order of the result.
     """
 
     corruption: str
@@ -69,10 +69,10 @@ class Robustness:
 
     Attributes:
         cells: Clean images; each corruption at each severity and their mean; all corruptions at each severity and their mean.
-        difficulty: For each adaptive budget, on clean images.
-        conditions: What was measured on what.
-        unit: What the images use different numbers of; see `ElasticConfig`.
-        knobs: The names of the knobs, by their short names.
+        difficulty: Relation of usage to difficulty, for each adaptive budget, on clean images.
+        conditions: Hardware, versions, data.
+        unit: The unit in which usage is counted, such as queries; see `ElasticConfig`.
+        knobs: Names of the knobs, by their short names.
     """
 
     cells: list[Cell]
@@ -88,12 +88,12 @@ class Robustness:
 
     @property
     def names(self) -> list[str]:
-        """What tables call the budgets."""
+        """The names of the budgets in tables."""
         return [budget.short(self.knobs) for budget in self.budgets]
 
     @property
     def adaptive(self) -> list[int]:
-        """The places of the budgets at which each image takes what it needs."""
+        """The indices of the adaptive budgets."""
         return [i for i, outcome in enumerate(self.cells[0].outcomes) if outcome.adaptive]
 
     @property
@@ -104,19 +104,19 @@ class Robustness:
 
     @property
     def corruptions(self) -> list[str]:
-        """The corruptions measured."""
+        """The measured corruptions."""
         return [cell.corruption for cell in self.cells if cell.severity is None and cell.corruption != ALL]
 
     @property
     def severities(self) -> list[int]:
-        """The severities measured, ascending."""
+        """The measured severities, ascending."""
         return sorted({cell.severity for cell in self.cells if cell.severity})
 
     def cell(self, corruption: str, severity: int | None) -> list[Outcome]:
         """The outcomes under a corruption at a severity.
 
         Raises:
-            ValueError: If that was not measured.
+            ValueError: If they were not measured.
         """
         for cell in self.cells:
             if (cell.corruption, cell.severity) == (corruption, severity):
@@ -130,7 +130,7 @@ class Robustness:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Robustness":
-        """The inverse of `to_dict`, also of what earlier versions wrote."""
+        """The inverse of `to_dict`; also reads results of earlier versions."""
         cells = [
             Cell(cell["corruption"], cell["severity"], [_outcome(outcome) for outcome in cell["outcomes"]])
             for cell in values["cells"]
@@ -162,7 +162,7 @@ def read_robustness(path: Path) -> Robustness:
 
 
 def robustness_budgets(config: ElasticConfig) -> list[Budget]:
-    """What is measured by default: four budgets at which images cost alike, the last the full network, and three adaptive.
+    """The budgets that are measured by default: four fixed ones, the last being the full network, and three adaptive.
 
     Example:
         >>> from hf_visual_perceiver import VisualPerceiverConfig
@@ -187,25 +187,27 @@ def measure_robustness(
     conditions: dict[str, Any] | None = None,
     cifar10_c: Path | None = None,
 ) -> Robustness:
-    """Measure accuracy and what images use on clean and corrupted images.
+    """Measure accuracy and usage on clean and corrupted images.
 
-    Our own corruptions are applied to images of the network's size; those of CIFAR-10-C are read, then brought to that size.
+    Our own corruptions are applied to images that are resized to the network's size; those of CIFAR-10-C are resized
+    after reading.
 
     Args:
-        model: In eval mode, on the device and in the dtype to measure.
-        data: Images that the model has labels for.
-        budgets: What to measure, the full network among it; `robustness_budgets` if None.
+        model: A model in eval mode, on the device and in the dtype to measure.
+        data: Images whose classes the model knows.
+        budgets: Budgets to measure, including the full network; `robustness_budgets` if None.
         corruptions: Keys of `CORRUPTIONS`, or names of files of CIFAR-10-C; None is all.
-        severities: Some of 1 to 5.
-        max_images: At most so many, evenly spaced in the dataset; None for all.
+        severities: Severities to measure, from 1 to 5.
+        max_images: Maximum number of images, evenly spaced in the dataset; None for all.
         seed: Random seed of the corruptions.
-        batch_size: Images of a batch.
-        progress: Say on stderr how far it is.
-        conditions: More facts to keep with the result, such as the names of model and dataset.
-        cifar10_c: Folder of the published CIFAR-10-C, to read instead of corrupting; `data` are then CIFAR-10's test images.
+        batch_size: Number of images per batch.
+        progress: Whether to show progress on stderr.
+        conditions: Further facts to store with the result, such as the names of model and dataset.
+        cifar10_c: Folder of the published CIFAR-10-C, which is then used instead of our own corruptions; `data` has to
+            be CIFAR-10's test images.
 
     Raises:
-        ValueError: If the dataset's labels are not the model's, or an argument is out of its range.
+        ValueError: If the dataset's labels are not the model's, or an argument is out of range.
     """
     config = model.config
     budgets = robustness_budgets(config) if budgets is None else list(dict.fromkeys(budgets))

@@ -1,4 +1,4 @@
-"""Robustness as tables, pictures, and a section of a report."""
+"""Robustness results as tables, figures and a section of a report."""
 
 from pathlib import Path
 
@@ -20,14 +20,14 @@ SHEET_IMAGE, SHEET_SEVERITIES = 25, (1, 3, 5)  # of the sample's test split
 
 
 def robustness_section(result: Robustness, folder: Path) -> str:
-    """A report's section in Markdown, headings from the second level on; its pictures are written into `folder`.
+    """Write a report's section in Markdown, with headings from the second level on, and its figures into `folder`.
 
     Args:
-        result: What `measure_robustness` returned.
-        folder: Where the report lies; it is made if it is missing.
+        result: The result of `measure_robustness`.
+        folder: Folder of the report; it is created if it is missing.
 
     Returns:
-        The text; it names the pictures by file name, without the folder.
+        The text; it refers to the figures by file name, without the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plot_severities(result, folder / "robustness_severity.png")
@@ -69,14 +69,14 @@ def accuracy_table(result: Robustness) -> str:
 
 
 def used_table(result: Robustness) -> str:
-    """Mean of what is used per corruption and adaptive budget, mean over severities, as Markdown."""
+    """Mean usage per corruption and adaptive budget, mean over severities, as Markdown."""
     places = result.adaptive
     rows = [[name, *(f"{outcomes[i].used_mean:.2f}" for i in places)] for name, outcomes in _table_rows(result)]
     return markdown_table(["corruption", *(result.names[i] for i in places)], rows)
 
 
 def difficulty_rows(result: Robustness) -> list[list[str]]:
-    """Headers and cells: what `Difficulty` has of each adaptive budget."""
+    """Headers and cells of a table of the `Difficulty` of each adaptive budget."""
     rows = [["setting", "with confidence", "with error", f"{result.unit} where right", "where wrong"]]
     for d in result.difficulty:
         means = ("-" if mean is None else f"{mean:.2f}" for mean in (d.used_right, d.used_wrong))
@@ -91,7 +91,7 @@ def difficulty_table(result: Robustness) -> str:
 
 
 def bins_table(result: Robustness, difficulty: Difficulty) -> str:
-    """The full network on images by what they use, as Markdown."""
+    """The full network's accuracy and confidence on images, binned by their usage, as Markdown."""
     rows = [
         [
             f"{b.used_min} to {b.used_max}",
@@ -106,7 +106,7 @@ def bins_table(result: Robustness, difficulty: Difficulty) -> str:
 
 
 def plot_severities(result: Robustness, path: Path) -> None:
-    """Plot accuracy against severity at each budget, and what is used at each adaptive one; mean over corruptions."""
+    """Plot accuracy at each budget, and usage at each adaptive one, against severity; mean over corruptions."""
     adaptive = result.adaptive
     figure = Figure(figsize=(11 if adaptive else 6, 4.5), layout="constrained")
     axes, *others = figure.subplots(1, 2 if adaptive else 1, squeeze=False)[0]
@@ -149,7 +149,7 @@ def plot_severities(result: Robustness, path: Path) -> None:
 
 
 def plot_corruptions(result: Robustness, path: Path) -> None:
-    """Plot accuracy by corruption and budget, and how much more or less than on clean images is used."""
+    """Plot accuracy by corruption and budget, and the change in usage relative to clean images."""
     adaptive = result.adaptive
     names = result.corruptions
     accuracy = np.array([[100 * o.accuracy for o in result.cell(name, None)] for name in names])
@@ -159,7 +159,7 @@ def plot_corruptions(result: Robustness, path: Path) -> None:
     figure = Figure(figsize=size, layout="constrained")
     ratios = [len(result.budgets), *([len(adaptive)] if adaptive else [])]
     axes = figure.subplots(1, len(ratios), sharey=True, squeeze=False, gridspec_kw={"width_ratios": ratios})[0]
-    # The scales go on beyond the values, so that black digits can be read on the colours.
+    # The colour scales extend beyond the values, so that black digits stay readable on the colours.
     low, high = float(accuracy.min()), float(accuracy.max())
     reach = (low, high + 0.6 * (high - low) + 1)
     _heat_map(axes[0], accuracy, ".1f", "YlGn", reach, result.names)
@@ -174,7 +174,7 @@ def plot_corruptions(result: Robustness, path: Path) -> None:
 
 
 def plot_difficulty(result: Robustness, path: Path) -> None:
-    """Plot the full network's accuracy and confidence against what images use, one panel for each adaptive budget."""
+    """Plot the full network's accuracy and confidence against usage, one panel per adaptive budget."""
     figure = Figure(figsize=(1 + 3.4 * len(result.difficulty), 4), layout="constrained")
     panels = figure.subplots(1, len(result.difficulty), sharey=True, squeeze=False)[0]
     for axes, difficulty in zip(panels, result.difficulty, strict=True):
@@ -199,7 +199,7 @@ def plot_difficulty(result: Robustness, path: Path) -> None:
 
 
 def plot_contact_sheet(path: Path) -> None:
-    """Show an image of the embedded sample under every corruption of our own, one row for each of three severities."""
+    """Show an image of the embedded sample under each of our own corruptions, one row for each of three severities."""
     image = np.asarray(load_images(default_dataset(), "test").image(SHEET_IMAGE))
     figure = Figure(figsize=(1.25 * len(CORRUPTIONS), 1.3 * len(SHEET_SEVERITIES)), layout="constrained")
     grid = figure.subplots(len(SHEET_SEVERITIES), len(CORRUPTIONS))
@@ -212,7 +212,7 @@ def plot_contact_sheet(path: Path) -> None:
 
 
 def severities_in_words(result: Robustness) -> str:
-    """The severities measured, such as "severities 1, 3, 5"."""
+    """The measured severities in words, such as "severities 1, 3, 5"."""
     return ("severity " if len(result.severities) == 1 else "severities ") + ", ".join(map(str, result.severities))
 
 

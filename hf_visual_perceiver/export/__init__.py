@@ -1,1 +1,1 @@
-"""Graphs for other runtimes."""
+"""Export to other runtimes: ONNX, torch.export and timm."""

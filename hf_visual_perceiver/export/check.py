@@ -1,4 +1,4 @@
-"""Whether an exported file answers as the model does, at several budgets."""
+"""Checks that an exported file gives the same results as the model, at several budgets."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +10,16 @@ from hf_visual_perceiver.modeling import Budget
 from hf_visual_perceiver.modeling.elastic import reference_model
 
 
-TOLERANCE = 1e-4  # of a logit, relative to logits of order one
-INT8_TOLERANCE = 0.25  # mean difference of a logit, in deviations of the logits
+TOLERANCE = 1e-4  # largest difference of a logit, for logits of order one
+INT8_TOLERANCE = 0.25  # mean difference of a logit, in standard deviations of the logits
 
 
 @torch.inference_mode()
 def check_export(classify: Callable[..., Any], model: Any, fixed: dict[str, Any] | None = None) -> float:
-    """Compare an exported classifier with the model it is of, on images drawn from a fixed seed.
+    """Compare an exported classifier with its model, on images drawn from a fixed seed.
 
     Args:
-        classify: Called with pixels (B, C, H, W) and the knobs.
+        classify: The exported classifier, called with pixels (B, C, H, W) and the knobs.
         model: The classifier that was exported.
         fixed: Knobs that are fixed in the graph.
 
@@ -27,8 +27,8 @@ def check_export(classify: Callable[..., Any], model: Any, fixed: dict[str, Any]
         The largest difference of a logit.
 
     Raises:
-        ValueError: If a logit differs by more than `TOLERANCE` (times the largest logit, where that is above 1), or images use
-            something else.
+        ValueError: If a logit differs by more than `TOLERANCE` (times the largest logit, if that is above 1), or the
+            graph reports another usage, such as other active queries.
     """
     reference, largest = reference_model(model), 0.0
     for pixels in check_images(model, (1, 3)):
@@ -52,7 +52,7 @@ def check_export(classify: Callable[..., Any], model: Any, fixed: dict[str, Any]
 
 @torch.inference_mode()
 def check_quantised(classify: Callable[..., Any], model: Any, fixed: dict[str, Any] | None = None) -> float:
-    """Whether a quantised classifier still resembles the model; how accurate it is takes data to say.
+    """Check that a quantised classifier is still close to the model; its accuracy has to be measured on data.
 
     Returns:
         The mean difference of a logit, in standard deviations of the model's logits: the largest over budgets.
@@ -78,12 +78,12 @@ def check_quantised(classify: Callable[..., Any], model: Any, fixed: dict[str, A
 
 
 def checked_budgets(model: Any, pixel_values: torch.Tensor, fixed: dict[str, Any] | None) -> list[Budget]:
-    """The budgets to compare at, with those knobs that are fixed."""
+    """The budgets to compare at, with the fixed knobs applied."""
     return list(dict.fromkeys(Budget(**{**b.kwargs, **(fixed or {})}) for b in model.check_budgets(pixel_values)))
 
 
 def check_images(model: Any, batches: tuple[int, ...]) -> list[torch.Tensor]:
-    """Normalised images, in batches: smooth at random, since noise alone looks the same to most queries."""
+    """Batches of random normalised images; they are smooth, since pure noise looks the same to most queries."""
     generator = torch.Generator().manual_seed(0)
     height, width = model.config.image_height_width
     images = []

@@ -1,4 +1,4 @@
-"""Exported files beside the model they are of: accuracy, agreement and time on the same batches, in turn."""
+"""Compare exported files with their model: accuracy, agreement and time, on the same batches in turn."""
 
 import time
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ class ExportRow:
 
     Attributes:
         form: `"PyTorch"` or the file's name.
-        budget: What the images might use.
-        megabytes: Size of the weights, or of the file.
-        accuracy: Accuracy of the top label.
+        budget: The budget.
+        megabytes: Size of PyTorch's weights, or of the file.
+        accuracy: Top-1 accuracy.
         standard_error: Standard error of the accuracy.
-        same_answer: Share of the images with PyTorch's label.
-        used_mean: Mean of what an image used, such as queries.
-        ms_per_image: Median over batches.
-        relative_time: To PyTorch on the same batch, median over batches.
+        same_answer: Share of the images that get the same label as from PyTorch.
+        used_mean: Mean usage of an image, such as the number of queries.
+        ms_per_image: Milliseconds per image, median over batches.
+        relative_time: Time relative to PyTorch on the same batch, median over batches.
     """
 
     form: str
@@ -72,13 +72,13 @@ def compare_exports(
     """Measure a model and files exported from it.
 
     Args:
-        model: In float32 on the CPU.
-        files: `.onnx` or `.pt2`, of this model.
+        model: The model, in float32 on the CPU.
+        files: `.onnx` or `.pt2` files of this model.
         data: Labelled images.
-        budgets: What to measure, with the knobs that the files have fixed; None is some of the config's.
-        batch_size: Images of a batch.
-        progress: Say on stderr how far it is.
-        conditions: More facts to keep with the result.
+        budgets: Budgets to measure, consistent with the knobs that the files fix; None is some of the config's.
+        batch_size: Number of images per batch.
+        progress: Whether to show progress on stderr.
+        conditions: Further facts to store with the result.
 
     Raises:
         ValueError: If a file is unreadable, of another model, or has another budget fixed.
@@ -136,7 +136,7 @@ def compare_exports(
 def comparison_budgets(
     forms: dict[str, Any], config: ElasticConfig, budgets: Sequence[Budget] | None = None
 ) -> list[Budget]:
-    """What to measure, given what the files have fixed."""
+    """The budgets to measure, given the knobs that the files fix."""
     fixed: dict[str, Any] = {}
     for form, classifier in forms.items():
         for name, value in classifier.fixed.items() if isinstance(classifier, ExportedClassifier) else ():
@@ -155,7 +155,7 @@ def comparison_budgets(
 
 
 def check_same_model(path: Path, given: Any, expected: Any) -> None:
-    """Raise a `ValueError` if a file is of a model of another shape, or with other labels."""
+    """Raise a `ValueError` if a file is of a model with another architecture or other labels."""
     for name in ("label_names", "timm_model_args"):
         if getattr(given, name) != getattr(expected, name):
             raise ValueError(f"Expected {path} to be an export of the model; its {name} is another.")

@@ -1,14 +1,14 @@
-"""A checkpoint as one graph, for runtimes other than PyTorch: ONNX, torch.export; and as timm's own folder.
+"""Export a checkpoint as one graph for other runtimes (ONNX, torch.export), or as a folder in timm's format.
 
-A graph is of one budget, which is fixed in it, unless the family has a graph whose knobs are inputs: `as_graph` of the model.
+A graph has one fixed budget, unless the family has a graph that takes the knobs as inputs (see the model's `as_graph`).
 
-The Visual Perceiver has. Its graph slices: K active queries are the first K rows of the learned queries, so everything after them has K rows, and a
-smaller K is less work, as in PyTorch. A mask over all Q would give the same logits at the full price. Which queries
-Dynamic Query Selection drops differs from image to image, which no tensor with a batch dimension can follow; there the graph
-masks: dropped queries are computed and nobody reads them. Selection then changes the answer as it does in PyTorch, and saves
-nothing.
+The Visual Perceiver has such a graph. It slices: K active queries are the first K rows of the learned queries, so
+everything after them has K rows, and a smaller K is less work, as in PyTorch. A mask over all Q would give the same
+logits at full cost. Dynamic Query Selection drops different queries in each image, which does not fit in a tensor with
+a batch dimension. There the graph masks: dropped queries are computed, but nothing attends to them. Selection then
+changes the logits as in PyTorch, but saves no work.
 
-That graph has no default arguments and raises no errors: t = 1 keeps all queries, and K outside [1, Q] is the nearest of the two.
+The graph has no default arguments and raises no errors: t = 1 keeps all queries, and K is clamped to [1, Q].
 """
 
 import json
@@ -37,11 +37,11 @@ PIXELS = "pixel_values"
 
 
 def trace(model: Any, budget: Budget | None = None) -> torch.export.ExportedProgram:
-    """The classifier as a graph with a dynamic batch.
+    """Trace the classifier as a graph with a dynamic batch size.
 
     Args:
         model: The classifier.
-        budget: What is fixed in the graph; None leaves as inputs what can be.
+        budget: Budget to fix in the graph; None keeps the knobs as inputs if the model supports that.
 
     Raises:
         ValueError: If a graph cannot have the budget, or torch cannot trace the network.
@@ -58,7 +58,7 @@ def trace(model: Any, budget: Budget | None = None) -> torch.export.ExportedProg
 
 
 def trace_plan(plan: GraphPlan, config: Any) -> torch.export.ExportedProgram:
-    """`trace`, of what `as_graph` gives."""
+    """Trace a plan that the model's `as_graph` returned; see `trace`."""
     pixels = torch.zeros(2, config.num_channels, *config.image_height_width)
     batch = {0: torch.export.Dim("batch", min=1)}
     inputs, shapes = (pixels, *plan.inputs.values()), (batch, *([None] * len(plan.inputs)))
@@ -74,10 +74,10 @@ def trace_plan(plan: GraphPlan, config: Any) -> torch.export.ExportedProgram:
 
 
 def metadata(config: Any, plan: GraphPlan, precision: str) -> dict[str, Any]:
-    """What a caller of the graph has to know, as plain values: preparation of images, labels, inputs.
+    """The facts that a caller of the graph needs, as plain values: preprocessing, labels, inputs and outputs.
 
     Args:
-        config: The checkpoint's.
+        config: The checkpoint's config.
         plan: Plan of the graph.
         precision: `"float32"` or `"int8"`.
     """
@@ -107,19 +107,19 @@ def export_onnx(
     budget: Budget | None = None,
     int8: bool = False,
 ) -> float:
-    """Write an ONNX file with its metadata inside, compared with the model in ONNX Runtime before it takes its name.
+    """Write an ONNX file with embedded metadata; it is kept only if ONNX Runtime gives the model's results.
 
     Args:
         model: The classifier.
         path: The file to write.
-        budget: What is fixed in the graph; None leaves as inputs what can be.
-        int8: Quantise the weights of the linears, and their inputs as they come ("dynamic quantisation").
+        budget: Budget to fix in the graph; None keeps the knobs as inputs if the model supports that.
+        int8: Quantise the linear layers: their weights in the file, their inputs at run time ("dynamic quantisation").
 
     Returns:
-        The largest difference of a logit from PyTorch's; with `int8` the mean difference relative to their deviation.
+        The largest difference of a logit from PyTorch's; with `int8`, the mean difference in standard deviations.
 
     Raises:
-        ValueError: If a graph cannot have the budget, the file cannot be written or its answers are wrong.
+        ValueError: If a graph cannot have the budget, the file cannot be written or its results are wrong.
         ImportError: If a package of the extra `export` is missing.
     """
     require_extra("export")
@@ -139,8 +139,8 @@ def export_onnx(
         )
     assert graph is not None
     proto = graph.model_proto
-    # Traces of where in the source each operation comes from: paths of this machine. The shapes of intermediate tensors are
-    # inferred by whoever needs them; those of weights are wrong once a weight is quantised.
+    # Remove the source locations of operations, which contain paths of this machine, and the shapes of intermediate
+    # tensors: runtimes infer them, and those of weights are wrong once a weight is quantised.
     for node in proto.graph.node:
         node.ClearField("metadata_props")
     for info in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer):
@@ -168,14 +168,14 @@ def export_onnx(
 
 
 def quantise(source: Path, target: Path) -> None:
-    """Weights of matrix products in int8, one scale for each output; activations when the graph runs."""
+    """Quantise the weights of matrix products to int8, with a scale per output, and activations at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with quiet():
         quantize_dynamic(
             source,
             target,
-            # Not the convolution, which is one thousandth of the work and reads the pixels.
+            # The convolution stays in float32: it reads the pixels and is one thousandth of the work.
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
             weight_type=QuantType.QInt8,
@@ -183,18 +183,18 @@ def quantise(source: Path, target: Path) -> None:
 
 
 def export_program(model: Any, path: str | Path, budget: Budget | None = None) -> float:
-    """Write a file for `torch.export.load`, compared with the model before it takes its name.
+    """Write a file for `torch.export.load`; it is kept only if it gives the model's results.
 
     Args:
         model: The classifier.
         path: The file to write.
-        budget: What is fixed in the graph; None leaves as inputs what can be.
+        budget: Budget to fix in the graph; None keeps the knobs as inputs if the model supports that.
 
     Returns:
         The largest difference of a logit.
 
     Raises:
-        ValueError: If a graph cannot have the budget, the file cannot be written or its answers are wrong.
+        ValueError: If a graph cannot have the budget, the file cannot be written or its results are wrong.
     """
     path = Path(path)
     check_output(path)
@@ -210,7 +210,7 @@ def export_program(model: Any, path: str | Path, budget: Budget | None = None) -
 
 
 def export_timm(model: Any, folder: str | Path) -> float:
-    """Write a folder as timm writes them: weights by timm's names in safetensors, and timm's fields in config.json.
+    """Write a folder in timm's format: weights with timm's names in safetensors, and timm's fields in config.json.
 
     Args:
         model: The classifier.
@@ -220,7 +220,7 @@ def export_timm(model: Any, folder: str | Path) -> float:
         The largest difference of a logit.
 
     Raises:
-        ValueError: If the folder holds something, or timm's answers are not those of the model.
+        ValueError: If the folder is not empty, or timm's logits differ from the model's.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -229,7 +229,7 @@ def export_timm(model: Any, folder: str | Path) -> float:
     config = {
         key: fields[key] for key in ("architecture", "num_classes", "num_features", "model_args", "pretrained_cfg")
     }
-    prefix = f"{model.base_model_prefix}."  # which timm's names do not have
+    prefix = f"{model.base_model_prefix}."  # timm's names do not have it
     state = {key.removeprefix(prefix): value.float().cpu().contiguous() for key, value in model.state_dict().items()}
     with folder_written_aside(folder) as aside:
         write_json(aside / "config.json", config)
@@ -238,14 +238,14 @@ def export_timm(model: Any, folder: str | Path) -> float:
 
 
 def check_output(path: Path) -> None:
-    """Raise a `ValueError` unless a file of this name can be made."""
+    """Raise a `ValueError` unless a file of this name can be created."""
     check_writable(path)
     if not os.access(path.absolute().parent, os.W_OK):
         raise ValueError(f"Expected a folder that can be written to, got {str(path.absolute().parent)!r}.")
 
 
 def check_size(model: nn.Module) -> None:
-    """Raise a `ValueError` for what does not fit in one ONNX file."""
+    """Raise a `ValueError` if the weights do not fit in one ONNX file."""
     size = sum(4 * p.numel() for p in model.parameters())
     if size > 2**31 - 2**24:
         raise ValueError(
@@ -255,7 +255,7 @@ def check_size(model: nn.Module) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the hints that exporters and quantisers log."""
+    """Suppress the hints that exporters and quantisers log."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Exported files, called as the model is: `classifier(pixel_values, **knobs)`."""
+"""Run exported files with the model's interface: `classifier(pixel_values, **knobs)`."""
 
 import json
 import zipfile
@@ -16,16 +16,16 @@ from hf_visual_perceiver.modeling import Budget
 from hf_visual_perceiver.modeling.elastic import check_pixel_values
 
 
-METADATA_KEY = "visual_perceiver"  # of the JSON in an ONNX file's metadata, and in a torch.export archive
+METADATA_KEY = "visual_perceiver"  # key of our JSON in an ONNX file's metadata and in a torch.export archive
 
 
 @dataclass(frozen=True)
 class ExportedOutput:
-    """What an exported classifier returns.
+    """The output of an exported classifier.
 
     Attributes:
         logits: (B, labels).
-        records: What the graph returns beside them, by name; attributes too.
+        records: The graph's other outputs, by name; they are also attributes.
     """
 
     logits: torch.Tensor
@@ -33,7 +33,7 @@ class ExportedOutput:
 
     @property
     def used(self) -> torch.Tensor:
-        """(B,) what each image used."""
+        """(B,) how much each image used, such as the number of queries."""
         record = next(iter(self.records.values()))
         return record if record.ndim == 1 else record.sum(1)
 
@@ -44,15 +44,15 @@ class ExportedOutput:
 
 
 class ExportedClassifier:
-    """What the forms have in common: the knobs and their defaults, the checks, which a graph cannot make.
+    """Base class of exported classifiers: the knobs with their defaults, and the checks that a graph cannot make.
 
     Attributes:
-        config: The checkpoint's.
-        fixed: Knobs that are fixed in the graph, and their values.
+        config: The checkpoint's config.
+        fixed: Knobs that are fixed in the graph, with their values.
         inputs: Names of the knobs that are inputs of the graph.
         outputs: Names of the graph's outputs, the logits first.
         precision: `"float32"` or `"int8"`.
-        device: Where the images have to be.
+        device: Device that the images have to be on.
         dtype: Dtype of the images.
     """
 
@@ -66,7 +66,7 @@ class ExportedClassifier:
             self.config = config_from_dict(values["config"], str(path))
             self.inputs: list[str] = list(values["inputs"][1:])
             self.outputs: list[str] = list(values["outputs"])
-            # Earlier versions wrote the one knob that could be fixed.
+            # Earlier versions stored only this knob, the only one that could be fixed.
             former = {"num_active_queries": values.get("num_active_queries")}
             self.fixed: dict[str, Any] = Budget(**values.get("fixed", former)).kwargs
             self.precision: str = values["precision"]
@@ -77,10 +77,10 @@ class ExportedClassifier:
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor, **knobs: Any) -> ExportedOutput:
-        """Classify images, as the model does; a knob that is not given, or None, is the checkpoint's own setting.
+        """Classify images, as the model does; a knob that is None or missing has the checkpoint's default.
 
         Raises:
-            ValueError: If the images or a knob are not as the model takes them, or a knob is fixed to another value.
+            ValueError: If the images or a knob are invalid for the model, or a knob is fixed to another value.
         """
         given = {name: value for name, value in knobs.items() if value is not None}
         resolved = self.config.resolve(**{**self.config.default_budget.kwargs, **self.fixed, **given})
@@ -93,19 +93,19 @@ class ExportedClassifier:
         return ExportedOutput(logits, dict(zip(self.outputs[1:], records, strict=True)))
 
     def run(self, pixel_values: torch.Tensor, knobs: dict[str, Any]) -> Sequence[Any]:
-        """The graph's outputs, given the knobs that are its inputs."""
+        """Return the graph's outputs, given the knobs that are its inputs."""
         raise NotImplementedError
 
 
 class OnnxClassifier(ExportedClassifier):
-    """An ONNX file in ONNX Runtime.
+    """An ONNX file, run by ONNX Runtime.
 
     Args:
         path: The file.
-        threads: Number of ONNX Runtime's threads; None is torch's number.
+        threads: Number of threads of ONNX Runtime; None is torch's number.
 
     Raises:
-        ValueError: If it is no ONNX file, or of another model.
+        ValueError: If the file is not ONNX, or was not exported by this package.
     """
 
     suffix = ".onnx"
@@ -118,7 +118,7 @@ class OnnxClassifier(ExportedClassifier):
         options.log_severity_level = 3  # errors
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        # onnxruntime's exceptions have no common class but this.
+        # onnxruntime's exceptions have no other common base class.
         except Exception as error:
             raise ValueError(f"Cannot read {path} as an ONNX file: {str(error).splitlines()[0]}") from error
         super().__init__(Path(path), self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
@@ -128,30 +128,30 @@ class OnnxClassifier(ExportedClassifier):
 
 
 def numpy_inputs(pixel_values: torch.Tensor, knobs: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The inputs of an ONNX graph."""
+    """The inputs of an ONNX graph, by name."""
     return {"pixel_values": pixel_values.numpy(), **{name: _tensor(value).numpy() for name, value in knobs.items()}}
 
 
 def _tensor(value: Any) -> torch.Tensor:
-    """Fractions in float32, also those that are whole."""
+    """Convert a knob to a tensor: floats become float32, even whole ones; integers become int64."""
     return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
 
 
 class ProgramClassifier(ExportedClassifier):
-    """A file of torch.export, interpreted operation by operation; `module` is what `torch.compile` would take.
+    """A torch.export file, interpreted operation by operation; its `module` can be passed to `torch.compile`.
 
     Args:
         path: The file.
 
     Raises:
-        ValueError: If it is no such file, or of another model.
+        ValueError: If the file is not of torch.export, or was not exported by this package.
     """
 
     suffix = ".pt2"
 
     def __init__(self, path: str | Path):
         files = {METADATA_KEY: ""}
-        if not zipfile.is_zipfile(path):  # torch tries an older format then, and logs at length
+        if not zipfile.is_zipfile(path):  # torch would try an older format and log at length
             raise ValueError(f"Cannot read {path} as a file of torch.export: it is no archive.")
         try:
             program = torch.export.load(Path(path), extra_files=files)
@@ -165,7 +165,7 @@ class ProgramClassifier(ExportedClassifier):
 
 
 class TimmClassifier:
-    """A folder in timm."""
+    """A folder in timm's format, loaded by timm."""
 
     def __init__(self, folder: str | Path):
         self.model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -176,10 +176,10 @@ class TimmClassifier:
 
 
 def load_exported(path: str | Path) -> ExportedClassifier:
-    """An exported file, by its suffix.
+    """Load an exported file; its suffix decides on the format.
 
     Raises:
-        ValueError: If it is none, or cannot be read.
+        ValueError: If the file is not an exported one, or cannot be read.
     """
     for kind in (OnnxClassifier, ProgramClassifier):
         if Path(path).suffix == kind.suffix:

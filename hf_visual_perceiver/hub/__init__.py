@@ -1,1 +1,1 @@
-"""Model cards, publishing, Spaces."""
+"""Model cards, publishing and Spaces."""

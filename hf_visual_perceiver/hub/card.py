@@ -1,4 +1,4 @@
-"""Model cards, made from what was measured and from how the checkpoint was trained."""
+"""Model cards, rendered from the evaluation and the training facts of a checkpoint."""
 
 import os
 from pathlib import Path
@@ -21,19 +21,19 @@ from hf_visual_perceiver.utils.tables import markdown_table
 
 
 PICTURE = "tradeoff.png"
-CLASSES = 10  # of a card's table, the worst
+CLASSES = 10  # number of classes in a card's table: those with the lowest accuracy
 
 
 def write_card(folder: Path, model: Any, evaluation: Evaluation) -> Path:
     """Write README.md, tradeoff.png and evaluation.json into a checkpoint's folder.
 
     Args:
-        folder: The checkpoint's folder; training.json and robustness.json in it are read if they are there.
+        folder: The checkpoint's folder; training.json and robustness.json in it are read if they exist.
         model: The checkpoint.
-        evaluation: What was measured.
+        evaluation: The checkpoint's evaluation.
 
     Returns:
-        The card.
+        The path of the card.
     """
     text = render_card(folder, model.config, evaluation)
     plot_tradeoff(evaluation, folder / PICTURE)
@@ -43,14 +43,14 @@ def write_card(folder: Path, model: Any, evaluation: Evaluation) -> Path:
 
 
 def rewrite_card(folder: Path, output: Path | None = None) -> Path:
-    """Write a checkpoint's card from its JSON files alone: config, evaluation, and, if there, training and robustness.
+    """Write a checkpoint's card from its JSON files alone: config, evaluation and, if present, training and robustness.
 
     Args:
         folder: The checkpoint's folder.
-        output: The card; None is README.md in the folder, and its plot is then drawn anew too.
+        output: The file to write; None is README.md in the folder, in which case the plot is redrawn as well.
 
     Returns:
-        The card.
+        The path of the card.
 
     Raises:
         ValueError: If the folder holds no checkpoint, or its evaluation is missing or damaged.
@@ -70,13 +70,13 @@ def rewrite_card(folder: Path, output: Path | None = None) -> Path:
 
 
 def render_card(folder: Path, config: Any, evaluation: Evaluation, picture: str = PICTURE) -> str:
-    """The text of a checkpoint's card.
+    """Render the text of a checkpoint's card.
 
     Args:
-        folder: The checkpoint's folder; training.json and robustness.json are read if they are there.
+        folder: The checkpoint's folder; training.json and robustness.json in it are read if they exist.
         config: The checkpoint's config.
-        evaluation: What was measured.
-        picture: Where the plot lies, from the card.
+        evaluation: The checkpoint's evaluation.
+        picture: Path of the plot, relative to the card.
 
     Raises:
         ValueError: If a file is damaged.
@@ -124,7 +124,7 @@ def _middle(budgets: list[Budget]) -> Budget | None:
 
 
 def _arguments(budget: Budget | None) -> str:
-    """As they are written in a call; empty where there is nothing to choose."""
+    """A budget as arguments of a call; empty for None."""
     return str(budget or "")
 
 
@@ -150,7 +150,7 @@ def _template() -> jinja2.Template:
 
 
 def _metadata(name: str, config: Any, evaluation: Evaluation, facts: dict[str, Any]) -> str:
-    """The YAML that the Hub reads."""
+    """The card's YAML metadata, which the Hub reads."""
     c = evaluation.conditions
     results = [
         EvalResult(
@@ -189,9 +189,9 @@ def _summary(config: Any, facts: dict[str, Any]) -> str:
 
 
 def training_lines(facts: dict[str, Any]) -> list[str]:
-    """What training.json says, in sentences."""
+    """Describe the facts of training.json in sentences."""
     recipe, c = facts["recipe"], facts["conditions"]
-    # A stream does not say how many images it has.
+    # Both are None for a stream, whose number of images is unknown.
     images, epochs = facts["training_images"], facts["epochs"]
     held_out = recipe.get("validation_split")
     teacher = recipe.get("teacher")
@@ -223,18 +223,18 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _budget_name(name: str) -> str:
-    """Earlier versions wrote K."""
+    """The name of a budget; earlier versions stored K alone."""
     return f"K={name}" if name.isdigit() else name
 
 
 def _run_name(model: str) -> str:
-    """A Hub id's or folder's own name; the folder `model` of a run is called as the run."""
+    """The last part of a Hub id or path; for a run's `model` folder, the name of the run."""
     path = Path(model)
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def _earlier_stage(facts: dict[str, Any]) -> str:
-    """How the network that a run began with was trained, as far as its folder said it."""
+    """Describe how the initial model of a run was trained; empty if its folder did not record it."""
     earlier = facts.get("earlier_training")
     if earlier is None:
         return ""

@@ -17,26 +17,26 @@ from hf_visual_perceiver.inference.loading import load_model
 from hf_visual_perceiver.modeling import ElasticConfig
 
 
-# A stranger's machine computes in another order, and so may timm; more than rounding is another model.
+# timm and other machines may compute in another order; differences above rounding errors mean another model.
 TOLERANCE = 1e-4
 
 
 def check_folder(folder: Path, timeout: float = 300) -> dict[str, float]:
-    """Load a folder by this package, by its own code without this package, and by timm, and compare.
+    """Load a folder with this package, with its own code without this package, and with timm, and compare the logits.
 
-    The folder's own code runs in a process in which this package and timm cannot be imported, with no token in its
-    environment, without the Hub, and with a cache of its own. Only there `trust_remote_code` is turned on, for the
-    folder that its owner asked to publish.
+    The folder's own code runs in a separate process in which this package and timm cannot be imported, with no token in
+    its environment, without access to the Hub, and with its own cache. `trust_remote_code` is only turned on there, for
+    the folder that its owner asked to publish.
 
     Args:
         folder: A Hub-ready checkpoint with a handler.py.
-        timeout: Seconds for that process.
+        timeout: Time limit of that process in seconds.
 
     Returns:
-        For each of the other ways of loading, the largest difference of a logit from this package's.
+        The largest difference of a logit from this package's, for each of the other ways of loading.
 
     Raises:
-        ValueError: If the folder does not load in one of the ways, or its logits differ.
+        ValueError: If the folder cannot be loaded in one of the ways, or its logits differ.
 
     Example:
         >>> check_folder(Path("checkpoints/visual_perceiver_nano_cifar10"))  # doctest: +SKIP
@@ -70,7 +70,7 @@ def check_folder(folder: Path, timeout: float = 300) -> dict[str, float]:
 
 
 def check_points(config: ElasticConfig) -> list[dict[str, Any]]:
-    """Arguments at which to compare: the folder's own budget, the full network, a middle one, and an adaptive one."""
+    """The arguments to compare at: the folder's default budget, the full network, a middle budget, an adaptive one."""
     budgets, adaptive = config.budgets(), config.adaptive_budgets()
     some = [budgets[len(budgets) // 2], *adaptive[len(adaptive) // 2 :][:1]]
     return [{}, config.resolve(), *(budget.kwargs for budget in some)]

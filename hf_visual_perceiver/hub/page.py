@@ -1,4 +1,4 @@
-"""A checkpoint's card as the Hub's page shows it: under its id there, with examples, and with ways to run it."""
+"""Adapt a checkpoint's card for its page on the Hub: with its repository id, examples and ways to run it."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from hf_visual_perceiver.modeling import Budget
 
 
-# Pictures in this folder of a checkpoint are the examples of the Hub's widget.
+# Images in this folder of a checkpoint become the examples of the Hub's widget.
 EXAMPLES = "examples"
 PICTURES = {".png", ".jpg", ".jpeg"}
 SECTION = "On the Hub"
@@ -20,17 +20,17 @@ REQUIRED = ("pipeline_tag", "library_name", "license")
 
 
 def read_card(path: Path) -> ModelCard:
-    """A card whose metadata say what the Hub's page needs.
+    """Read a card and check that it has the metadata that the Hub's page needs.
 
     Raises:
-        ValueError: If there is no card, huggingface_hub cannot read its metadata, or they lack something.
+        ValueError: If there is no card, or its metadata cannot be read, are incomplete or name another task.
     """
     if not path.is_file():
         raise ValueError(
             f"Expected a model card at {path}; `visual-perceiver evaluate --model {path.parent} --write-card` writes one."
         )
     try:
-        # Line ends stay as they are.
+        # Decoded from bytes, so that line endings are kept.
         card = ModelCard(path.read_bytes().decode())
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"Cannot read the metadata of {path}: {' '.join(str(error).split())}") from error
@@ -48,17 +48,18 @@ def read_card(path: Path) -> ModelCard:
 
 
 def hub_card(card: ModelCard, folder: Path, config: Any, repo_id: str, url: str, space: str | None = None) -> str:
-    """The text of the card for the repository `repo_id`.
+    """Return the text of the card for the repository `repo_id`.
 
-    In its code the folder's name becomes the repository's, pictures in `examples/` become the widget's examples unless the
-    card has some, and a section says what the model does by default, and how to run it where there is no widget.
+    In code examples the folder's name is replaced by the repository's. Images in `examples/` become the widget's
+    examples unless the card has some. A section is added on the model's default budget and on how to run it without a
+    widget.
 
     Args:
         card: The folder's card. Its text may already have that section, from an earlier publication.
-        folder: The checkpoint.
+        folder: The checkpoint's folder.
         config: The config to be published.
-        repo_id: On the Hub.
-        url: Address of the repository's page.
+        repo_id: Id of the repository on the Hub.
+        url: URL of the repository's page.
         space: Id of a Space that shows the model, if there is one.
     """
     examples = sorted(p for p in (folder / EXAMPLES).glob("*") if p.suffix.lower() in PICTURES)
@@ -86,7 +87,7 @@ def hub_card(card: ModelCard, folder: Path, config: Any, repo_id: str, url: str,
 
 
 def _full_arguments(config: Any) -> str:
-    """The arguments that mean the full network, whatever the config stores."""
+    """The arguments that select the full network, whatever default the config stores."""
     return ", ".join(
         f"{name}={value!r}" if math.isfinite(value) else f'{name}=float("{value}")'
         for name, value in config.resolve().items()
@@ -121,5 +122,5 @@ It answers `[{{"label": ..., "score": ..., "{config.unit}_used": ...}}, ...]`.""
 
 
 def _title(path: Path) -> str:
-    """`003_airplane.png` is an airplane."""
+    """The title of an example image: `003_airplane.png` becomes "airplane"."""
     return re.sub(r"^\d+[_-]", "", path.stem).replace("_", " ")

@@ -22,7 +22,7 @@ from hf_visual_perceiver.inference.loading import load_config
 from hf_visual_perceiver.modeling import FAMILIES, handler
 
 
-# Formats that can run code when they are loaded, or that hold weights beside model.safetensors.
+# Formats that can run code when they are loaded, or that hold weights in another format than safetensors.
 UNSAFE = {".bin", ".ckpt", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 VERSION = re.compile(r"v(\d+)")
@@ -30,12 +30,12 @@ VERSION = re.compile(r"v(\d+)")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a repository will hold: `stage` has exactly these files, in path order, with their sizes in bytes."""
+    """The planned content of a repository: exactly the files in `stage`, with their sizes in bytes, in path order."""
 
     stage: Path
     sizes: dict[str, int]
     config: Any
-    differences: dict[str, float]  # of logits, by way of loading
+    differences: dict[str, float]  # largest difference of a logit, by way of loading
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Published:
     url: str
     commit: str
     tag: str
-    changed: bool  # False if the repository held all of this already
+    changed: bool  # False if the repository already had the same content
     private: bool
 
 
@@ -60,22 +60,22 @@ def prepare(
     endpoint: str = "https://huggingface.co",
     check: Callable[[Path], dict[str, float]] = check_folder,
 ) -> Plan:
-    """Lay out what will be uploaded and check it; `folder` is not changed, and nothing leaves this machine.
+    """Stage the files to upload and check them; `folder` is not changed, and nothing leaves this machine.
 
-    The stage links to the folder's files and holds its own config.json (with the budget), README.md (see
-    `hub_card`), and, unless the folder has them, handler.py and requirements.txt for Inference Endpoints.
+    The stage links to the folder's files and has its own config.json (with the budget), README.md (see `hub_card`),
+    and, unless the folder has them, handler.py and requirements.txt for Inference Endpoints.
 
     Args:
-        folder: A checkpoint.
-        repo_id: "namespace/name".
-        stage: An empty folder.
-        budget: What the published config.json shall carry, such as "K=16"; None leaves it.
-        space: Id of the Space for the card to point to.
-        endpoint: Address of the Hub.
-        check: Called with the stage; raises a `ValueError` if it does not load everywhere alike.
+        folder: The checkpoint's folder.
+        repo_id: Repository on the Hub, "namespace/name".
+        stage: An empty folder for the staged files.
+        budget: Default budget of the published config.json, such as "K=16"; None keeps the folder's.
+        space: Id of a Space for the card to link to.
+        endpoint: URL of the Hub.
+        check: Called with the stage; raises a `ValueError` if the ways of loading it do not agree.
 
     Raises:
-        ValueError: If the folder is not fit to be published, or an argument is not as described.
+        ValueError: If the folder cannot be published as it is, or an argument is not as described.
     """
     for name in filter(None, (repo_id, space)):
         if name.count("/") != 1:
@@ -103,10 +103,10 @@ def prepare(
 
 
 def list_files(folder: Path) -> list[str]:
-    """The files of a checkpoint that are to be published, by their paths in it; hidden ones and caches are not.
+    """List a checkpoint's files to publish, as relative paths; hidden files and caches are left out.
 
     Raises:
-        ValueError: If there are weights in an unsafe format, or an access token is written in a file.
+        ValueError: If there are weights in an unsafe format, or a file contains an access token.
     """
     names = []
     for place, folders, files in os.walk(folder):
@@ -124,7 +124,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def endpoint_requirements() -> str:
-    """What an Inference Endpoint must have: this package's own demand on transformers."""
+    """The requirements of an Inference Endpoint: this package's own requirement on transformers."""
     return "".join(f"{r}\n" for r in requires("hf-visual-perceiver") or [] if re.match(r"transformers\b", r))
 
 
@@ -139,17 +139,17 @@ def upload(
 ) -> Published:
     """Create the repository if needed, upload the plan's files in one commit, and tag it.
 
-    After any failure the branch holds all of the new files or none, and the same call continues from there.
-    Weights and code of an earlier publication that the plan does not have are removed in the same commit; other
-    files of the repository stay.
+    After any failure the branch holds either all of the new files or none, and the same call can be repeated. Weights
+    and code of an earlier publication that are not in the plan are removed in the same commit; other files of the
+    repository stay.
 
     Args:
         plan: Plan from `prepare`.
-        repo_id: "namespace/name".
+        repo_id: Repository on the Hub, "namespace/name".
         private: Create a private repository.
-        revision: The branch; created from main if it is not there.
-        tag: Its name for the commit; by default the next free one of v1, v2, ...
-        api: With the endpoint and token to use; by default those of huggingface_hub.
+        revision: Branch to commit to; created from main if it does not exist.
+        tag: Tag for the commit; by default the next free one of v1, v2, ...
+        api: Hub client with the endpoint and token to use; by default those of huggingface_hub.
 
     Raises:
         ValueError: If the repository holds another model, is public although `private` is asked for, or the tag is taken.
@@ -207,12 +207,12 @@ def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         target.symlink_to(source.resolve())
-    except OSError:  # not everywhere allowed on Windows
+    except OSError:  # Windows may not allow symbolic links
         shutil.copyfile(source, target)
 
 
 def _model_there(api: HfApi, repo_id: str, commit: str, there: dict[str, RepoFile], scratch: Path) -> str | None:
-    """What another model a repository holds, or None."""
+    """Describe the foreign content of a repository; None if it is empty or holds one of our models."""
     if not set(there) - {".gitattributes", "README.md"}:
         return None
     if "config.json" not in there:
@@ -229,7 +229,7 @@ def _same(path: Path, entry: RepoFile) -> bool:
 
 
 def is_on_hub(file: BinaryIO, size: int, entry: RepoFile) -> bool:
-    """Whether a file has the content of one on the Hub, which names contents by git's hash, or sha256 in LFS."""
+    """Whether a file has the same content as one on the Hub, compared by git's hash, or by sha256 for LFS files."""
     if size != entry.size:
         return False
     digest = hashlib.sha1(b"blob %d\0" % entry.size) if entry.lfs is None else hashlib.sha256()
@@ -244,7 +244,7 @@ def _is_weights_or_code(name: str) -> bool:
 
 
 def _next_tag(tags: dict[str, str], commit: str | None) -> str:
-    """The newest tag of the commit if it has one, else the next free one of v1, v2, ..."""
+    """The newest tag of the commit if it has one, or else the next free one of v1, v2, ..."""
     versions = {name: int(match[1]) for name in tags if (match := VERSION.fullmatch(name))}
     at_commit = [name for name, target in tags.items() if target == commit]
     if at_commit:

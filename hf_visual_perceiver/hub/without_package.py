@@ -1,6 +1,6 @@
 """Load a checkpoint's folder with transformers but without this package, and save the logits.
 
-Run as source text in a process of its own (`folder_check.py` does), so it imports nothing of this package:
+`folder_check.py` runs this as source text in a separate process, so it imports nothing from this package:
 
     python -c "$(cat without_package.py)" FOLDER INPUTS OUTPUTS
 
@@ -28,15 +28,15 @@ class Hidden:
 
 
 def main(folder: str, inputs: str, outputs: str) -> None:
-    """Compute the logits of every operating point, and let the folder's handler.py answer a request."""
+    """Compute the logits at every operating point, and check a request to the folder's handler.py."""
     sys.meta_path.insert(0, Hidden())  # type: ignore[arg-type]
     from PIL import Image
     from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
     with safe_open(inputs, "pt") as file:
         pixels, points = file.get_tensor("pixel_values"), json.loads(file.metadata()["points"])
-        torch.set_num_threads(int(file.metadata()["threads"]))  # as the process that it is compared with
-    # The user asked for this folder to be published; whether its code works is what is being found out.
+        torch.set_num_threads(int(file.metadata()["threads"]))  # as in the process whose logits are compared
+    # Its code is trusted because the user asked to publish this folder; this process checks whether that code works.
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, use_safetensors=True).eval()
     base = AutoModel.from_pretrained(folder, trust_remote_code=True, use_safetensors=True).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
@@ -50,7 +50,7 @@ def main(folder: str, inputs: str, outputs: str) -> None:
             raise ValueError("Expected AutoModel and AutoModelForImageClassification to hold the same weights.")
     save_file(logits, outputs)
 
-    # As an Inference Endpoint loads it.
+    # Load the handler as an Inference Endpoint does.
     spec = importlib.util.spec_from_file_location("handler.EndpointHandler", Path(folder) / "handler.py")
     assert spec is not None
     assert spec.loader is not None

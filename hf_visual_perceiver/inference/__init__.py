@@ -1,1 +1,1 @@
-"""Engines that answer faster than the model itself."""
+"""Inference: loading checkpoints, the pipeline, and ONNX Runtime engines that are faster than the model itself."""

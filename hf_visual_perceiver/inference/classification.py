@@ -1,4 +1,4 @@
-"""What a model says of some images."""
+"""Classification of images with a model and its image processor."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +12,13 @@ from hf_visual_perceiver.modeling import Budget
 
 @torch.inference_mode()
 def classify(model: Any, images: Sequence[Image.Image], budget: Budget | None, top_k: int) -> list[dict[str, Any]]:
-    """The most probable labels of each image, what it used of the config's `unit`, and what it cost.
+    """Classify images; returns for each the most probable labels, its usage in the config's `unit`, and its MACs.
 
     Args:
-        model: In eval mode.
-        images: RGB.
-        budget: None is the model's own.
-        top_k: Labels of each image.
+        model: A model in eval mode.
+        images: RGB images.
+        budget: The budget; None is the model's default.
+        top_k: Number of labels per image.
     """
     config = model.config
     names, budget = config.label_names, config.default_budget if budget is None else budget

@@ -1,4 +1,4 @@
-"""Checkpoints and devices by name, with errors that say what is wrong."""
+"""Load checkpoints and choose devices by name, with clear errors."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def load_optimized(name: str, device: str = "cpu", dtype: str = "float32") -> An
         ValueError: If the model has no such form, or `load_model` fails.
     """
     check_dtype(dtype)
-    # From the weights as they are, so that what is folded together is rounded once.
+    # Load in float32, so that folded weights are rounded only once.
     model = load_model(name, device)
     if not hasattr(model, "optimize_for_inference"):
         raise ValueError(f"Expected a model with an optimised form, got one of type {model.config.model_type}.")
@@ -37,7 +37,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
 
     Args:
         name: A folder or Hub id.
-        device: torch's name.
+        device: torch's name of the device.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
 
     Raises:
@@ -50,7 +50,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
             # Mismatches are reported below with both shapes.
             name,
             dtype=getattr(torch, dtype),
-            use_safetensors=True,  # transformers would go on to a pickle
+            use_safetensors=True,  # transformers would fall back to a pickle
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -71,13 +71,13 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
 
 
 def load_config(name: str) -> Any:
-    """The config of a folder or Hub id.
+    """Load the config of a folder or Hub id.
 
     Raises:
         ValueError: If there is no such checkpoint, or it holds another kind of model.
     """
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask, on a terminal
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would prompt on a terminal
     except (OSError, ValueError, HFValidationError, HfHubHTTPError, StrictDataclassError) as error:
         raise ValueError(f"Expected a folder or Hub id of a checkpoint, got {name!r}: {_first_line(error)}") from error
     check_type(config.model_type, name)
@@ -85,10 +85,10 @@ def load_config(name: str) -> Any:
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> Any:
-    """The config that the values of a config.json mean.
+    """Create the config from the values of a config.json.
 
     Raises:
-        ValueError: If they are of another kind of model, or do not fit.
+        ValueError: If they are of another kind of model, or are invalid.
     """
     check_type(values.get("model_type"), source)
     return FAMILIES[values["model_type"]].config.from_dict(values)
@@ -101,7 +101,7 @@ def check_type(model_type: Any, source: str) -> None:
 
 
 def choose_device(device: str = "auto") -> str:
-    """`device`, or for `"auto"` the accelerator if there is one.
+    """Return `device`; for `"auto"`, cuda if it is available, and cpu otherwise.
 
     Raises:
         ValueError: If this machine has no such device.

@@ -1,7 +1,7 @@
 """Stages of a network as ONNX graphs without weights, and ONNX Runtime sessions that run them with a network's weights.
 
-A graph depends only on the network's sizes; ONNX Runtime takes the weights from memory. A graph therefore takes about 50 KB, is
-exported once for an architecture, and serves every checkpoint and fine-tuned copy.
+A graph depends only on the network's sizes; ONNX Runtime takes the weights from memory. A graph therefore takes about
+50 KB, is exported once per architecture, and serves every checkpoint and fine-tuned copy.
 """
 
 import hashlib
@@ -20,18 +20,18 @@ import torch
 from torch import nn
 
 
-FORMAT = 5  # of the files; another number means that they are exported anew
+FORMAT = 5  # version of the files; graphs of another version are exported again
 INDEX = "graphs.json"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A piece of a network to export.
+    """A part of a network to export.
 
     Attributes:
-        module: Maps tensors to tensors; its parameters are those of the network, under their names there.
+        module: Maps tensors to tensors; its parameters are the network's, with the same names.
         inputs: Example inputs, by name. Sizes that may vary should be larger than 1.
-        dynamic: For each input, the names of the dimensions that may vary, by their place: {0: "images"}.
+        dynamic: For each input, the names of the dimensions that may vary, by their index: {0: "images"}.
         outputs: Names of the outputs.
     """
 
@@ -55,10 +55,10 @@ class Graph:
 
 
 def import_onnxruntime() -> Any:
-    """The module `onnxruntime`.
+    """Import the module `onnxruntime`.
 
     Raises:
-        ImportError: If it is not installed, with what to install.
+        ImportError: If it is not installed; the message says what to install.
     """
     try:
         import onnxruntime
@@ -71,10 +71,10 @@ def import_onnxruntime() -> Any:
 
 
 def checked_threads(num_threads: int | None) -> int:
-    """Number of threads of a call; None is torch's number.
+    """Return the number of threads of a call; None is torch's number.
 
     Raises:
-        ValueError: If it is not at least 1.
+        ValueError: If it is not an integer of at least 1.
     """
     threads = torch.get_num_threads() if num_threads is None else num_threads
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
@@ -83,7 +83,7 @@ def checked_threads(num_threads: int | None) -> int:
 
 
 def export_stage(stage: Stage) -> Graph:
-    """The graph of a stage.
+    """Export the graph of a stage.
 
     Raises:
         ImportError: If `onnx` or `onnxscript` is not installed.
@@ -100,7 +100,7 @@ def export_stage(stage: Stage) -> Graph:
         name: {axis: dims.setdefault(dim, torch.export.Dim(dim, min=1)) for axis, dim in stage.dynamic[name].items()}
         for name in stage.inputs
     }
-    # torch names what it skips in warnings, at some length.
+    # torch warns at length about everything that it skips.
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -133,7 +133,7 @@ def export_stage(stage: Stage) -> Graph:
             tensor.data_location = onnx.TensorProto.EXTERNAL
             del tensor.external_data[:]
             tensor.external_data.add(key="location", value="weights")
-    # Where in the Python code each node is from, which takes more space than the nodes.
+    # Remove the nodes' source locations, which take more space than the nodes themselves.
     del model.graph.metadata_props[:], model.graph.value_info[:]
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -142,7 +142,9 @@ def export_stage(stage: Stage) -> Graph:
 
 
 def graphs_of(stages: Mapping[str, Stage], architecture: dict[str, Any], folders: Sequence[Path]) -> dict[str, Graph]:
-    """The graphs of a network's stages, from the first of `folders` that has them; otherwise export them and keep them in the last.
+    """Get the graphs of a network's stages from the first of `folders` that has them, or else export them.
+
+    Exported graphs are saved in the last of `folders`.
 
     Args:
         stages: Stages by name.
@@ -164,12 +166,12 @@ def graphs_of(stages: Mapping[str, Stage], architecture: dict[str, Any], folders
 
 
 def graphs_key(architecture: dict[str, Any]) -> str:
-    """A hash of what graphs depend on."""
+    """A hash of everything that the graphs depend on."""
     return hashlib.sha256(json.dumps([FORMAT, architecture], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def read_graphs(folder: Path, key: str, stages: Mapping[str, Stage]) -> dict[str, Graph] | None:
-    """The graphs in a folder; None if they are missing, damaged, or belong to another architecture."""
+    """Read the graphs in a folder; None if they are missing, damaged, or belong to another architecture."""
     try:
         index = json.loads((folder / INDEX).read_text())
         if index["key"] != key or set(index["stages"]) != set(stages):
@@ -185,7 +187,7 @@ def read_graphs(folder: Path, key: str, stages: Mapping[str, Stage]) -> dict[str
 
 
 def write_graphs(folder: Path, key: str, graphs: Mapping[str, Graph]) -> None:
-    """Write graphs, and last the index; a folder without an index is ignored."""
+    """Write graphs and then the index, so that an incomplete folder has no index and is ignored."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, graph in graphs.items():
         _write(folder / f"{name}.onnx", graph.content)
@@ -204,21 +206,21 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def cache_folder(architecture: dict[str, Any]) -> Path:
-    """Where exported graphs are kept on this machine: in HF_HOME, which is ~/.cache/huggingface by default."""
+    """The folder of exported graphs on this machine: in HF_HOME, which is ~/.cache/huggingface by default."""
     from huggingface_hub.constants import HF_HOME
 
     return Path(HF_HOME) / "hf_visual_perceiver" / "graphs" / graphs_key(architecture)
 
 
 class Sessions:
-    """ONNX Runtime sessions, one for each stage, with the weights of a network.
+    """ONNX Runtime sessions with the weights of a network, one session per stage.
 
     Sessions are created at first use in each process, so that the object can be pickled, copied and used after a fork.
 
     Args:
         graphs: Graphs by name, from `export_stage`.
         weights: Weights by name; they are copied.
-        num_threads: Number of threads of each call; None is torch's number.
+        num_threads: Number of threads per call; None is torch's number.
         int8: Quantise the weights of linear layers to 8 bits, and their inputs at run time.
 
     Raises:
@@ -260,9 +262,9 @@ class Sessions:
         """The session of a stage.
 
         Raises:
-            ValueError: If onnxruntime does not take its graph.
+            ValueError: If onnxruntime cannot load its graph.
         """
-        if self._process != os.getpid():  # a fork has the sessions, but not their threads
+        if self._process != os.getpid():  # a forked process has the sessions but not their threads
             self._reset()
         with self._lock:
             if stage not in self._sessions:
@@ -279,7 +281,7 @@ class Sessions:
             options.add_external_initializers(list(graph.weights), values)
         try:
             return onnxruntime.InferenceSession(graph.content, options, providers=["CPUExecutionProvider"])
-        # onnxruntime's exceptions have no common class but this.
+        # onnxruntime's exceptions have no other common base class.
         except Exception as error:
             raise ValueError(
                 f"Expected the graph of stage {stage} to load in onnxruntime {onnxruntime.__version__}, got: "
@@ -287,12 +289,12 @@ class Sessions:
             ) from error
 
     def run(self, stage: str, outputs: Sequence[str] | None = None, **inputs: np.ndarray) -> list[np.ndarray]:
-        """The outputs of a stage, all or those of these names; safe from several threads."""
+        """Run a stage and return all outputs, or those with these names; safe to call from several threads."""
         return self.session(stage).run(outputs, inputs)
 
 
 def quantised(graph: Graph, weights: Mapping[str, np.ndarray]) -> Graph:
-    """The graph with its weights, with linear layers in 8 bits.
+    """Embed the weights in a graph, with linear layers quantised to 8 bits.
 
     Raises:
         ImportError: If `onnx` is not installed.
@@ -329,7 +331,7 @@ def quantised(graph: Graph, weights: Mapping[str, np.ndarray]) -> Graph:
 
 
 def fold_transposes(model: Any) -> None:
-    """Replace each transpose of a two-dimensional weight by the transposed weight, because quantisation only finds weights."""
+    """Replace transposes of two-dimensional weights by transposed weights, as quantisation only finds plain weights."""
     from onnx import numpy_helper
 
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}

@@ -1,7 +1,7 @@
-"""The Visual Perceiver in ONNX Runtime: a few graphs serve every budget, and selection and cascades skip work.
+"""The Visual Perceiver in ONNX Runtime: a few graphs serve every budget, and selection and cascades save work.
 
-An image is read once. Images that keep equal or nearly equal numbers of queries go through the trunk together, padded to the
-longest. The measured cost of a call and of a token on this machine decides which lengths share a call.
+The stem runs once per image. Images that keep equal or similar numbers of queries go through the trunk together, padded
+to the longest. The measured costs of a call and of a token on this machine decide which lengths share a call.
 """
 
 import copy
@@ -28,16 +28,16 @@ from hf_visual_perceiver.modeling.attention_groups import boundaries
 from hf_visual_perceiver.modeling.engines import fold_batch_norms
 
 
-# So many tokens go through a stage together: enough for matrix products to be efficient, few enough to stay in the cache.
+# Tokens that go through a stage together: enough for efficient matrix products, few enough to stay in the CPU's cache.
 TOKENS_PER_CALL = 1024
-# Graphs of the architectures that have checkpoints; others are exported when first needed, and kept in this machine's cache.
+# Graphs of the bundled checkpoints' architectures; others are exported at first use and kept in this machine's cache.
 SHIPPED = Path(__file__).parent / "graphs"
-# So many images have their cross-attention outputs in memory at once with selection.
+# With selection, the cross-attention outputs of at most this many images are in memory at once.
 WINDOW = 1024
 
 
 def architecture_of(config: VisualPerceiverConfig, labels: int) -> dict[str, Any]:
-    """What the graphs of a network depend on: its sizes, the number of classes, and the exporter."""
+    """The values that the graphs of a network depend on: its sizes and options, and the number of classes."""
     fields = (
         "image_size",
         "patch_size",
@@ -66,20 +66,20 @@ def architecture_of(config: VisualPerceiverConfig, labels: int) -> dict[str, Any
 
 
 class OnnxPerceiver:
-    """Logits of images by ONNX Runtime, from a snapshot of a network's weights.
+    """Computes logits of images with ONNX Runtime, from a snapshot of a network's weights.
 
     Args:
         parts: The network: a `PerceiverNetwork` with a decoder.
-        head: The classifier.
-        num_threads: Number of threads of a call; None is torch's number.
+        head: The classification head.
+        num_threads: Number of threads per call; None is torch's number.
         int8: Run linear layers in 8 bits.
 
     Raises:
         ValueError: If the number of threads is not at least 1.
-        ImportError: If onnxruntime is not installed; onnx and onnxscript to export, onnx for `int8`.
+        ImportError: If onnxruntime is not installed, or onnx and onnxscript to export graphs, or onnx for `int8`.
     """
 
-    torch_allocates = False  # so that what it takes is not seen where torch's memory is measured
+    torch_allocates = False  # ONNX Runtime's memory does not show in measurements of torch's memory
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class OnnxPerceiver:
         num_threads: int | None = None,
         int8: bool = False,
     ):
-        import_onnxruntime()  # exporting takes seconds, so what would fail after it fails now
+        import_onnxruntime()  # fail early, before an export that takes seconds
         threads = checked_threads(num_threads)
         self.config, self.dtype, self.device = copy.deepcopy(parts.config), torch.float32, torch.device("cpu")
         parts = copy.deepcopy(parts).float().cpu().eval().requires_grad_(False)
@@ -102,7 +102,7 @@ class OnnxPerceiver:
         weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.sessions = Sessions(graphs_of(stages, architecture, folders), weights, threads, int8)
         self.cost: CallCost | None = None
-        # Reading these from a config takes longer than a small network's matrix products.
+        # Cached, as reading them from a config takes longer than a small network's matrix products.
         self.num_queries, self.num_patches = self.config.num_queries, self.config.num_patches
         self.places = np.arange(self.num_queries)
         self.all_spans = self.config.query_spans(0, self.num_queries)
@@ -110,12 +110,12 @@ class OnnxPerceiver:
     def __call__(
         self, pixel_values: torch.Tensor, K: int | torch.Tensor, threshold: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, labels) and the active queries (B, Q) bool.
+        """Compute logits (B, labels) and the active queries (B, Q) bool.
 
         Args:
             pixel_values: (B, C, H, W), normalised, of the config's size.
-            K: Use the first K queries, of all images or of each, (B,).
-            threshold: Drop those of them that are more similar than this to an earlier one.
+            K: Number of queries to use, for all images or for each, (B,).
+            threshold: Drop queries that are more similar than this to an earlier one; None drops none.
         """
         pixels = pixel_values.detach().float().numpy()
         B, each = len(pixels), isinstance(K, torch.Tensor)
@@ -140,12 +140,12 @@ class OnnxPerceiver:
         return torch.from_numpy(logits), torch.from_numpy(active)
 
     def spans(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """As the config's `query_spans`."""
+        """Like the config's `query_spans`, from a cached list."""
         spans = [(level, max(start, a), min(end, b)) for level, a, b in self.all_spans]
         return [span for span in spans if span[1] < span[2]]
 
     def parts_of(self, images: int, length: int) -> Iterator[slice]:
-        """Cut a batch of images with `length` tokens each in pieces of `TOKENS_PER_CALL` tokens."""
+        """Cut a batch of images with `length` tokens each into parts of about `TOKENS_PER_CALL` tokens."""
         size = max(1, TOKENS_PER_CALL // max(length, self.num_patches // 4))
         for first in range(0, images, size):
             yield slice(first, min(first + size, images))
@@ -153,7 +153,7 @@ class OnnxPerceiver:
     def select(
         self, pixels: np.ndarray, K: np.ndarray, most: int, threshold: float | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Cross-attention outputs (n, most, D), and which of the first K (n,) of them stay, (n, most) bool."""
+        """Compute cross-attention outputs (n, most, D) and which of each image's first K (n,) to keep, (n, most)."""
         results = []
         for part in self.parts_of(len(pixels), self.num_patches):
             reader = Reader(self, pixels[part])
@@ -166,18 +166,18 @@ class OnnxPerceiver:
         return y, keep
 
     def dissimilar(self, y: np.ndarray, threshold: float) -> np.ndarray:
-        """Which queries selection keeps, (n, K) bool."""
+        """Return which queries selection keeps, (n, K) bool."""
         if "select" in self.sessions.graphs:
             return self.sessions.run("select", y=y, threshold=np.array(threshold, dtype=np.float32))[0]
-        # Each decision depends on those before.
+        # With the reference "kept", each decision depends on the earlier ones, so it is not a graph.
         return select_queries(torch.from_numpy(y), threshold, self.config.dqs_reference).numpy()
 
     def trunk(self, y: np.ndarray, query: np.ndarray, keep: np.ndarray) -> np.ndarray:
-        """Logits (n, labels) of tokens (n, k, D) of the queries (n, k), of which `keep` (n, k) count."""
+        """Compute logits (n, labels) from tokens (n, k, D) of queries (n, k); `keep` (n, k) marks those that count."""
         return self.sessions.run("trunk", y=y, query=query, keep=keep)[0]
 
     def ragged(self, y: np.ndarray, keep: np.ndarray) -> np.ndarray:
-        """Logits (n, labels) of images that keep different numbers of tokens: of `y` (n, K, D) those that `keep` marks."""
+        """Compute logits (n, labels) of images that keep different tokens of `y` (n, K, D), those that `keep` marks."""
         if len(y) == 1:  # nothing to group
             query = keep[0].nonzero()[0]
             return self.trunk(y[0, query][None], query[None], np.ones((1, len(query)), dtype=bool))
@@ -186,7 +186,7 @@ class OnnxPerceiver:
         order = np.argsort(lengths, kind="stable")
         for chosen in self.groups(lengths, order):
             length = lengths[chosen[-1]]
-            # The queries that stay come first, in their order; then, as padding, others.
+            # The kept queries come first, in order; dropped ones follow as padding.
             query = np.argsort(~keep[chosen], axis=1, kind="stable")[:, :length]
             counted = np.arange(length) < lengths[chosen, None]
             for part in self.parts_of(len(chosen), int(length)):
@@ -195,7 +195,7 @@ class OnnxPerceiver:
         return logits
 
     def groups(self, lengths: np.ndarray, order: np.ndarray) -> Iterator[np.ndarray]:
-        """Images, shortest first, in the groups that cost least together: positions (n,) of each."""
+        """Yield groups of images, shortest first, as positions (n,); together they have the lowest cost."""
         values, counts = np.unique(lengths, return_counts=True)
         ends = range(1, len(values) + 1)
         if len(values) > 1:
@@ -209,7 +209,7 @@ class OnnxPerceiver:
             first = end
 
     def start(self, pixel_values: torch.Tensor) -> "OnnxState":
-        """Read images, for answers with few queries first and more later; see `VisualPerceiverForImageClassification.start`.
+        """Prepare images for few queries first and more later; see `VisualPerceiverForImageClassification.start`.
 
         Args:
             pixel_values: (B, C, H, W), normalised.
@@ -218,25 +218,25 @@ class OnnxPerceiver:
 
 
 class Reader:
-    """Images in the stem: each level is computed when a query first needs it.
+    """Runs the stem lazily: each level is computed when a query first needs it.
 
     Args:
-        engine: What computes.
+        engine: The engine.
         x: Images (n, C, H, W), or features of a level.
         level: Level of `x`; -1 for images.
-        tokens: (n, N, D) of the level, None if no query of the level will be read any more.
+        tokens: (n, N, D) tokens of the level; None if no further query of the level will read them.
     """
 
     def __init__(self, engine: OnnxPerceiver, x: np.ndarray, level: int = -1, tokens: np.ndarray | None = None):
         self.engine, self.x, self.level, self.tokens = engine, x, level, tokens
 
     def read(self, first: int, end: int, go_on: bool = False) -> np.ndarray:
-        """Cross-attention outputs (n, end - first, D) of the queries from `first` up to `end`, in ascending calls.
+        """Compute cross-attention outputs (n, end - first, D) of queries `first` to `end`; calls have to be ascending.
 
         Args:
-            first: Query.
+            first: The first query.
             end: One after the last query.
-            go_on: Keep what a further call needs.
+            go_on: Keep the state that a further call needs.
         """
         engine, sessions, results = self.engine, self.engine.sessions, []
         spans = engine.spans(first, end)
@@ -256,7 +256,7 @@ class Reader:
         return results[0] if len(results) == 1 else np.concatenate(results, axis=1)
 
     def read_each(self, K: np.ndarray, most: int) -> np.ndarray:
-        """As `read` of `most` queries, of each image its first K (n,); the others' outputs are zero."""
+        """Like `read` of the first `most` queries, but of each image's first K (n,) only; other outputs are zero."""
         y = np.zeros((len(K), most, self.engine.config.hidden_size), dtype=np.float32)
         rows, reader = np.arange(len(K)), self
         for _, first, end in self.engine.spans(0, most):
@@ -266,37 +266,37 @@ class Reader:
         return y
 
     def __getitem__(self, images: np.ndarray | slice) -> "Reader":
-        """Some of the images."""
+        """Select some of the images."""
         tokens = None if self.tokens is None else self.tokens[images]
         return Reader(self.engine, self.x[images], self.level, tokens)
 
     @classmethod
     def join(cls, readers: list["Reader"]) -> "Reader":
-        """The images of readers that are at the same level."""
+        """Concatenate the images of readers that are at the same level."""
         first = readers[0]
         tokens = None if first.tokens is None else joined([r.tokens for r in readers if r.tokens is not None])
         return cls(first.engine, joined([r.x for r in readers]), first.level, tokens)
 
 
 class CallCost:
-    """Seconds that a call of the trunk takes: a constant for the call, and a quadratic function of the length for each image.
+    """A cost model of the trunk in seconds: a constant per call, and a quadratic function of the length per image.
 
     Args:
-        call: Seconds of a call, however small.
-        image: Seconds of an image: c0 + c1 length + c2 length^2.
+        call: Fixed seconds per call.
+        image: Coefficients of the seconds per image: c0 + c1 length + c2 length^2.
     """
 
     def __init__(self, call: float, image: tuple[float, float, float]):
         self.call, self.image = call, image
 
     def of(self, images: int, length: int, equal: bool = False) -> float:
-        """Of images padded to `length`."""
+        """Seconds of a call with this many images, padded to `length`."""
         constant, linear, quadratic = self.image
         return self.call + images * (constant + linear * length + quadratic * length**2)
 
     @classmethod
     def measured(cls, engine: OnnxPerceiver) -> "CallCost":
-        """What this machine takes, by a few calls of different sizes."""
+        """Fit the cost model to the times of a few calls of different sizes on this machine."""
         Q, D = engine.config.num_queries, engine.config.hidden_size
         rows, seconds = [], []
         for length in sorted({1, max(1, Q // 8), max(1, Q // 4), max(1, Q // 2), Q}):
@@ -311,7 +311,7 @@ class CallCost:
                     taken.append(time.perf_counter() - began)
                 rows.append([1, images, images * length, images * length**2])
                 seconds.append(min(taken))
-        # Relative errors count, or the longest calls would decide alone.
+        # Fit relative errors, as otherwise the longest calls would dominate.
         weights = 1 / np.array(seconds)
         solution = np.linalg.lstsq(np.array(rows) * weights[:, None], np.ones(len(rows)), rcond=None)[0]
         call, constant, linear, quadratic = np.maximum(solution, 0).tolist()
@@ -319,10 +319,10 @@ class CallCost:
 
 
 class OnnxState:
-    """Images with an answer from some queries, which more queries can extend; see `IncrementalState`.
+    """Images with the state of some queries, which more queries can extend; see `IncrementalState`.
 
     Args:
-        engine: What computes.
+        engine: The engine.
         reader: The images.
     """
 
@@ -334,22 +334,22 @@ class OnnxState:
 
     @property
     def num_active_queries(self) -> int:
-        """K so far; 0 before the first answer."""
+        """K so far; 0 before the first call of `extend`."""
         return self.y.shape[1]
 
     def extend(self, num_active_queries: int | None = None) -> Any:
-        """Answer with the first K queries, or all, going on from those that there are.
+        """Compute logits with the first K queries, or all if None, continuing from the queries so far.
 
         Raises:
-            ValueError: If K is out of its range or smaller than before.
+            ValueError: If K is out of range or smaller than before.
         """
         engine, before = self.engine, self.num_active_queries
         K = engine.config.resolve(num_active_queries=num_active_queries)["num_active_queries"]
         if before > K:
             raise ValueError(f"Expected at least the {before} queries that there are, got {K}.")
         causal = engine.config.trunk_attention == "block_causal"
-        # Queries of a block see all of it, so a block that was cut off begins anew; and asked again, only the last block can
-        # give the answer.
+        # Queries attend to their whole block, so a block that was cut off has to be recomputed. If K is unchanged, only
+        # the last block is recomputed, to get the logits.
         ends = [0, *engine.config.block_ends] if causal else [0]
         start = max(end for end in ends if end <= before and end < K)
         parts, readers, read, logits, past = engine.parts_of(len(self.y), K - start), [], [], [], []
@@ -382,7 +382,7 @@ class OnnxState:
         return np.empty(shape, dtype=np.float32)
 
     def __getitem__(self, images: torch.Tensor) -> "OnnxState":
-        """The state of some of the images: (B,) bool or indices."""
+        """Select the state of some of the images: (B,) bool or indices."""
         chosen = images.numpy()
         state = OnnxState(self.engine, self.reader[chosen])
         state.y = self.y[chosen]
@@ -391,5 +391,5 @@ class OnnxState:
 
 
 def joined(parts: list[np.ndarray]) -> np.ndarray:
-    """Arrays one after the other, without a copy of a single one."""
+    """Concatenate arrays along the first axis; a single array is returned without a copy."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""Image classification at a chosen compute budget, as a task of transformers' `pipeline`."""
+"""Image classification at a chosen compute budget, as a task for transformers' `pipeline`."""
 
 import math
 import os
@@ -19,16 +19,16 @@ TASK = "adaptive-image-classification"
 
 
 class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
-    """`image-classification` with more arguments, of the pipeline or of a call, and one more result.
+    """`image-classification` with additional arguments, for the pipeline or for a call, and one more result.
 
     - The knobs of the model, such as `num_active_queries` and `dqs_threshold`.
-    - `target_macs`: instead of a budget, a fraction in (0, 1] of the multiply-accumulates of the full network; the largest
-      budget that fits is used.
+    - `target_macs`: instead of a budget, a fraction in (0, 1] of the full network's multiply-accumulates; the largest
+      budget within it is used.
 
-    Each answer has, beside `label` and `score`, how many of its units its image used, such as `queries_used`.
+    Besides `label` and `score`, each result has the image's usage, such as `queries_used`.
 
     Raises:
-        ValueError: If a budget and `target_macs` are both given, a value is out of its range, or an image is too large.
+        ValueError: If a budget and `target_macs` are both given, a value is out of range, or an image is too large.
 
     Example:
         >>> import hf_visual_perceiver
@@ -40,25 +40,25 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
         15
     """
 
-    # The four steps of a pipeline; each task names its own arguments where the base class has `**kwargs`.
+    # The four steps of a pipeline. As in other tasks, the arguments are named where the base class has `**kwargs`.
 
     def _sanitize_parameters(  # type: ignore[override]
         self, target_macs: float | None = None, **arguments: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         knobs = {name: arguments.pop(name, None) for name in self.model.config.knobs.values()}
-        preprocess, _, postprocess = super()._sanitize_parameters(**arguments)  # a TypeError for what is unknown
+        preprocess, _, postprocess = super()._sanitize_parameters(**arguments)  # TypeError for unknown arguments
         given = {**knobs, "target_macs": target_macs}
         return preprocess, {name: value for name, value in given.items() if value is not None}, postprocess
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]
-        """Pixels of a picture: a PIL image, a file's name, base64 text or an address, which is fetched."""
+        """Prepare the pixels of an image: a PIL image, a file name, base64 text or a URL, which is fetched."""
         if isinstance(image, Image.Image):
             image = open_image(image)
         elif isinstance(image, str) and os.path.isfile(image):
             with open(image, "rb") as file:
                 image = open_image(file)
         elif isinstance(image, str) and image.startswith(("http://", "https://")):
-            # transformers would fetch it too, but clip deep grey.
+            # transformers would also fetch it, but would clip high-bit-depth greyscale images.
             image = open_image(get_session().get(image, timeout=timeout, follow_redirects=True).content)
         elif isinstance(image, str):
             try:
@@ -79,23 +79,23 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
     def postprocess(  # type: ignore[override]
         self, model_outputs: Any, function_to_apply: Any = None, top_k: int | None = 5
     ) -> list[dict[str, Any]]:
-        """Labels and scores as the stock pipeline gives them, with what was used in each."""
+        """Return the stock pipeline's labels and scores, each with the image's usage."""
         used = int(model_outputs["used"][0])
         answers = super().postprocess(model_outputs, function_to_apply=function_to_apply, top_k=top_k)
         return [{**answer, f"{self.model.config.unit}_used": used} for answer in answers]
 
 
 def budget_for_macs(config: Any, share: float, knobs: Mapping[str, Any] | None = None) -> Budget:
-    """The largest budget whose multiply-accumulates are at most a share of those of the full network.
+    """Find the largest budget that costs at most a share of the full network's multiply-accumulates.
 
     Args:
         config: The model's config.
-        share: In (0, 1].
-        knobs: Further knobs, such as a threshold; by default those of the config's own budget that make it adaptive. What
-            they cost is counted, what they spare is not, so that every image stays below the target.
+        share: Share of the full network's multiply-accumulates, in (0, 1].
+        knobs: Further knobs, such as a threshold; by default those of the config's default budget that make it
+            adaptive. Their cost is counted and their savings are not, so that every image stays within the target.
 
     Raises:
-        ValueError: If the share is out of its range, or too small for any budget; or a knob is given that the share sets.
+        ValueError: If the share is out of range or too small for any budget, or a knob is given that the share sets.
 
     Example:
         >>> from hf_visual_perceiver import VisualPerceiverConfig

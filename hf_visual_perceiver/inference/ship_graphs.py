@@ -1,6 +1,6 @@
-"""Export the graphs of architectures and put them into the package: `python -m hf_visual_perceiver.inference.ship_graphs NAME`.
+"""Export an architecture's graphs into the package: `python -m hf_visual_perceiver.inference.ship_graphs NAME`.
 
-NAME is a checkpoint's folder or Hub id, whose architecture and number of classes the graphs are for. No weights are in them.
+NAME is a checkpoint's folder or Hub id. The graphs are for its architecture and number of classes, without weights.
 """
 
 from typing import Annotated
@@ -14,7 +14,7 @@ from hf_visual_perceiver.inference.stages import stages_of
 from hf_visual_perceiver.modeling.engines import fold_batch_norms
 
 
-def main(names: Annotated[list[str], typer.Argument(help="Checkpoints.")]) -> None:
+def main(names: Annotated[list[str], typer.Argument(help="Checkpoints: folders or Hub ids.")]) -> None:
     """Export the graphs of checkpoints' architectures into the package."""
     for name in names:
         model = load_model(name).eval()

@@ -1,10 +1,10 @@
-"""The Visual Perceiver in stages, as `onnx_graphs.py` exports them: read the image, select queries, answer, extend the answer.
+"""The Visual Perceiver in stages that `onnx_graphs.py` exports: cross-attention, selection, trunk, extension.
 
-Reading is one stage for a single answer, and two stages for an answer that is extended later: the image's tokens, then the queries
-that read them.
+Cross-attention is one stage if all queries run at once. To add queries later, a further stage runs them on the tokens
+that the first one returned.
 
-The arithmetic is that of `modeling/modeling_visual_perceiver.py`, on the same modules, written so that a graph of it is short. Which
-queries an image uses comes in as indices, so that one graph serves every budget, selection and padding.
+The arithmetic is that of `modeling/modeling_visual_perceiver.py`, on the same modules, written for a short graph. The
+queries that an image uses are passed as indices, so that one graph serves every budget, selection and padding.
 
 Shapes: B images, N tokens, Q queries, k of them in a call, P before it, D width, H heads, d = D / H, L blocks.
 """
@@ -39,9 +39,9 @@ def attend(
 
 
 class PerceiverStage(nn.Module):
-    """A stage that holds the network, under the names of a classifier's state dict."""
+    """A stage that holds the network, with the parameter names of a classifier's state dict."""
 
-    block: torch.Tensor  # (Q,) the block of each query in a block-causal trunk
+    block: torch.Tensor  # (Q,) index of each query's block in a block-causal trunk
 
     def __init__(self, parts: Any, head: nn.Module):
         super().__init__()
@@ -52,18 +52,18 @@ class PerceiverStage(nn.Module):
         self.register_buffer("block", block, persistent=False)
 
     def tokens(self, embedded: torch.Tensor) -> torch.Tensor:
-        """What queries read of a level's tokens (B, N, D): those, normalised, or for several heads keys and values (B, N, 2 D)."""
+        """Prepare a level's tokens (B, N, D): normalise them; with several heads, make keys and values (B, N, 2 D)."""
         cross = self.visual_perceiver.cross_attention
         inputs = cross.norm_inputs(embedded)
         return inputs if cross.num_heads == 1 else cross.key_value(inputs)
 
     def ask(self, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        """Cross-attention outputs (n, k, D) of the queries (k,), from what `tokens` makes of n images."""
+        """Compute cross-attention outputs (n, k, D) of the queries (k,) from the output of `tokens` for n images."""
         cross, D = self.visual_perceiver.cross_attention, self.config.hidden_size
         queries = cross.query(cross.norm_queries(F.embedding(query, cross.queries)[None]))  # (1, k, D)
         if cross.num_heads == 1:
             # q . (W_k x) = (W_k^T q) . x, and the sum of a (W_v x) is W_v times that of a x: no token needs a key or a value.
-            # The key's bias adds the same to all scores of a query, which softmax takes away again.
+            # The key's bias adds the same constant to all scores of a query, which the softmax cancels.
             key_weight, value_weight = cross.key_value.weight.split(D)
             read = attend(split_heads(queries @ key_weight, 1), tokens[:, None], tokens[:, None], cross.scaling)
             bias = None if cross.key_value.bias is None else cross.key_value.bias[D:]
@@ -72,13 +72,13 @@ class PerceiverStage(nn.Module):
         return attend(split_heads(queries, cross.num_heads), key, value, cross.scaling)
 
     def finish(self, y: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        """The rest of the cross-attention block: (n, k, D) of the queries (n, k) or (k,) -> (n, k, D)."""
+        """Run the rest of the cross-attention block: (n, k, D) of the queries (n, k) or (k,) -> (n, k, D)."""
         cross = self.visual_perceiver.cross_attention
         x = F.embedding(query, cross.queries) + cross.proj(y)
         return x + cross.mlp(cross.norm(x))
 
     def answer(self, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The decoder, its norm and the head, from the decoder's keys and values (n, H, k, d): (n, labels)."""
+        """Run the decoder, its norm and the head: the decoder's keys and values (n, H, k, d) -> (n, labels)."""
         decoder = self.visual_perceiver.decoder
         query = split_heads(decoder.query(decoder.norm_queries(decoder.queries[None])), decoder.num_heads)
         x = decoder.queries + decoder.proj(attend(query, key, value, decoder.scaling, bias))
@@ -86,14 +86,14 @@ class PerceiverStage(nn.Module):
         return self.head(self.visual_perceiver.norm(x))[:, 0]
 
     def keys_and_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the decoder's query reads: (n, k, D) -> (n, H, k, d) x 2."""
+        """Compute the decoder's keys and values: (n, k, D) -> (n, H, k, d) x 2."""
         decoder = self.visual_perceiver.decoder
         key, value = decoder.key_value(decoder.norm_inputs(x)).split(self.config.hidden_size, -1)
         return split_heads(key, decoder.num_heads), split_heads(value, decoder.num_heads)
 
 
 class ReadStage(PerceiverStage):
-    """Cross-attention outputs: what queries read of a level (B, N, D or 2 D) and queries (k,) of that level -> (B, k, D)."""
+    """Cross-attention: a level's prepared tokens (B, N, D or 2 D) and queries (k,) of that level -> (B, k, D)."""
 
     def forward(self, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         return self.ask(tokens, query)
@@ -136,7 +136,7 @@ def packed(features: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class SelectStage(nn.Module):
-    """Which queries stay at a threshold, compared with all earlier ones: (B, k, D) -> (B, k) bool."""
+    """Which queries are kept at a threshold if compared with all earlier ones: (B, k, D) -> (B, k) bool."""
 
     def forward(self, y: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
         place = torch.arange(y.shape[1], device=y.device)
@@ -146,7 +146,7 @@ class SelectStage(nn.Module):
 
 
 class TrunkStage(PerceiverStage):
-    """Logits (n, labels) of the tokens `y`, (n, k, D), of the queries (n, k), of which those that `keep`, (n, k), marks count."""
+    """Logits (n, labels) from tokens `y`, (n, k, D), of queries (n, k); `keep`, (n, k), marks those that count."""
 
     def forward(self, y: torch.Tensor, query: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         x = self.finish(y, query)
@@ -170,10 +170,10 @@ class TrunkStage(PerceiverStage):
 
 
 class ExtendStage(PerceiverStage):
-    """Answers that go on from earlier queries, of a block-causal trunk.
+    """Logits of a block-causal trunk that continues from earlier queries.
 
-    Tokens `y`, (n, k, D), of the new queries (k,), and the keys and values of the P earlier ones in each block and the
-    decoder, (n, 2 (L + 1), H, P, d), to logits (n, labels) and the keys and values of all P + k.
+    Maps the tokens `y`, (n, k, D), of the new queries (k,), and the keys and values of the P earlier ones in each block
+    and the decoder, (n, 2 (L + 1), H, P, d), to logits (n, labels) and the keys and values of all P + k.
     """
 
     def forward(self, y: torch.Tensor, query: torch.Tensor, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,8 +199,11 @@ class ExtendStage(PerceiverStage):
 
 
 def stages_of(parts: Any, head: nn.Module) -> dict[str, Stage]:
-    """The stages of a network: `level_0` and for each further level of the stem one more, `read`, `select` unless it compares
-    with kept queries alone, `trunk`, and of a block-causal one `extend`."""
+    """Create the stages of a network.
+
+    They are one `level_i` per level of the stem, `read`, `select` if queries are compared with all earlier ones,
+    `trunk`, and `extend` if the trunk is block-causal.
+    """
     config: VisualPerceiverConfig = parts.config
     D, H, L, N = config.hidden_size, config.num_attention_heads, config.num_hidden_layers, config.num_patches
     n, k, p = 3, min(5, config.num_queries), 2

@@ -1,1 +1,1 @@
-"""Files, conditions of a measurement, console, tables."""
+"""Utilities for files, measurement conditions, the console and tables."""

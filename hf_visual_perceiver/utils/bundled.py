@@ -1,4 +1,4 @@
-"""What comes with the package: a checkpoint, a sample of CIFAR-10 and other files."""
+"""Files that are bundled with the package: checkpoints, a sample of CIFAR-10 and others."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ SAMPLE = "the embedded sample of CIFAR-10"
 
 
 def shipped(name: str) -> Path:
-    """A file or folder that comes with the package, installed or in a checkout."""
+    """The path of a file or folder that comes with the package, whether installed or in a checkout."""
     package = Path(__file__).resolve().parents[1]
     for root in (package, package.parent):
         if (root / name).exists():
@@ -17,10 +17,11 @@ def shipped(name: str) -> Path:
 
 
 def bundled_checkpoint(name: str = DEFAULT_CHECKPOINT) -> str:
-    """The folder of a checkpoint that comes with the package, to load from anywhere once the package is installed.
+    """The folder of a checkpoint that comes with the package, which can be loaded wherever the package is installed.
 
-    They are Visual Perceivers trained on CIFAR-10: the default one, of 2.2 M parameters, has a convolutional stem with levels,
-    `visual_perceiver_nano_cifar10` is small and of the paper's form. README.md of each has its accuracy at each budget.
+    The checkpoints are Visual Perceivers trained on CIFAR-10. The default one has 2.2 M parameters and a convolutional
+    stem with levels; `visual_perceiver_nano_cifar10` is small and has the paper's form. The README.md of each lists its
+    accuracy at each budget.
 
     Example:
         >>> from transformers import AutoModelForImageClassification
@@ -32,7 +33,7 @@ def bundled_checkpoint(name: str = DEFAULT_CHECKPOINT) -> str:
 
 
 def default_model() -> str:
-    """The checkpoint that a command takes when none is given."""
+    """The checkpoint that a command uses if none is given."""
     return bundled_checkpoint()
 
 

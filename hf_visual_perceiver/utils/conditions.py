@@ -16,7 +16,7 @@ from hf_visual_perceiver.version import __version__
 
 
 def measurement_conditions(device: str | torch.device = "cpu", **more: Any) -> dict[str, Any]:
-    """Hardware, versions and commit, as plain values."""
+    """Collect hardware, versions and commit as plain values; `more` adds further facts. None values are left out."""
     device = torch.device(device)
     conditions = {
         "hardware": hardware_name(device),
@@ -33,7 +33,7 @@ def measurement_conditions(device: str | torch.device = "cpu", **more: Any) -> d
 
 
 def command_line() -> str:
-    """The command that started this process, quoted for a shell; the program's name has no folders of this machine."""
+    """The command that started this process, quoted for a shell; the program's name is without its path."""
     module = sys.modules["__main__"].__spec__
     program = [Path(sys.argv[0]).name] if module is None else ["python", "-m", module.name]
     return shlex.join([*program, *sys.argv[1:]])
@@ -45,7 +45,7 @@ def conditions_line(conditions: dict[str, Any]) -> str:
 
 
 def hardware_name(device: torch.device) -> str:
-    """Name of the processor behind a torch device; for CPUs also the number of cores and the instructions for matrix products."""
+    """Name of the processor behind a torch device; for CPUs, also the number of cores and the matrix instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name, flags = platform.processor() or platform.machine(), ""
@@ -64,10 +64,10 @@ def cpu_computes_in_bf16() -> bool:
     """Whether the CPU multiplies bfloat16 matrices natively; otherwise torch converts, many times slower than float32."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     if supported is not None and not supported():
-        return False  # or torch is told not to use what the CPU has
+        return False  # unsupported, or disabled in torch
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
-        return True  # nothing is known
+        return True  # unknown
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.read_text().split())
 
 

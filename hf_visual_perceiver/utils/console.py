@@ -1,4 +1,4 @@
-"""Output of commands on stderr: errors in one line, and progress."""
+"""Output of commands on stderr: one-line errors, and progress."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,27 +12,27 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
-SECONDS = 30.0  # between two lines of a command that is not on a terminal
-# In messages of torch: on a GPU; on a CPU, for which it has no exception of its own.
+SECONDS = 30.0  # time between two progress lines if stderr is not a terminal
+# Phrases in torch's error messages on a GPU, and on a CPU, for which torch has no specific exception.
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate")
 DEBUG = "--debug"
 DEBUG_HELP = "Show the traceback of an error."
 
 
 def print_error(message: object) -> None:
-    """One red line."""
+    """Print an error message as one red line on stderr."""
     line = " ".join(str(message).split("\n"))
     Console(stderr=True).print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def errors_in_one_line(debug: bool = False, out_of_memory: str = "") -> Iterator[None]:
-    """Print errors that a user or a machine can cause in one line, without a traceback, and exit with status 1.
+    """Print errors caused by the user or the machine in one line, without a traceback, and exit with status 1.
 
-    A `TypeError` and the like are bugs of this project and keep their traceback.
+    Others, such as a `TypeError`, are bugs in this project and keep their traceback.
 
     Args:
-        debug: Raise the error with its traceback.
+        debug: Re-raise the error with its traceback.
         out_of_memory: Advice for the user if torch runs out of memory.
     """
     try:
@@ -40,11 +40,11 @@ def errors_in_one_line(debug: bool = False, out_of_memory: str = "") -> Iterator
     except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, RuntimeError) as error:
         if debug:
             raise
-        # An ImportError that is not a ModuleNotFoundError says itself what is to be installed.
+        # An ImportError that is not a ModuleNotFoundError already says what to install.
         if isinstance(error, (ValueError, OSError, FloatingPointError)) or type(error) is ImportError:
             print_error(error)
         else:
-            # torch says more on the lines that follow, for those who work on it.
+            # The further lines of torch's messages are for torch's developers.
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             lacks_memory = isinstance(error, MemoryError) or any(words in first for words in OUT_OF_MEMORY)
             print_error(f"{first} ({out_of_memory if lacks_memory and out_of_memory else f'{DEBUG} shows where'})")
@@ -52,21 +52,21 @@ def errors_in_one_line(debug: bool = False, out_of_memory: str = "") -> Iterator
 
 
 def run_command(command: Callable[..., None], out_of_memory: str = "") -> None:
-    """`typer.run`, with errors in one line, or with their traceback if --debug is among the arguments."""
+    """Like `typer.run`, but with one-line errors, or with tracebacks if --debug is among the arguments."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(epilog=f"{DEBUG}: {DEBUG_HELP}")(command)
     run_app(app, out_of_memory)
 
 
 def run_app(app: typer.Typer, out_of_memory: str = "") -> None:
-    """As `run_command`. --debug may stand anywhere, before a subcommand's name or behind it."""
+    """Like `run_command`, for an app. --debug may stand anywhere, before or after a subcommand's name."""
     arguments = sys.argv[1:]
     with errors_in_one_line(DEBUG in arguments, out_of_memory):
         app([argument for argument in arguments if argument != DEBUG])
 
 
 def tracked(items: Sequence[T], description: str | None) -> Iterable[T]:
-    """Go through `items` with a bar on stderr; where that is no terminal, with a line now and then.
+    """Iterate over `items` with a progress bar on stderr; if that is no terminal, print a line every `SECONDS`.
 
     Args:
         items: Items to iterate over.

@@ -1,4 +1,4 @@
-"""What pyproject.toml's extras bring, by the names that are imported, for messages that name the extra."""
+"""The import names of the packages in pyproject.toml's extras, for error messages that name the extra."""
 
 from importlib.util import find_spec
 
@@ -12,7 +12,7 @@ EXTRAS = {
 
 
 def require_extra(extra: str) -> None:
-    """Raise an `ImportError` that names the extra unless its packages are there.
+    """Raise an `ImportError` that names the extra unless its packages are installed.
 
     Example:
         >>> require_extra("train")

@@ -1,4 +1,4 @@
-"""Files and folders that are never half-written: they are written under another name, then renamed."""
+"""Atomic writing of files and folders: they are written under a temporary name, then renamed."""
 
 import json
 import os
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
-    """A temporary file to write; it takes the place of `path` when the block ends, and is removed if the block fails."""
+    """Yield a temporary file to write; it replaces `path` when the block ends, and is removed if the block fails."""
     path = Path(path)
-    # The suffix stays, because libraries choose the format by it.
+    # The suffix is kept, because libraries choose the format by it.
     aside = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield aside
@@ -27,21 +27,21 @@ def written_aside(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file."""
+    """Write a text file atomically."""
     with written_aside(path) as aside:
         aside.write_text(text)
 
 
 def write_json(path: str | Path, values: Any) -> None:
-    """Write plain values as JSON."""
+    """Write plain values as JSON, atomically."""
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_json(path: Path, convert: Callable[[Any], T]) -> T:
-    """`convert` of the values in a JSON file.
+    """Read a JSON file and return `convert` of its values.
 
     Raises:
-        ValueError: If the file is not valid, or `convert` does not find what it needs.
+        ValueError: If the file is not valid JSON, or `convert` does not find what it needs.
     """
     try:
         return convert(json.loads(path.read_text()))
@@ -51,7 +51,7 @@ def read_json(path: Path, convert: Callable[[Any], T]) -> T:
 
 @contextmanager
 def folder_written_aside(path: str | Path) -> Iterator[Path]:
-    """A temporary folder to fill; it takes the place of `path` when the block ends, and is removed if the block fails."""
+    """Yield a temporary folder to fill; it replaces `path` when the block ends, and is removed if the block fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -73,6 +73,6 @@ def check_writable(path: Path) -> None:
 
 
 def check_picture(path: Path) -> None:
-    """Raise a `ValueError` unless the file's name is that of a picture."""
+    """Raise a `ValueError` unless the file's name ends in .png, .svg or .pdf."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"Expected a plot's file to end in .png, .svg or .pdf, got {path.name!r}.")

@@ -1,4 +1,4 @@
-"""Finds a batch size that fits in memory, by halving (accelerate's `find_executable_batch_size`)."""
+"""Find a batch size that fits in memory, with accelerate's `find_executable_batch_size`."""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -11,11 +11,11 @@ from accelerate.utils.memory import find_executable_batch_size, should_reduce_ba
 
 @contextmanager
 def fitting(run: Callable[[torch.Tensor], Any], pixels: torch.Tensor) -> Iterator[None]:
-    """Name a batch size that fits if the body, which does `run(pixels)`, runs out of memory.
+    """Run the body, which calls `run(pixels)`; if it runs out of memory, raise an error that names a size that fits.
 
     Args:
         run: Function of a batch of images (n, C, H, W).
-        pixels: The batch, (B, C, H, W).
+        pixels: The batch that the body runs, (B, C, H, W).
 
     Raises:
         ValueError: If the body runs out of memory; the message names a batch size that fits.
@@ -25,7 +25,7 @@ def fitting(run: Callable[[torch.Tensor], Any], pixels: torch.Tensor) -> Iterato
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold tensors
+        traceback.clear_frames(error.__traceback__)  # the frames hold tensors
         B = len(pixels)
 
         def tried(batch_size: int) -> int:

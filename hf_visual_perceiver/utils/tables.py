@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table in Markdown; the first `left` columns are aligned to the left, the others to the right.
+    """Format a table in Markdown; the first `left` columns are aligned to the left, the others to the right.
 
     Example:
         >>> print(markdown_table(["K", "accuracy"], [["1", "0.5"]]))
@@ -25,7 +25,7 @@ def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: 
 def terminal_table(
     title: str | None, headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, ends: Collection[int] = ()
 ) -> Table:
-    """The same for the terminal.
+    """Create a table for the terminal, with the same alignment as `markdown_table`.
 
     Args:
         title: Text above the table.

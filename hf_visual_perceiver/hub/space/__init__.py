@@ -1,5 +1,5 @@
 """A Gradio app that shows what the two knobs do to one image, locally or as a Space on the Hub.
 
-`demo` computes, `draw` makes what is shown, `app` lays it out, `repository` puts it on the Hub. Gradio, the extra `demo`, is
-imported by `app` alone.
+`demo` computes, `draw` renders the results, `app` lays out the page and `repository` uploads it to the Hub. Only `app`
+imports Gradio (the extra `demo`).
 """

@@ -15,12 +15,12 @@ from hf_visual_perceiver.modeling.handler import MAX_PIXELS, open_image
 NO_IMAGE = "Drop a picture, take one with the camera, or click an example."
 LEAST_THRESHOLD = 0.3
 FILE_SIZE = "64mb"
-# Seconds: every ten minutes, uploaded files older than an hour are removed.
+# In seconds: every ten minutes, uploaded files older than an hour are removed.
 DELETE = (600, 3600)
 
 
 def build_app(demo: Demo) -> gr.Blocks:
-    """The page: a picture and two knobs on the left, the result on the right.
+    """Build the page: an image and two knobs on the left, the result on the right.
 
     Args:
         demo: The checkpoint.
@@ -30,13 +30,13 @@ def build_app(demo: Demo) -> gr.Blocks:
     examples = [str(path) for path in demo.examples]
     curves = None if demo.evaluation is None else draw_curves(demo.evaluation)
 
-    @lru_cache(maxsize=32)  # the cache's files are named by their content, and never change
+    @lru_cache(maxsize=32)  # Gradio names cached files by their content, so they never change
     def look(path: str) -> Picture:
         with Path(path).open("rb") as file:
             return demo.look(open_image(file))
 
     def show(path: str | None, num_active_queries: int, dqs_threshold: float) -> tuple[str, str]:
-        """Both tabs."""
+        """Render both tabs."""
         if path is None:
             return show_message(NO_IMAGE), show_tradeoff(demo, curves, None)
         try:
@@ -44,11 +44,11 @@ def build_app(demo: Demo) -> gr.Blocks:
         except (OSError, ValueError) as error:
             message = f"Cannot show this file. {_reason(error)}"
             return show_message(message, wrong=True), show_tradeoff(demo, curves, None)
-        # At 1 nothing is dropped, so that comparing the queries is spared.
+        # At 1 no query is dropped, so the comparison of queries is skipped.
         answer = demo.answer(picture, int(num_active_queries), None if dqs_threshold >= 1 else dqs_threshold)
         return show_answer(demo, picture, answer), show_tradeoff(demo, curves, answer)
 
-    # Pictures stay in the cache of this server for an hour; nothing is sent anywhere else.
+    # Images stay in this server's cache for an hour; nothing is sent anywhere else.
     with gr.Blocks(title="Visual Perceiver", analytics_enabled=False, delete_cache=DELETE) as app:
         gr.HTML(_header(demo), apply_default_css=False)
         with gr.Row():
@@ -62,7 +62,8 @@ def build_app(demo: Demo) -> gr.Blocks:
                     elem_id="image",
                     buttons=[],
                 )
-                # Gradio would open the file before the limit on pixels is looked at, and has no words for what is no image.
+                # Gradio would open the file before the limit on pixels is checked, and has no message for invalid
+                # images.
                 image.preprocess = _path  # type: ignore[method-assign]
                 if examples:
                     gr.Examples(examples, image, label="Examples")
@@ -95,8 +96,8 @@ def build_app(demo: Demo) -> gr.Blocks:
             [image, queries, similarity],
             [result, curve],
             show_progress="hidden",
-            trigger_mode="always_last",  # a knob that moves on is answered for where it ends
-            concurrency_limit=1,  # one answer at a time, or times would be of both
+            trigger_mode="always_last",  # while a knob moves, only its last position is computed
+            concurrency_limit=1,  # concurrent runs would distort the measured times
             api_name="show",
         )
     return app
@@ -104,7 +105,7 @@ def build_app(demo: Demo) -> gr.Blocks:
 
 def launch(app: gr.Blocks, host: str | None = None, port: int | None = None) -> None:
     """Serve the app, by default on 127.0.0.1; `host` or a Space's environment can change that."""
-    # Fonts that every machine has: none are fetched from elsewhere.
+    # System fonts, so that none are fetched over the network.
     theme = gr.themes.Default(
         primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     ).set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
@@ -122,14 +123,14 @@ def launch(app: gr.Blocks, host: str | None = None, port: int | None = None) -> 
 
 
 def _reason(error: Exception) -> str:
-    """Why a file is not shown, without its path on this machine."""
+    """The reason why a file cannot be shown, without its path on this machine."""
     if isinstance(error, OSError) or error.__cause__ is not None:
         return "It is damaged, or no image that can be read here."
     return str(error)
 
 
 def _path(payload: Any) -> str | None:
-    """The file that was uploaded; Gradio has checked that it is one."""
+    """The path of an uploaded file, which Gradio has checked."""
     return None if payload is None else payload.path
 
 

@@ -1,4 +1,4 @@
-"""What the app shows of one image: what each query reads, which ones are used, the answer, its cost and its time.
+"""The computations of the app for one image: attention, selected queries, prediction, cost and time.
 
 Shapes: Q learned queries, (h, w) patches.
 """
@@ -26,24 +26,24 @@ from hf_visual_perceiver.modeling import Budget
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities
 
 
-# Seconds that timing an answer should take: moving a knob has to feel immediate.
+# Seconds that timing a setting should take: moving a knob has to feel immediate.
 TIMING = 0.25
 LEAST_REPETITIONS, MOST_REPETITIONS = 3, 7
-# Of a checkpoint's repository, what the app reads; its code is not among it.
+# The files that the app downloads from a checkpoint's repository; its code is not among them.
 READ = ["config.json", "model.safetensors", "evaluation.json", f"{EXAMPLES}/*"]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image, and all that does not depend on the knobs.
+    """An image, and everything that does not depend on the knobs.
 
     Attributes:
         pixels: (1, C, H, W), normalised.
-        view: What the model sees: H x W pixels.
-        attention: (Q, h, w), what each query reads: distributions over the patches, averaged over heads.
-        similarities: (Q, Q) cosines between what the queries have read, which selection compares with t.
-        full_probabilities: (labels,) of all queries.
-        full_seconds: About what all queries take, by which an answer's repetitions are chosen.
+        view: The model's input as an image of H x W pixels.
+        attention: (Q, h, w) attention of each query: distributions over the patches, averaged over heads.
+        similarities: (Q, Q) cosines between the queries' cross-attention outputs, which selection compares with t.
+        full_probabilities: (labels,) probabilities with all queries.
+        full_seconds: Approximate time with all queries, from which the number of repetitions is chosen.
     """
 
     pixels: torch.Tensor
@@ -56,19 +56,19 @@ class Picture:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a setting of the knobs makes of a picture.
+    """The result of one setting of the knobs on a picture.
 
     Attributes:
         num_active_queries: K.
         dqs_threshold: t; None is without selection.
         probabilities: (labels,).
-        active: (Q,) bool, the queries used.
-        nearest: (Q,) of each query, which of those that selection compares it with has read the most similar; 0 of the first.
-        macs: Multiply-accumulates; with t they include reading and comparing all K.
-        full_macs: Those of all queries.
-        seconds: Median over repetitions.
-        full_seconds: Seconds for all queries, measured in turns with the setting.
-        relative_time: Median over repetitions of the ratio of the two.
+        active: (Q,) bool, the queries in use.
+        nearest: (Q,) for each query, the most similar of the queries that selection compares it with; 0 for the first.
+        macs: Multiply-accumulates; with t they include the cross-attention and the comparison of all K.
+        full_macs: Multiply-accumulates of all queries.
+        seconds: Time of the setting, median over repetitions.
+        full_seconds: Time of all queries, measured in turn with the setting, median over repetitions.
+        relative_time: Ratio of the two times, median over repetitions.
         repetitions: How often both were timed.
     """
 
@@ -87,12 +87,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Expected:
-    """Where on the trade-off curves a setting lies, on average over a dataset.
+    """The position of a setting on the trade-off curves, on average over a dataset.
 
     Attributes:
-        macs: Mean multiply-accumulates of one image.
-        accuracy: A fraction.
-        measured: At this very setting; else interpolated between the nearest two.
+        macs: Mean multiply-accumulates per image.
+        accuracy: Accuracy, as a fraction.
+        measured: Whether exactly this setting was measured; otherwise it is interpolated between the nearest two.
     """
 
     macs: float
@@ -101,13 +101,13 @@ class Expected:
 
 
 class Demo:
-    """A checkpoint to be shown.
+    """A checkpoint to show in the app.
 
     Args:
-        model: In eval mode. Its operating point is where the knobs start.
-        name: What to call it.
-        evaluation: What was measured of it.
-        examples: Image files to start from.
+        model: A model in eval mode. The knobs start at its operating point.
+        name: Name to display.
+        evaluation: The checkpoint's evaluation, if there is one.
+        examples: Example image files.
 
     Example:
         >>> from hf_visual_perceiver.inference.loading import default_model
@@ -132,12 +132,12 @@ class Demo:
 
     @classmethod
     def load(cls, name: str, revision: str | None = None, device: str = "cpu") -> "Demo":
-        """A checkpoint with its measurements and examples, by folder or Hub id.
+        """Load a checkpoint with its evaluation and examples, by folder or Hub id.
 
         Args:
             name: A folder or Hub id. Its code is not run.
-            revision: Commit, tag or branch of a Hub id.
-            device: torch's name.
+            revision: Commit, tag or branch, for a Hub id.
+            device: torch's name of the device.
 
         Raises:
             ValueError: If there is no such checkpoint, or it is damaged.
@@ -159,7 +159,7 @@ class Demo:
 
     @cached_property
     def network(self) -> Any:
-        """What answers and is timed: the optimised form, or the model where that needs what is not installed."""
+        """The network that is run and timed: the optimised form, or the model if that form's packages are missing."""
         try:
             return self.model.optimize_for_inference()
         except ImportError:
@@ -167,10 +167,10 @@ class Demo:
 
     @torch.inference_mode()
     def look(self, image: Image.Image) -> Picture:
-        """Let all queries read an image.
+        """Run all queries on an image.
 
         Args:
-            image: RGB, of any size.
+            image: An RGB image of any size.
         """
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.model.device)
         y, attention = self.model.look(pixels)
@@ -192,10 +192,10 @@ class Demo:
     def answer(
         self, picture: Picture, num_active_queries: int | None = None, dqs_threshold: float | None = None
     ) -> Answer:
-        """Classify a picture with the first K queries, less those that selection drops at t, and time it.
+        """Classify a picture with the first K queries, without those that selection drops at t, and time it.
 
         Raises:
-            ValueError: If K or t is out of its range.
+            ValueError: If K or t is out of range.
         """
         budget = Budget(num_active_queries=num_active_queries, dqs_threshold=dqs_threshold)
         knobs = self.config.resolve(**budget.kwargs)
@@ -221,9 +221,9 @@ class Demo:
         )
 
     def expected(self, num_active_queries: int, dqs_threshold: float | None = None) -> Expected | None:
-        """Accuracy and mean MACs at a setting, as far as they were measured.
+        """Look up the accuracy and mean MACs at a setting.
 
-        Between two measured K, or two measured t at all queries, both are interpolated; elsewhere nothing is claimed.
+        Between two measured K, or two measured t with all queries, both are interpolated; elsewhere the result is None.
         """
         rows = [] if self.evaluation is None else self.evaluation.rows
         Q, off = self.config.num_queries, math.inf
@@ -256,7 +256,7 @@ class Demo:
         return np.where(compared, similarities, -2).argmax(1)
 
     def _view(self, pixels: torch.Tensor) -> Image.Image:
-        """The normalised pixels as an image again."""
+        """Convert normalised pixels back to an image."""
         mean, std = (
             torch.tensor(values)[:, None, None] for values in (self.processor.image_mean, self.processor.image_std)
         )

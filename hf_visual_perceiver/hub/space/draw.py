@@ -1,4 +1,4 @@
-"""What the app shows, as HTML and a figure. Colour marks queries in use; all else is grey."""
+"""The app's results as HTML and a figure. Colour marks queries in use; everything else is grey."""
 
 import base64
 import html
@@ -14,17 +14,17 @@ from hf_visual_perceiver.evaluation.plots import tradeoff_figure
 from hf_visual_perceiver.hub.space.demo import Answer, Demo, Expected, Picture
 
 
-# Okabe and Ito's orange, which the colour-blind tell from grey; the style sheet has it too.
+# Okabe and Ito's orange, which colour-blind people can tell from grey; the style sheet uses it too.
 ATTENTION = (230, 159, 0)
 LABELS = 5
-# Columns of queries in which their numbers can still be read; pointing at one says its number anyway.
+# Largest number of columns at which the queries' numbers are legible; beyond it, only tooltips show them.
 LEGIBLE = 10
-# Where the grey of a picture lies, so that orange stands out from it, white or black.
+# The range of greys of a picture, narrowed so that orange stands out even where the picture is white or black.
 GREY = (40, 170)
 
 
 def show_answer(demo: Demo, picture: Picture, answer: Answer) -> str:
-    """The first tab: the numbers, the probabilities, and what each query reads.
+    """Render the first tab: the numbers, the probabilities, and each query's attention.
 
     Example:
         >>> from hf_visual_perceiver.inference.loading import default_model
@@ -42,7 +42,7 @@ def show_answer(demo: Demo, picture: Picture, answer: Answer) -> str:
 
 
 def show_message(text: str, wrong: bool = False) -> str:
-    """A sentence in place of an answer.
+    """Render a sentence in place of a result.
 
     Example:
         >>> show_message("No <image>.")
@@ -53,7 +53,7 @@ def show_message(text: str, wrong: bool = False) -> str:
 
 
 def show_numbers(answer: Answer) -> str:
-    """Queries, MACs and time beside those of the full network."""
+    """Render the queries, MACs and time in comparison with the full network."""
     used, Q, K = int(answer.active.sum()), len(answer.active), answer.num_active_queries
     share = answer.macs / answer.full_macs
     repetitions = "once" if answer.repetitions == 1 else f"median of {answer.repetitions}"
@@ -89,7 +89,7 @@ def _tile(title: str, number: str, unit: str, share: float, detail: str) -> str:
 
 
 def show_probabilities(names: list[str], picture: Picture, answer: Answer) -> str:
-    """The most probable labels, with a tick at the full network's probability."""
+    """Render the most probable labels, with a tick at the full network's probability."""
     rows = []
     for i in np.argsort(-answer.probabilities, kind="stable")[:LABELS]:
         p, full = float(answer.probabilities[i]), float(picture.full_probabilities[i])
@@ -105,7 +105,7 @@ def show_probabilities(names: list[str], picture: Picture, answer: Answer) -> st
 
 
 def show_queries(picture: Picture, answer: Answer) -> str:
-    """Each query's attention over the picture; unused queries are grey, and their tooltip says why."""
+    """Render each query's attention over the picture; unused queries are grey, and their tooltip says why."""
     Q, K = len(answer.active), answer.num_active_queries
     columns = math.ceil(math.sqrt(Q))
     dense = " vp-dense" if columns > LEGIBLE else ""
@@ -141,7 +141,7 @@ def _cell(picture: Picture, answer: Answer, i: int) -> str:
 
 
 def show_pictures(picture: Picture, answer: Answer) -> str:
-    """The model's input, and the attention of all used queries together."""
+    """Render the model's input, and the mean attention of all used queries."""
     together = _address(attention_overlay(picture.attention[answer.active].mean(0)))
     width, height = picture.view.size
     return (
@@ -153,7 +153,7 @@ def show_pictures(picture: Picture, answer: Answer) -> str:
 
 
 def attention_overlay(attention: np.ndarray) -> Image.Image:
-    """One pixel for each patch, the more opaque the more is read there; (h, w) weights, on a scale to their maximum.
+    """An image with one pixel per patch, whose opacity is the attention weight (h, w), scaled to the maximum.
 
     Example:
         >>> attention_overlay(np.array([[0.0, 0.5], [0.25, 0.25]])).getpixel((1, 0))
@@ -166,13 +166,13 @@ def attention_overlay(attention: np.ndarray) -> Image.Image:
 
 @dataclass(frozen=True)
 class Curves:
-    """The trade-off figure as SVG, drawn once; the marks of the current setting are drawn on top.
+    """The trade-off figure as SVG, drawn once; the markers of the current setting are drawn on top.
 
     Attributes:
-        svg: The figure, without marks.
+        svg: The figure, without markers.
         size: (width, height) of the figure in points.
-        axes: (left, top, right, bottom) of the plot in it.
-        limits: (least, greatest) of MACs in millions, and of accuracy in percent, on the axes.
+        axes: (left, top, right, bottom) of the plot area in the figure.
+        limits: Axis limits (lowest, highest): of MACs in millions, and of accuracy in percent.
     """
 
     svg: str
@@ -181,7 +181,7 @@ class Curves:
     limits: tuple[tuple[float, float], tuple[float, float]]
 
     def place(self, macs: float, accuracy: float = 0.0) -> tuple[float, float]:
-        """Where (MACs, accuracy as a fraction) lies in the figure, no further out than the plot's edge."""
+        """The position of (MACs, accuracy as a fraction) in the figure, clamped to the plot area."""
         (left, top, right, bottom), ((x0, x1), (y0, y1)) = self.axes, self.limits
         x = left + (right - left) * (macs / 1e6 - x0) / (x1 - x0)
         y = bottom + (top - bottom) * (100 * accuracy - y0) / (y1 - y0)
@@ -212,7 +212,7 @@ def draw_curves(evaluation: Evaluation) -> Curves:
 
 
 def show_tradeoff(demo: Demo, curves: Curves | None, answer: Answer | None) -> str:
-    """The second tab: the measured curves, with the setting of the knobs on them."""
+    """Render the second tab: the measured curves, with the current setting of the knobs."""
     if demo.evaluation is None or curves is None:
         return show_message(
             "The accuracy of this checkpoint was not measured: its folder has no evaluation.json. "
@@ -230,12 +230,12 @@ def show_tradeoff(demo: Demo, curves: Curves | None, answer: Answer | None) -> s
 
 
 def _marks(curves: Curves, answer: Answer | None, expected: Expected | None) -> str:
-    """A star where the setting lies, and a line at what this image takes."""
+    """Render a star at the setting's expected accuracy and cost, and a line at the cost of this image."""
     marks = ""
     if answer is not None:
         x, _ = curves.place(answer.macs)
         _, top, _, bottom = curves.axes
-        # Beside the line, on the side that has room, and low, where the curves are not.
+        # The text is beside the line, on the side with more room, and low, where there are no curves.
         side, anchor = (4, "start") if x < curves.size[0] / 2 else (-4, "end")
         marks += (
             f'<line class="vp-cost" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
@@ -253,7 +253,7 @@ def _marks(curves: Curves, answer: Answer | None, expected: Expected | None) -> 
 
 
 def describe_setting(answer: Answer | None, expected: Expected | None) -> str:
-    """The setting and its accuracy, in a sentence."""
+    """Describe the setting and its accuracy in words."""
     if answer is None:
         return "With an image, the setting of the knobs and the image's own cost are marked."
     parts = [f"K = {answer.num_active_queries}"]
@@ -271,7 +271,7 @@ def _squeeze(grey: int) -> int:
 
 
 def _address(image: Image.Image) -> str:
-    """The picture as a data address."""
+    """Encode a picture as a data URL."""
     file = io.BytesIO()
     image.save(file, "png")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

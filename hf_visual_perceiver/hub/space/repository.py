@@ -1,4 +1,4 @@
-"""The app as a Space on the Hub: its files, and their upload in one commit."""
+"""Publish the app as a Space on the Hub: collect its files, and upload them in one commit."""
 
 import io
 import json
@@ -21,10 +21,10 @@ from hf_visual_perceiver.training import folder as training_folder
 GRADIO, PYTHON = "6.31.0", "3.12"
 PACKAGE = "hf_visual_perceiver"
 SOURCES = {".py", ".css"}
-GRAPHS = "graphs"  # of ONNX Runtime, which computes the answers
+GRAPHS = "graphs"  # folder of the ONNX graphs that the app runs
 RUNTIME = r"(matplotlib|onnx|onnxscript|onnxruntime)\b"
 ELSEWHERE = {"checkpoints", "model_cards"}  # not needed by the app
-# A new Space has these two.
+# The files of a new Space.
 FRESH = {".gitattributes", "README.md"}
 
 
@@ -35,16 +35,16 @@ class PublishedSpace:
     space: str
     url: str
     commit: str
-    changed: bool  # False if the Space held all of this already
+    changed: bool  # False if the Space already had the same content
     private: bool
 
 
 def space_files(repo_id: str, revision: str, license: str = "apache-2.0") -> dict[str, bytes]:
-    """The files of a Space that shows a checkpoint, as contents by path.
+    """Collect the files of a Space that shows a checkpoint, as contents by path.
 
-    app.py, with the model's repository and revision; README.md, whose metadata configure the Space; requirements.txt, what
-    this package depends on, and ONNX Runtime with what exports graphs for it; and the sources of this package as they run here,
-    since it need not be on a package index.
+    These are app.py, with the model's repository and revision; README.md, whose metadata configure the Space;
+    requirements.txt, with this package's dependencies, ONNX Runtime and the packages that export graphs for it; and the
+    sources of this package as they run here, since it may not be on a package index.
 
     Args:
         repo_id: Hub id of the model.
@@ -104,7 +104,7 @@ def _requirements() -> str:
 
 
 def _sources() -> dict[str, bytes]:
-    """This package's files, laid out as in a wheel; in a checkout, two of its folders lie elsewhere."""
+    """This package's files, laid out as in a wheel; in a checkout, two of its folders are in other places."""
     files = {}
     folders = {
         "": Path(__file__).parents[2],
@@ -126,9 +126,9 @@ def check_space(space: str, private: bool, api: HfApi) -> None:
     """Check, before anything is sent, that a Space of this name can be created or updated.
 
     Args:
-        space: "namespace/name".
-        private: Whether the Space is to be private.
-        api: With the endpoint and token to use.
+        space: Id of the Space, "namespace/name".
+        private: Whether the Space has to be private.
+        api: Hub client with the endpoint and token to use.
 
     Raises:
         ValueError: If the Space exists and shows something else, or is public although `private` is set.
@@ -159,18 +159,18 @@ def upload_space(
 ) -> PublishedSpace:
     """Create the Space if needed, and upload these files in one commit.
 
-    Sources of an earlier publication that are not among them are removed in the same commit; other files stay.
+    Sources of an earlier publication that are not in `files` are removed in the same commit; other files stay.
 
     Args:
         files: Files from `space_files`.
-        space: "namespace/name".
-        message: Message of the commit.
-        state: What is on the Hub if this fails, and what to do then, for the error message.
+        space: Id of the Space, "namespace/name".
+        message: Commit message.
+        state: The state of the Hub if this fails, and what to do then, for the error message.
         private: Create a private Space.
-        api: With the endpoint and token to use.
+        api: Hub client with the endpoint and token to use.
 
     Raises:
-        HubError: If a step fails. The Space then holds either all or nothing of the new files.
+        HubError: If a step fails. The Space then holds either all of the new files or none.
     """
     with hub_step(f"creating the Space {space}", state, api):
         api.create_repo(space, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
