@@ -207,7 +207,7 @@ def calibrate(
         >>> from hf_visual_perceiver.data.images import load_images
         >>> model, data = load_model(default_model()), load_images(default_dataset(), "test").subset(slice(0, 100))
         >>> budgets = [Budget(num_active_queries=4), Budget(num_active_queries=16)]
-        >>> calibrate(model, data, Target("macs", 0.1), budgets, progress=False).budget
+        >>> calibrate(model, data, Target("macs", 0.3), budgets, progress=False).budget
         Budget(num_active_queries=4)
     """
     if len(data) < 2:

@@ -37,7 +37,7 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
         >>> from transformers import pipeline
         >>> classifier = pipeline("adaptive-image-classification", model=default_model())
         >>> classifier(Image.new("RGB", (32, 32)), target_macs=0.25, top_k=1)[0]["queries_used"]
-        15
+        2
     """
 
     # The four steps of a pipeline. As in other tasks, the arguments are named where the base class has `**kwargs`.

@@ -20,6 +20,7 @@ from hf_visual_perceiver.data.parts import at_most, evenly_spaced
 from hf_visual_perceiver.data.sample_images import write_sample_images
 from hf_visual_perceiver.export.graph import export_onnx
 from hf_visual_perceiver.inference import classification
+from hf_visual_perceiver.inference.loading import default_model, load_model
 from hf_visual_perceiver.modeling import Budget
 
 
@@ -162,7 +163,7 @@ class TestResults:
     def test_json_on_stdout_is_alone_there(self, arguments, pictures, tmp_path, request, monkeypatch):
         places = {"picture": pictures[0], "folder": tmp_path}
         if "{graph}" in arguments:
-            export_onnx(request.getfixturevalue("trained"), tmp_path / "m.onnx", Budget(num_active_queries=2))
+            export_onnx(load_model(default_model()), tmp_path / "m.onnx", Budget(num_active_queries=2))
             places["graph"] = tmp_path / "m.onnx"
         if "{run}" in arguments:
             places["run"] = finished_run(tmp_path / "run")

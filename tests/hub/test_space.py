@@ -374,9 +374,11 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """`visual-perceiver demo-app`, with the bundled checkpoint."""
+    """`visual-perceiver demo-app`, with the bundled checkpoint of the paper's form."""
     page = Served(
-        ["-m", "hf_visual_perceiver.cli.main", "demo-app"], tmp_path_factory.mktemp("served"), HF_HUB_OFFLINE="1"
+        ["-m", "hf_visual_perceiver.cli.main", "demo-app", "--model", papers_form()],
+        tmp_path_factory.mktemp("served"),
+        HF_HUB_OFFLINE="1",
     )
     yield page
     page.stop()
