@@ -194,7 +194,7 @@ class ExtendStage(PerceiverStage):
         key, value = torch.cat([past[:, -2], key], dim=2), torch.cat([past[:, -1], value], dim=2)
         read = None
         if self.config.decoder_reads == "last_block":
-            read = torch.where(self.block[reach] == self.block[reach[-1]], 0.0, torch.finfo(torch.float32).min)
+            read = torch.where(self.block[reach] == self.block[reach[-1:]], 0.0, torch.finfo(torch.float32).min)
         return self.answer(key, value, read), torch.stack([*kept, key, value], dim=1)
 
 

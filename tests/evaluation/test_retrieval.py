@@ -222,7 +222,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--budget", "K=65"], "integer in [1, 64], got 65"),
+            (["--budget", "K=33"], "integer in [1, 32], got 33"),
             (["--feature", "cls"], "feature among pooled, mean"),
             (["--neighbours", 0], "neighbours in [1, 2000]"),
             (["--temperature", 0], "positive temperature"),
