@@ -90,6 +90,9 @@ REMOTE = [
     "query_selection",
     "ragged",
     "spatial_init",
+    "visual_perceiver_incremental",
+    "visual_perceiver_layers",
+    "visual_perceiver_network",
 ]
 
 

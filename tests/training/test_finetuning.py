@@ -258,9 +258,9 @@ class TestLora:
 
 def test_features_of_the_documentation(story):
     output = story[3]["output"]
-    assert output.pooler_output.shape == (4, 96)
-    assert output.last_hidden_state.shape == (4, 16, 96)
-    assert output.active_queries.shape == (4, 64)
+    assert output.pooler_output.shape == (4, 128)
+    assert output.last_hidden_state.shape == (4, 16, 128)
+    assert output.active_queries.shape == (4, 32)
 
 
 def test_the_data_has_other_classes(place):
