@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_visual_perceiver.modeling import modeling_visual_perceiver, ragged
+from hf_visual_perceiver.modeling import ragged, visual_perceiver_layers
 
 
 def slow_varlen(query, key, value, query_offsets, key_offsets, max_queries, max_keys):
@@ -45,4 +45,4 @@ def _(query, *_):
 def simulate_varlen(monkeypatch, function=slow_varlen):
     """Have the model take `function` for what torch has on CUDA, on this device and in this dtype."""
     monkeypatch.setattr(ragged, "varlen_needs", lambda *_: "")
-    monkeypatch.setattr(modeling_visual_perceiver, "torch_varlen_attention", lambda: function)
+    monkeypatch.setattr(visual_perceiver_layers, "torch_varlen_attention", lambda: function)
