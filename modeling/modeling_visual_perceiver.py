@@ -485,7 +485,8 @@ class VisualPerceiverGraph(nn.Module):
         if num_active_queries is None or self.model.config.num_levels == 1:
             y = parts.read(pixel_values, K)  # (B, K, D)
         else:  # how many levels K asks for is not a fixed piece of graph, so all are computed
-            y = parts.read(pixel_values, Q)[:, :K]
+            # torch 2.8 cannot export a slice of unknown length here.
+            y = parts.read(pixel_values, Q).index_select(1, torch.arange(K, device=pixel_values.device))
         too_similar = cosine_similarities(y) > dqs_threshold  # (B, K, K)
         # To Q, so that the rule is a fixed piece of graph; what is not there is similar to nothing.
         keep = keep_dissimilar(F.pad(too_similar, (0, Q - K, 0, Q - K)), self.model.config.dqs_reference)[:, :K]

@@ -73,7 +73,7 @@ class TestForms:
     def test_without_a_package_it_serves_with_pytorch(self, endpoint, pictures, monkeypatch, missing):
         monkeypatch.setitem(sys.modules, missing, None)
         plain = EndpointHandler(papers_form())
-        assert isinstance(plain.model, VisualPerceiverForImageClassification)
+        assert type(plain.model).__name__ == "VisualPerceiverForImageClassification"  # of the folder's code
         request = {"inputs": pictures, "parameters": self.PARAMETERS}
         for expected, answer in zip(endpoint(request), plain(request), strict=True):
             assert [a["label"] for a in answer] == [a["label"] for a in expected]
