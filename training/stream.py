@@ -16,7 +16,7 @@ import atexit
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -146,7 +146,7 @@ class StreamOrder:
     def __len__(self) -> int:
         return self.last_step - self.first_step
 
-    def __iter__(self) -> Iterator[list[EncodedImage]]:
+    def __iter__(self) -> "Batches":
         batches = self._batches()
         _close_at_exit(batches)
         return batches
@@ -191,7 +191,7 @@ class StreamOrder:
         """The settings on which a position in the order depends."""
         return {name: getattr(self, name) for name in ("world_size", "rank", "seed", "shuffle_window", "repeats")}
 
-    def _batches(self) -> Iterator[list[EncodedImage]]:
+    def _batches(self) -> "Batches":
         window, offset = self._start
         self._places = {self.first_step: self._start}
         dealt = self._deal(window, offset)
@@ -264,10 +264,11 @@ class StreamOrder:
         return label, encoded.get("bytes") or b"", name
 
 
-_open: weakref.WeakSet = weakref.WeakSet()
+Batches = Generator[list[EncodedImage], None, None]
+_open: weakref.WeakSet[Batches] = weakref.WeakSet()
 
 
-def _close_at_exit(batches: Iterator) -> None:
+def _close_at_exit(batches: Batches) -> None:
     _open.add(batches)
     atexit.unregister(_close_streams)
     atexit.register(_close_streams)
@@ -283,7 +284,7 @@ def _close_streams() -> None:
     time.sleep(1)
 
 
-class DecodedImages(torch.utils.data.Dataset):
+class DecodedImages(torch.utils.data.Dataset[Any]):
     """Decodes images to pixels; the randomness of each follows from the seed, the step and its position in the batch.
 
     Args:

@@ -269,7 +269,7 @@ class BatchOrder:
             yield [(int(p), epoch, int(order[p])) for p in positions]
 
 
-class ResizedImages(torch.utils.data.Dataset):
+class ResizedImages(torch.utils.data.Dataset[Any]):
     """Training images in the network's size; each random crop is a function of the seed, the epoch and the position."""
 
     def __init__(self, data: ImageDataset, transform: Callable[[Image.Image], Image.Image], seed: int):

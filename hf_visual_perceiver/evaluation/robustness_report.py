@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -227,7 +228,9 @@ def _colours(result: Robustness) -> list[str]:
     return [f"C{i % 10}" for i in range(len(result.budgets))]
 
 
-def _heat_map(axes, values: np.ndarray, form: str, colours: str, reach: tuple[float, float], labels: list[str]) -> None:
+def _heat_map(
+    axes: Axes, values: np.ndarray, form: str, colours: str, reach: tuple[float, float], labels: list[str]
+) -> None:
     axes.imshow(values, cmap=colours, vmin=reach[0], vmax=reach[1], aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         axes.text(column, row, format(value, form), ha="center", va="center", fontsize=8)

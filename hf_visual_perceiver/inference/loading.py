@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from hf_visual_perceiver.modeling import FAMILIES
-from hf_visual_perceiver.utils.bundled import (  # noqa: F401  (callers load these by name, and may import them from here)
+from hf_visual_perceiver.utils.bundled import (
     SAMPLE,
     bundled_checkpoint,
     default_dataset,
@@ -117,3 +117,18 @@ def choose_device(device: str = "auto") -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+__all__ = [
+    "SAMPLE",
+    "bundled_checkpoint",
+    "check_type",
+    "choose_device",
+    "config_from_dict",
+    "default_dataset",
+    "default_model",
+    "load_config",
+    "load_model",
+    "load_optimized",
+    "shipped",
+]

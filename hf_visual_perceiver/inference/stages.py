@@ -110,7 +110,7 @@ class LevelStage(PerceiverStage):
         super().__init__(parts, head)
         self.level = level
 
-    def forward(self, x: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, ...]:
         embeddings = self.visual_perceiver.embeddings
         before = self.unpacked(x) if self.level else x
         (tokens,), features = embeddings(before, first=self.level, end=self.level + 1)
