@@ -1,11 +1,10 @@
-"""What the engine of `optimize_for_inference` gains over PyTorch, and what selection, cascades and 8 bits gain in it.
+"""What the engine of `optimize_for_inference` gains over PyTorch, and what selection, cascades and int8 gain in it.
 
-    OMP_NUM_THREADS=1 python benchmarks/engine.py --json engine.json
+    OMP_NUM_THREADS=1 python benchmarks/engine.py [CHECKPOINT...] --json engine.json
 
-prints ratios of medians, every comparison interleaved in one run, on images of the embedded sample.
+prints medians and their ratios; the rows of a comparison take turns, on images of the embedded sample.
 """
 
-import itertools
 import json
 import statistics
 import subprocess
@@ -17,181 +16,182 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import timm
 import torch
 import typer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
+from hf_visual_perceiver import bundled_checkpoint
 from hf_visual_perceiver.benchmark.timing import interleaved
 from hf_visual_perceiver.data.images import load_images, normalise
 from hf_visual_perceiver.evaluation.cascade import Cascade
-from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
+from hf_visual_perceiver.inference.loading import default_dataset, load_model
 from hf_visual_perceiver.inference.onnx_graphs import Sessions, Stage, export_stage
 from hf_visual_perceiver.modeling import Budget, count_macs
 from hf_visual_perceiver.utils.conditions import measurement_conditions
+from hf_visual_perceiver.utils.tables import markdown_table
 
 
-BUDGETS = (1, 8, 16, 64)
+THRESHOLDS = (0.6, 0.8, 0.9, 0.97)
 LATENCY_CALLS = 200
 
 
-def medians(runs: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
-    """Median milliseconds of each, in turn."""
-    seconds = interleaved(runs, repetitions, torch.device("cpu"), progress=False)
-    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+class Measurement:
+    """One checkpoint, eager and in the engine, with the images to time it on."""
 
+    def __init__(self, name: str, repetitions: int):
+        self.name, self.repetitions = name, repetitions
+        self.model = load_model(name)
+        self.engine = self.model.optimize_for_inference()
+        self.config = self.model.config
+        self.Q = self.config.num_queries
+        cfg, data = self.config.timm_pretrained_cfg, load_images(default_dataset(), "test")
+        self.images = normalise(data.images[:256], cfg["mean"], cfg["std"])
+        self.tables: list[dict[str, Any]] = []
 
-def table(title: str, headers: list[str], rows: list[list[Any]]) -> dict[str, Any]:
-    """Print a table in markdown, and return it."""
-    print(f"\n{title}\n\n| {' | '.join(headers)} |\n|{' ---: |' * len(headers)}")
-    for row in rows:
-        print(f"| {' | '.join(f'{cell:.3g}' if isinstance(cell, float) else str(cell) for cell in row)} |")
-    return {"title": title, "headers": headers, "rows": rows}
+    def medians(self, batch: int, **runs: Callable[[torch.Tensor], Any]) -> dict[str, float]:
+        """Median milliseconds of each run on the first images, in turn; single images are timed 20 times as often."""
+        calls = {name: partial(run, self.images[:batch]) for name, run in runs.items()}
+        count = self.repetitions * (20 if batch == 1 else 1)
+        times = interleaved(calls, count, torch.device("cpu"), progress=False)
+        return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
 
+    def table(self, title: str, headers: list[str], rows: list[list[float]]) -> None:
+        """Print a table and keep it."""
+        print(f"\n**{Path(self.name).name}: {title}**\n")
+        print(markdown_table(headers, [[f"{cell:.3g}" for cell in row] for row in rows], left=0), flush=True)
+        self.tables.append({"model": Path(self.name).name, "title": title, "headers": headers, "rows": rows})
 
-def budgets(model: Any, engine: Any, images: torch.Tensor, repetitions: int) -> list[dict[str, Any]]:
-    """Every budget, eager and by the engine."""
-    tables = []
-    for batch in (1, 64, 256):
-        x, count = images[:batch], 20 * repetitions if batch == 1 else repetitions
-        forms = {"eager": model, "engine": engine}
-        runs = {(f, K): partial(form, x, num_active_queries=K) for K in BUDGETS for f, form in forms.items()}
-        ms = medians({str(name): run for name, run in runs.items()}, count)
+    def budgets(self) -> None:
+        """Every budget, eager and in the engine, and the spread of single calls."""
+        for batch in (1, 64, 256):
+            forms = {"eager": self.model, "engine": self.engine}
+            runs = {f"{f} {K}": partial(form, num_active_queries=K) for K in self.ladder for f, form in forms.items()}
+            ms, rows = self.medians(batch, **runs), []
+            for K in self.ladder:
+                eager, ours, full = ms[f"eager {K}"], ms[f"engine {K}"], ms[f"engine {self.Q}"]
+                rows.append([K, eager, ours, ours / eager, ours / full])
+            headers = ["K", "eager, ms", "engine, ms", "engine / eager", "engine: K / all"]
+            self.table(f"batch {batch}", headers, rows)
         rows = []
-        for K in BUDGETS:
-            eager, ours, full = (ms[str(key)] for key in (("eager", K), ("engine", K), ("engine", BUDGETS[-1])))
-            rows.append([K, eager, ours, ours / eager, ours / full])
-        headers = ["K", "eager, ms", "engine, ms", "engine / eager", "engine: K / all"]
-        tables.append(table(f"Batch {batch}", headers, rows))
-    return tables
+        for K in self.ladder:
+            ms = []
+            for _ in range(LATENCY_CALLS):
+                began = time.perf_counter()
+                self.engine(self.images[:1], num_active_queries=K)
+                ms.append(1000 * (time.perf_counter() - began))
+            rows.append([K, *map(float, np.percentile(ms, [50, 95]))])
+        self.table(f"one image, {LATENCY_CALLS} single calls", ["K", "p50, ms", "p95, ms"], rows)
 
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        """The budgets that are timed."""
+        return (1, 8, 16, self.Q)
 
-def latency(engine: Any, image: torch.Tensor) -> dict[str, Any]:
-    """The spread over single calls."""
-    rows = []
-    for K in BUDGETS:
-        ms = []
-        for _ in range(LATENCY_CALLS):
-            began = time.perf_counter()
-            engine(image, num_active_queries=K)
-            ms.append(1000 * (time.perf_counter() - began))
-        rows.append([K, *map(float, np.percentile(ms, [50, 95]))])
-    return table(f"One image, {LATENCY_CALLS} single calls", ["K", "p50, ms", "p95, ms"], rows)
+    def selection(self) -> None:
+        """Thresholds against a fixed K of the same number of queries, and against all queries."""
+        for batch in (1, 256):
+            rows = []
+            for t in THRESHOLDS:
+                selected = partial(self.engine, dqs_threshold=t)
+                kept = selected(self.images[:batch]).active_queries.sum(1).float().mean().item()
+                fixed = partial(self.engine, num_active_queries=max(1, round(kept)))
+                ms = self.medians(batch, t=selected, K=fixed, all=self.engine)
+                rows.append([t, kept, ms["t"], ms["t"] / ms["K"], ms["t"] / ms["all"]])
+            self.table(f"selection, batch {batch}", ["t", "queries", "ms", "to fixed K", "to all queries"], rows)
 
+    def cascades(self) -> None:
+        """A cascade against the fixed K whose cost is nearest, at their time for as many multiply-accumulates."""
+        stages, rows = [self.Q // 16, self.Q // 4, self.Q], []
+        budgets = [Budget(num_active_queries=K) for K in stages]
+        costs = np.array(self.config.count_stages(budgets), dtype=float)
+        sure = self.engine(self.images, num_active_queries=stages[0]).logits.softmax(-1).amax(-1)
+        for share in (0.9, 0.6, 0.3):
+            threshold = sure.quantile(1 - share).item()
+            cascade = Cascade(self.engine, budgets, [threshold, threshold])
+            mean = float(costs[cascade(self.images).stage.numpy()].mean())
+            K = min(range(1, self.Q + 1), key=lambda K: abs(count_macs(self.config, K) - mean))
+            ms = self.medians(256, cascade=cascade, K=partial(self.engine, num_active_queries=K))
+            times = [ms["cascade"] / mean, ms["K"] / count_macs(self.config, K)]
+            rows.append([threshold, mean / 1e6, K, ms["cascade"], ms["cascade"] / ms["K"], times[0] / times[1]])
+        headers = ["threshold", "mean MACs (M)", "K of that cost", "ms", "to fixed K", "to fixed K, per MAC"]
+        self.table(f"cascade of K = {stages}, batch 256", headers, rows)
 
-def selection(engine: Any, images: torch.Tensor, repetitions: int) -> list[dict[str, Any]]:
-    """Thresholds against a fixed K of the same number of queries, and against all queries."""
-    Q, tables = engine.config.num_queries, []
-    for batch in (1, 256):
-        x, rows = images[:batch], []
-        for t in (0.6, 0.8, 0.9, 0.97):
-            kept = engine(x, dqs_threshold=t).active_queries.sum(1).float().mean().item()
-            K = max(1, round(kept))
-            runs = {
-                "t": partial(engine, x, dqs_threshold=t),
-                "K": partial(engine, x, num_active_queries=K),
-                "all": partial(engine, x, num_active_queries=Q),
-            }
-            ms = medians(runs, 20 * repetitions if batch == 1 else repetitions)
-            rows.append([t, kept, ms["t"], ms["t"] / ms["K"], ms["t"] / ms["all"]])
-        headers = ["t", "queries", "ms", "to fixed K", "to all queries"]
-        tables.append(table(f"Selection, batch {batch}", headers, rows))
-    return tables
+    def int8(self) -> None:
+        """Linear layers in int8 against float32."""
+        quantised, rows = self.model.optimize_for_inference(int8=True), []
+        for batch in (1, 64):
+            for K in (8, self.Q):
+                forms = {"float32": self.engine, "int8": quantised}
+                ms = self.medians(batch, **{f: partial(form, num_active_queries=K) for f, form in forms.items()})
+                rows.append([batch, K, ms["float32"], ms["int8"], ms["int8"] / ms["float32"]])
+        self.table("int8", ["batch", "K", "float32, ms", "int8, ms", "int8 / float32"], rows)
 
+    def rivals(self) -> None:
+        """All queries, and K = 8, beside static networks in ONNX Runtime: timm's ViT of the same sizes, and ResNet-20."""
+        rows, height_width = [], self.config.image_height_width
+        vit = VisionTransformer(
+            img_size=height_width,
+            patch_size=self.config.patch_size,
+            num_classes=10,
+            embed_dim=self.config.hidden_size,
+            depth=self.config.num_hidden_layers,
+            num_heads=self.config.num_attention_heads,
+            mlp_ratio=self.config.intermediate_size / self.config.hidden_size,
+            class_token=False,
+            global_pool="avg",
+        )
+        statics = {"ViT": self.graph(vit), "ResNet-20": self.graph(timm.create_model("cifar_resnet20"))}
+        for batch in (1, 64, 256):
+            ms = self.medians(batch, eight=partial(self.engine, num_active_queries=8), engine=self.engine, **statics)
+            rows.append([batch, *ms.values(), ms["engine"] / ms["ViT"], ms["engine"] / ms["ResNet-20"]])
+        headers = [
+            "batch",
+            "engine, K = 8, ms",
+            "engine, all, ms",
+            "ViT, ms",
+            "ResNet-20, ms",
+            "all / ViT",
+            "all / ResNet",
+        ]
+        self.table("static networks in ONNX Runtime", headers, rows)
 
-def cascades(engine: Any, images: torch.Tensor, repetitions: int) -> dict[str, Any]:
-    """A cascade against a fixed K that costs as many multiply-accumulates."""
-    config, rows = engine.config, []
-    stages = [4, 16, config.num_queries]
-    budgets = [Budget(num_active_queries=K) for K in stages]
-    costs = np.array(config.count_stages(budgets), dtype=float)
-    sure = engine(images, num_active_queries=stages[0]).logits.softmax(-1).amax(-1)
-    for share in (0.9, 0.6, 0.3):
-        threshold = sure.quantile(1 - share).item()
-        cascade = Cascade(engine, budgets, [threshold, threshold])
-        mean = float(costs[cascade(images).stage.numpy()].mean())
-        K = min(range(1, config.num_queries + 1), key=lambda K: abs(count_macs(config, K) - mean))
-        runs = {"cascade": partial(cascade, images), "K": partial(engine, images, num_active_queries=K)}
-        ms = medians(runs, repetitions)
-        rows.append([threshold, mean / 1e6, K, ms["cascade"], ms["cascade"] / ms["K"]])
-    headers = ["threshold", "mean MACs (M)", "K of that cost", "ms", "to fixed K"]
-    return table(f"Cascade of K = {stages}, batch {len(images)}", headers, rows)
+    def graph(self, network: nn.Module) -> Callable[[torch.Tensor], Any]:
+        """A static network in ONNX Runtime."""
+        network.eval()
+        stage = Stage(network, {"x": self.images[:2]}, {"x": {0: "images"}}, ("logits",))
+        weights = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        sessions = Sessions({"static": export_stage(stage)}, weights)
+        return lambda x: sessions.run("static", x=x.numpy())
 
-
-def eight_bits(model: Any, engine: Any, images: torch.Tensor, repetitions: int) -> dict[str, Any]:
-    """Linears in 8 bits against float32."""
-    quantised, rows = model.optimize_for_inference(int8=True), []
-    for batch, K in itertools.product((1, 64), (8, 64)):
-        runs = {
-            "float32": partial(engine, images[:batch], num_active_queries=K),
-            "int8": partial(quantised, images[:batch], num_active_queries=K),
-        }
-        ms = medians(runs, 20 * repetitions if batch == 1 else repetitions)
-        rows.append([batch, K, ms["float32"], ms["int8"], ms["int8"] / ms["float32"]])
-    return table("8 bits", ["batch", "K", "float32, ms", "int8, ms", "int8 / float32"], rows)
-
-
-def vision_transformer(engine: Any, images: torch.Tensor, repetitions: int) -> dict[str, Any]:
-    """All queries against timm's ViT of the same width, depth and number of tokens, both in ONNX Runtime."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    config, rows = engine.config, []
-    height, width = config.image_height_width
-    vit = VisionTransformer(
-        img_size=(height, width),
-        patch_size=config.patch_size,
-        num_classes=10,
-        embed_dim=config.hidden_size,
-        depth=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        mlp_ratio=config.intermediate_size / config.hidden_size,
-        class_token=False,
-        global_pool="avg",
-    ).eval()
-    stage = Stage(vit, {"x": images[:2]}, {"x": {0: "images"}}, ("logits",))
-    sessions = Sessions({"vit": export_stage(stage)}, dict(vit.named_parameters()))
-    for batch in (1, 64):
-        x = images[:batch]
-        runs = {"engine": partial(engine, x), "ViT": partial(sessions.run, "vit", x=x.numpy())}
-        ms = medians(runs, 20 * repetitions if batch == 1 else repetitions)
-        rows.append([batch, ms["engine"], ms["ViT"], ms["engine"] / ms["ViT"]])
-    return table("All queries beside timm's ViT", ["batch", "engine, ms", "ViT, ms", "engine / ViT"], rows)
-
-
-def start(name: str) -> dict[str, Any]:
-    """Seconds to load and optimise the checkpoint, in a new process, imports not counted."""
-    code = (
-        "import sys, time, torch, hf_visual_perceiver\n"
-        "from hf_visual_perceiver.inference.loading import load_optimized, load_model\n"
-        "began = time.perf_counter(); model = load_optimized(sys.argv[1])\n"
-        "model(torch.zeros(1, 3, *model.config.image_height_width)); print(time.perf_counter() - began)"
-    )
-    result = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True)
-    return table("Start", ["load, optimise and answer once, s"], [[float(result.stdout.split()[-1])]])
+    def start(self) -> None:
+        """Seconds to load and optimise the checkpoint, in a new process, imports not counted."""
+        code = (
+            "import sys, time, torch, hf_visual_perceiver\n"
+            "from hf_visual_perceiver.inference.loading import load_optimized\n"
+            "began = time.perf_counter(); model = load_optimized(sys.argv[1])\n"
+            "model(torch.zeros(1, 3, *model.config.image_height_width)); print(time.perf_counter() - began)"
+        )
+        result = subprocess.run([sys.executable, "-c", code, self.name], capture_output=True, text=True, check=True)
+        self.table("start", ["load, optimise and answer once, s"], [[float(result.stdout.split()[-1])]])
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="Checkpoint; the bundled one by default.")] = None,
-    repetitions: Annotated[
-        int, typer.Option(min=1, help="Of each measurement; single images get 20 times as many.")
-    ] = 5,
+    checkpoints: Annotated[list[str] | None, typer.Argument(help="Both bundled ones by default.")] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="Of each run; single images get 20 times as many.")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the tables here.")] = None,
 ) -> None:
     """Measure and print."""
-    name = model or default_model()
-    network = load_model(name)
-    engine = network.optimize_for_inference()
-    cfg, data = network.config.timm_pretrained_cfg, load_images(default_dataset(), "test")
-    images = normalise(data.images[:256], cfg["mean"], cfg["std"])
-    with torch.no_grad():
-        tables = [
-            *budgets(network, engine, images, repetitions),
-            latency(engine, images[:1]),
-            *selection(engine, images, repetitions),
-            cascades(engine, images, repetitions),
-            eight_bits(network, engine, images, repetitions),
-            vision_transformer(engine, images, repetitions),
-            start(name),
-        ]
-    conditions = measurement_conditions(engine.device, dtype="float32", form="onnxruntime")
+    names = [bundled_checkpoint(), bundled_checkpoint("visual_perceiver_nano_cifar10")]
+    tables = []
+    for name in checkpoints or names:
+        measured = Measurement(str(name), repetitions)
+        with torch.no_grad():
+            for question in ("budgets", "selection", "cascades", "int8", "rivals", "start"):
+                getattr(measured, question)()
+        tables += measured.tables
+    conditions = measurement_conditions("cpu", dtype="float32", form="onnxruntime")
     print(f"\n{', '.join(f'{key} {value}' for key, value in conditions.items())}")
     if json_file:
         json_file.write_text(json.dumps({"conditions": conditions, "tables": tables}, indent=2) + "\n")
