@@ -42,7 +42,7 @@ from hf_visual_perceiver.hub.space.draw import (
     show_tradeoff,
 )
 from hf_visual_perceiver.hub.space.repository import GRADIO, space_files, upload_space
-from hf_visual_perceiver.inference.loading import load_model
+from hf_visual_perceiver.inference.loading import default_model, load_model
 from hf_visual_perceiver.modeling import (
     Budget,
     OptimizedVisualPerceiver,
@@ -114,6 +114,20 @@ class TestNumbers:
         # With selection, reading and comparing all candidates counts.
         assert answer.macs == count_macs(trained.config, used, None if t is None else K)
         assert answer.full_macs == count_macs(trained.config)
+
+    def test_a_network_with_levels(self, cat):
+        """The default checkpoint: tokens of each level are 4x4, and what each level costs is counted."""
+        demo = Demo.load(default_model())
+        picture, model = demo.look(cat), load_model(default_model())
+        assert picture.attention.shape == (32, 4, 4)
+        for K, t in ((1, None), (8, None), (32, None), (32, 0.8)):
+            answer = demo.answer(picture, K, t)
+            with torch.no_grad():
+                output = model(picture.pixels, num_active_queries=K, dqs_threshold=t)
+            np.testing.assert_allclose(answer.probabilities, output.logits[0].softmax(-1).numpy(), atol=1e-5)
+            assert answer.active.tolist() == output.active_queries[0].tolist()
+            budget = Budget(num_active_queries=K, **({"dqs_threshold": t} if t else {}))
+            assert answer.macs == model.config.count_macs(budget, output).item()
 
     def test_dropped_queries_read_what_an_earlier_one_reads(self, demo, picture):
         answer = demo.answer(picture, 64, 0.7)

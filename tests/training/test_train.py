@@ -127,7 +127,47 @@ def test_learns_64_images_by_heart(tmp_path):
     assert (logits.argmax(-1).numpy() == data.labels).mean() >= 0.98
 
 
+# A stem whose levels have classifiers of their own while they are trained.
+LEVELS = {
+    "config": {
+        **SMALL["config"],
+        "stem": "conv",
+        "stem_widths": [[6, 8], [8], [12]],
+        "level_starts": [1, 5],
+        "level_widths": [4, 2],
+        "trunk_attention": "block_causal",
+    },
+    "queries": {"schedule": "nested"},
+    "stem_loss": 0.5,
+}
+
+
 class TestResuming:
+    def test_classifiers_of_a_stem_go_on(self, tmp_path, monkeypatch):
+        recipe = small_recipe(**LEVELS)
+        train(recipe, tmp_path / "whole")
+        original, steps = run_module.forward_backward, []
+
+        def interrupt(*args):
+            steps.append(args)
+            if len(steps) == 4:
+                raise InterruptedError
+            return original(*args)
+
+        monkeypatch.setattr(run_module, "forward_backward", interrupt)
+        with pytest.raises(InterruptedError):
+            train(recipe, tmp_path / "pieces")
+        monkeypatch.setattr(run_module, "forward_backward", original)
+        train(recipe, tmp_path / "pieces", resume=True)
+        assert_same_run(tmp_path / "whole", tmp_path / "pieces")
+        before, after = (
+            load_file(tmp_path / run / "checkpoints" / f"step_{step}" / "state.safetensors")
+            for run, step in (("pieces", 4), ("whole", 6))
+        )
+        heads = [name for name in after if ".heads." in name and name.startswith("model")]
+        assert heads
+        assert not any(torch.equal(before[name], after[name]) for name in heads)
+
     def test_equals_no_interruption_bit_for_bit(self, tmp_path, monkeypatch):
         recipe = small_recipe(augmentation=DEIT)
         train(recipe, tmp_path / "whole")
