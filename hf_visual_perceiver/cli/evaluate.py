@@ -1,5 +1,6 @@
 """`visual-perceiver evaluate`."""
 
+import dataclasses
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,7 +58,7 @@ def evaluate_command(
     """Measure accuracy, usage (such as queries per image), MACs and time at every budget."""
     from hf_visual_perceiver.data.images import load_images
     from hf_visual_perceiver.data.parts import at_most
-    from hf_visual_perceiver.evaluation.evaluate import evaluate
+    from hf_visual_perceiver.evaluation.evaluate import evaluate, int8_accuracy
     from hf_visual_perceiver.evaluation.plots import plot_tradeoff
     from hf_visual_perceiver.hub.card import write_card
     from hf_visual_perceiver.inference.loading import choose_device, default_dataset, load_model, load_optimized
@@ -69,9 +70,10 @@ def evaluate_command(
     if card and fast:
         raise ValueError("Expected --write-card without --fast: a card is of the model as it is loaded.")
     network = (load_optimized if fast else load_model)(name, choose_device(device), dtype)
+    data = at_most(load_images(dataset or default_dataset(), split), max_images)
     result = evaluate(
         network,
-        at_most(load_images(dataset or default_dataset(), split), max_images),
+        data,
         parsed_budgets(network.config, budget),
         batch_size,
         conditions={
@@ -81,6 +83,11 @@ def evaluate_command(
             "command": command_line(),
         },
     )
+    if card and hasattr(network, "optimize_for_inference"):
+        try:
+            result = dataclasses.replace(result, int8=int8_accuracy(network, data, batch_size))
+        except ImportError as error:
+            console.print(f"The card will not have the accuracy in int8: {error}", markup=False, highlight=False)
     console.print(evaluation_table(result))
     console.print(conditions_line(result.conditions), style="dim", highlight=False)
     console.print(errors_line(result), markup=False, highlight=False)

@@ -107,6 +107,7 @@ class Evaluation:
         confusion: Confusion matrix of the full network; None in results of earlier versions.
         unit: The unit in which usage is counted, such as queries; see `ElasticConfig`.
         knobs: Names of the knobs, by their short names.
+        int8: Accuracy of the engine with linear layers in int8, by the names of fixed budgets; see `int8_accuracy`.
     """
 
     rows: list[Row]
@@ -114,6 +115,7 @@ class Evaluation:
     confusion: Confusion | None = None
     unit: str = FORMER_UNIT
     knobs: dict[str, str] = field(default_factory=lambda: dict(FORMER_KNOBS))
+    int8: dict[str, float] = field(default_factory=dict)
 
     def name(self, budget: Budget) -> str:
         """The name of a budget in tables."""
@@ -130,15 +132,17 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        confusion = {} if self.confusion is None else {"confusion": self.confusion.counts}
+        more: dict[str, Any] = {} if self.confusion is None else {"confusion": self.confusion.counts}
+        if self.int8:
+            more["int8"] = self.int8
         naming = {"unit": self.unit, "knobs": self.knobs}
-        return {**naming, "conditions": self.conditions, "rows": [plain(row) for row in self.rows], **confusion}
+        return {**naming, "conditions": self.conditions, "rows": [plain(row) for row in self.rows], **more}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
         """The inverse of `to_dict`; also reads results of earlier versions."""
         confusion = Confusion(values["confusion"]) if "confusion" in values else None
-        naming = {key: values[key] for key in ("unit", "knobs") if key in values}
+        naming = {key: values[key] for key in ("unit", "knobs", "int8") if key in values}
         rows = [Row(**with_budget(row)) for row in values["rows"]]
         return cls(rows, values["conditions"], confusion, **naming)
 
@@ -218,6 +222,18 @@ def evaluate(
     confusion = Confusion.of(config.label_names, full.labels, full.predictions)
     rows = [m.row() for m in measured if m.budget in budgets]
     return Evaluation(rows, measured_under, confusion, config.unit, dict(config.knobs))
+
+
+def int8_accuracy(model: Any, data: "ImageDataset", batch_size: int = 256, progress: bool = True) -> dict[str, float]:
+    """Accuracy of the model's engine with linear layers in int8, by the names of the fixed budgets.
+
+    Raises:
+        ImportError: If a package that the engine needs is not installed.
+        ValueError: For the same reasons as in `evaluate`.
+    """
+    engine, config = model.optimize_for_inference(int8=True), model.config
+    measured = measure_budgets(engine, data, config.budgets(), batch_size, progress)
+    return {m.budget.short(config.knobs): float(m.correct.mean()) for m in measured}
 
 
 def form_of(model: Any) -> dict[str, str]:

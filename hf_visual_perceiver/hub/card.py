@@ -114,8 +114,11 @@ def evaluation_markdown(evaluation: Evaluation) -> str:
         if row.used_min != row.used_max:
             used += f" ± {row.used_std:.2f} ({row.used_min} to {row.used_max})"
         accuracy = f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}"
-        rows.append([evaluation.name(row.budget), used, f"{row.macs / 1e6:.2f}", accuracy, f"{row.relative_time:.2f}"])
-    headers = ("setting", f"{evaluation.unit}: mean ± std (min to max)", "MACs (M)", "accuracy (%)", "time")
+        name = evaluation.name(row.budget)
+        quantised = [f"{100 * evaluation.int8[name]:.2f}" if name in evaluation.int8 else ""] if evaluation.int8 else []
+        rows.append([name, used, f"{row.macs / 1e6:.2f}", accuracy, *quantised, f"{row.relative_time:.2f}"])
+    accuracies = ["accuracy (%)", *(["engine in int8 (%)"] if evaluation.int8 else [])]
+    headers = ("setting", f"{evaluation.unit}: mean ± std (min to max)", "MACs (M)", *accuracies, "time")
     return markdown_table(headers, rows)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hf_visual_perceiver.cli.evaluate import errors_line
 from hf_visual_perceiver.cli.main import main
 from hf_visual_perceiver.data.images import load_images, normalise
 from hf_visual_perceiver.evaluation.confusion import Confusion
-from hf_visual_perceiver.evaluation.evaluate import Evaluation, evaluate, read_evaluation
+from hf_visual_perceiver.evaluation.evaluate import Evaluation, evaluate, int8_accuracy, read_evaluation
 from hf_visual_perceiver.evaluation.robustness import Cell, Outcome, Robustness
 from hf_visual_perceiver.hub.card import render_card, rewrite_card, training_lines, write_card
 from hf_visual_perceiver.inference.loading import load_config
@@ -48,6 +49,19 @@ def folder(tmp_path):
     for name in JSON_FILES:
         shutil.copy(Path(papers_form()) / name, folder)
     return folder
+
+
+def test_accuracy_in_int8_is_the_engines(trained, data, result, folder):
+    engine, cfg = trained.optimize_for_inference(int8=True), trained.config.timm_pretrained_cfg
+    measured = dataclasses.replace(result, int8=int8_accuracy(trained, data, batch_size=200, progress=False))
+    logits = engine(normalise(data.images, cfg["mean"], cfg["std"]), num_active_queries=4).logits
+    accuracy = (logits.argmax(-1).numpy() == data.labels).mean()
+    assert measured.int8["K=4"] == pytest.approx(accuracy)
+    assert Evaluation.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
+    card = render_card(folder, trained.config, measured)
+    assert "engine in int8" in card
+    assert re.search(rf"\| K=4 \|.* {100 * accuracy:.2f} \| [\d.]+ \|", card)
+    assert "int8" not in render_card(folder, trained.config, result).partition("## Where")[0]
 
 
 class TestConfusion:
