@@ -192,7 +192,7 @@ class TestPublishedCards:
             f"accuracy at {evaluation.name(row.budget)}": (round(row.accuracy, 4), split) for row in evaluation.rows
         }
         headings = [line for line in card.text.splitlines() if line.startswith("## ")]
-        names = ["Measured", "Where it errs", "Use", "Training", "Limits", "Licence", "Citation"]
+        names = ["Measured", "Errors by class", "Use", "Training", "Limits", "Licence", "Citation"]
         assert headings == [f"## {name}" for name in names]
 
 

@@ -131,7 +131,7 @@ def test_the_report_has_everything_and_says_what_is_missing(data, folder, tmp_pa
         "Robustness to common",
     ):
         assert re.search(rf"^## .*{heading}", report, re.MULTILINE), heading
-    assert "**specialist 1** (`absent` is not there): K = 1 among" in report
+    assert "**specialist 1** (no `absent`): K = 1 among" in report
     assert "Figure 9." in report
     assert "**specialist 16** (no folder is named)" in report
     assert "seed 0" in report
@@ -162,7 +162,7 @@ def test_one_checkpoint_of_any_role_and_one_image_are_enough(role, data, folder,
     found = measure(read_checkpoints(file), data.subset(slice(0, 1)), progress=False)
     found.conditions |= {"dataset": "a sample", "split": "test"}
     report = write_report(found, tmp_path).read_text()
-    assert ("Missing: there is no query_masking checkpoint" in report) == (role != "query_masking")
+    assert ("Missing: no query_masking checkpoint" in report) == (role != "query_masking")
     assert (tmp_path / "paper" / "figure_2.png").is_file()
 
 
