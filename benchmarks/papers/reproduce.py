@@ -89,7 +89,9 @@ def _plain(found: Measurements) -> dict[str, Any]:
 
 
 def command(
-    output_dir: Annotated[Path, typer.Option(help="Folder for paper.md and its pictures in paper/.")] = Path("outputs/paper"),
+    output_dir: Annotated[Path, typer.Option(help="Folder for paper.md and its pictures in paper/.")] = Path(
+        "outputs/paper"
+    ),
     config: Annotated[
         Path | None, typer.Option(help="YAML file with the checkpoints; by default reproduce.yaml beside this script.")
     ] = None,

@@ -212,9 +212,7 @@ def test_a_batch_that_does_not_fit(model, images, error):
         if len(pixels) > 5:
             raise error
 
-    with pytest.raises(
-        ValueError, match="Expected a batch of 8 images to fit in the memory of cpu, which it does not; 4 would"
-    ):
+    with pytest.raises(ValueError, match="Expected a batch of 8 images to fit in the memory of cpu; 4 fit"):
         benchmark(model, images, [8], repetitions=1, rivals={"huge": Rival(full)}, progress=False)
     with pytest.raises(ValueError, match="Expected a batch size of at least 1, got 0"):
         benchmark(model, images, [0], progress=False)

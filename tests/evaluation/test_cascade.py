@@ -176,7 +176,7 @@ def test_saved_beside_the_checkpoint(model, images, thresholds, tmp_path):
         ([8, 8], [0.5], "ascending"),
         ([8, 4], [0.5], "ascending"),
         ([4, 13], [0.5], "integer in"),
-        ([4, 8], [], "threshold for each"),
+        ([4, 8], [], "1 thresholds for 2 stages"),
         ([4, 8], [-0.1], "at least 0"),
         ([4, 8], [float("nan")], "at least 0"),
     ],
@@ -187,7 +187,7 @@ def test_bad_cascades(model, stages, thresholds, message):
 
 
 def test_stages_are_not_adaptive(model):
-    with pytest.raises(ValueError, match=r"cost alike, got t=0.8"):
+    with pytest.raises(ValueError, match=r"same cost, got t=0.8"):
         Cascade(model, [Budget(dqs_threshold=0.8)], [])
 
 

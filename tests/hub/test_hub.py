@@ -198,7 +198,7 @@ def local(story):
 
 def test_what_the_publisher_sees(story):
     out, repository = story["published"].stdout, story["hub"].repositories[REPO]
-    assert "Loads alike everywhere" in out
+    assert "Largest logit difference" in out
     assert "without this package (0)" in out
     assert f"Published v1 (commit {story['first'][:7]}): {story['hub'].url}/{REPO}" in out
     assert [c.title for c in repository.commits.values()] == ["initial commit", "Publish v1", "Publish v2"]

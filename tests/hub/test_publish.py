@@ -104,9 +104,9 @@ class TestLayout:
         assert card.data.widget == [{"src": f"{url}/resolve/main/examples/000_red.png", "example_title": "red"}]
         assert f'from_pretrained("{REPO}"' in card.text
         assert "uses the budget K=3" in card.text
-        assert '`num_active_queries=12, dqs_threshold=float("inf")` is the full network' in card.text
+        assert '`num_active_queries=12, dqs_threshold=float("inf")` selects the full network' in card.text
         assert "https://huggingface.co/spaces/somebody/demo" in card.text
-        assert "does not run models that bring their own code" in card.text
+        assert "does not run models with their own code" in card.text
         assert card.text.index("## On the Hub") < card.text.index("## Training")
         # A folder fetched from the Hub and published again has the section once, and what it says is of now.
         shutil.copyfile(plan.stage / "README.md", small / "README.md")

@@ -236,7 +236,7 @@ class TestPage:
         for query, earlier, cosine in reasons:
             assert int(earlier) < int(query)
             assert float(cosine) >= 0.75
-        assert f"the first 48 asked, of which t drops {48 - used}" in shown
+        assert f"first 48 queries, {48 - used} dropped by t" in shown
 
     def test_the_overlay_is_strongest_where_most_is_read(self, picture):
         for attention in picture.attention:
@@ -424,9 +424,9 @@ class TestServed:
         cut = tmp_path / "cut.png"
         cut.write_bytes(CAT.read_bytes()[:-300])
         for path, message in (
-            (tmp_path / "broken.png", "It is damaged, or no image"),
-            (tmp_path / "drawing.svg", "It is damaged, or no image"),
-            (cut, "It is damaged, or no image"),
+            (tmp_path / "broken.png", "It is damaged, or not an image"),
+            (tmp_path / "drawing.svg", "It is damaged, or not an image"),
+            (cut, "It is damaged, or not an image"),
             (huge, f"at most {MAX_PIXELS:,} pixels, got 8000x5000"),
             (bomb, f"at most {MAX_PIXELS:,} pixels"),
             (None, "Drop a picture"),
@@ -591,7 +591,7 @@ class TestBrowser:
     def test_what_is_no_picture_is_said(self, page, huge, tmp_path):
         (tmp_path / "broken.png").write_bytes(b"not a picture")
         choose(page, tmp_path / "broken.png")
-        page.wait_for_selector(".vp-wrong[role=alert]:has-text('It is damaged, or no image')")
+        page.wait_for_selector(".vp-wrong[role=alert]:has-text('It is damaged, or not an image')")
         assert page.locator(".vp-answer").count() == 0  # the old answer is gone
         choose(page, huge)
         page.wait_for_selector(".vp-wrong:has-text('at most 33,554,432 pixels, got 8000x5000')")

@@ -158,7 +158,7 @@ def test_bad_images(classifier, tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
     with pytest.raises(ValueError, match="damaged, or no image"):
         classifier(str(tmp_path / "notes.txt"))
-    with pytest.raises(ValueError, match=r"Expected a file, an address or an image in base64, got 'absent\.png'"):
+    with pytest.raises(ValueError, match=r"Expected a file, a URL or an image in base64, got 'absent\.png'"):
         classifier("absent.png")
     with pytest.raises(ValueError, match="at most 33,554,432 pixels, got 8192x4097"):
         classifier(Image.new("L", (8192, 4097)))

@@ -268,7 +268,7 @@ class TestBadInput:
 
     def test_without_onnx(self, both, monkeypatch):
         monkeypatch.setitem(sys.modules, "onnx", None)
-        with pytest.raises(ImportError, match="Expected onnx to be installed, to quantise"):
+        with pytest.raises(ImportError, match="Expected onnx to be installed for quantising"):
             both[0].optimize_for_inference(int8=True)
 
     def test_the_command_line_says_what_to_install(self, monkeypatch, capsys):

@@ -265,5 +265,5 @@ def test_images_of_all_stages_of_a_training_count(tmp_path):
     (tmp_path / "training.json").write_text(json.dumps({**facts, "earlier_training": facts}))
     assert training_images(tmp_path) == 1_000_000
     (tmp_path / "training.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"training\.json to be as it was written"):
+    with pytest.raises(ValueError, match=r"training\.json to be a valid file"):
         training_images(tmp_path)

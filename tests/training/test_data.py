@@ -122,7 +122,7 @@ class TestLoading:
         assert image[-3:].max() < 50
 
     def test_nothing_there(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="which is not there"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
             load_images(str(tmp_path / "absent"))
         (tmp_path / "other.parquet").write_bytes(b"")
         with pytest.raises(ValueError, match=r"parquet files named train\.parquet or train-0.* got other\.parquet"):

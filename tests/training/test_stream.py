@@ -159,7 +159,7 @@ class TestOrder:
 
 class TestDatasets:
     def test_nothing_there(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="which is not there"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
             load_stream(str(tmp_path / "absent"), "train")
         with pytest.raises(ValueError, match=r"Expected parquet files to stream from in .*, got none"):
             load_stream(str(tmp_path), "train")

@@ -502,7 +502,7 @@ class TestMistakes:
         ("error", "message"),
         [
             (torch.OutOfMemoryError("CUDA out of memory."), "a smaller micro_batch_size needs less"),
-            (RuntimeError("mkldnn failed\nat a.cpp"), "error: mkldnn failed (--debug shows where)"),
+            (RuntimeError("mkldnn failed\nat a.cpp"), "error: mkldnn failed (--debug shows the traceback)"),
         ],
         ids=["memory", "kernel"],
     )
