@@ -1,4 +1,4 @@
-"""Time and memory are measured side by side; what they come out as is not tested."""
+"""Benchmarks of time and memory; the measured values themselves are not tested."""
 
 import json
 import time
@@ -144,7 +144,7 @@ def test_one_image_has_percentiles(model, images, monkeypatch):
 
 
 def test_only_torchs_memory_is_known(rows):
-    """ONNX Runtime allocates by itself."""
+    """ONNX Runtime has its own allocator."""
     assert all((row.peak_mb is None) == (row.form == "optimized float32") for row in rows)
 
 

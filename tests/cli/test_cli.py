@@ -1,4 +1,4 @@
-"""The command line, end to end on the sample, in processes of their own."""
+"""End-to-end tests of the command line on the sample, in separate processes."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What all commands have in common: how they start, take a checkpoint and images, give results and say what is wrong."""
+"""Behaviour that all commands share: start-up, checkpoint and image arguments, output and errors."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def run_main(monkeypatch, capsys):
-    """The exit status of the command, run in this process, and what it printed."""
+    """Run the command in this process; return its exit status and output."""
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["visual-perceiver", *map(str, arguments)])
@@ -48,7 +48,7 @@ def run_main(monkeypatch, capsys):
 
 class TestStart:
     def test_help_and_typos_are_answered_without_torch(self):
-        """The models register when a command begins, and not before."""
+        """The models are registered only when a command starts."""
         arguments = [
             ["--help"],
             ["--version"],
@@ -242,7 +242,7 @@ class TestImages:
 
 
 def finished_run(folder: Path) -> Path:
-    """The folder of a run as `compare` needs it."""
+    """The folder of a finished run, for `compare`."""
     folder.mkdir()
     recipe = {"architecture": "visual_perceiver_nano_patch4_32", "steps": 2}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))

@@ -1,4 +1,4 @@
-"""Calibration: what is chosen, the intervals, what is written, and what is refused."""
+"""Calibration: the chosen budget, the intervals, the written config, and errors."""
 
 import json
 import shutil

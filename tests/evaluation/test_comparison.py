@@ -1,4 +1,4 @@
-"""Runs side by side: what counts as the same run with another seed, and the numbers of a row."""
+"""Comparison of runs: grouping by seed, and the numbers of a row."""
 
 import json
 import statistics

@@ -1,4 +1,4 @@
-"""A batch that does not fit in memory: the message names a size that does."""
+"""Out of memory: the message names a batch size that fits."""
 
 import sys
 
@@ -12,7 +12,7 @@ from hf_visual_perceiver.utils.memory import fitting
 
 
 class Machine:
-    """Has memory for so many images."""
+    """A device with memory for a given number of images."""
 
     def __init__(self, room):
         self.room = room

@@ -1,4 +1,4 @@
-"""Robustness: cells are those of plain loops, and the report has what was measured."""
+"""Robustness: the results equal those of plain loops, and the report contains them."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Cards: what is measured is what they say, with or without a measurement of everything."""
+"""Model cards: they contain the measurements, and also work without some of them."""
 
 import dataclasses
 import json

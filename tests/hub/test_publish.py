@@ -1,4 +1,4 @@
-"""Publishing: what is laid out, and every row of the fault table in docs/publishing.md against a Hub on this machine."""
+"""Publishing: the staged files, and every row of the fault table in docs/publishing.md against a local Hub server."""
 
 import errno
 import json
@@ -59,7 +59,7 @@ def save_small(folder: Path) -> Path:
 
 @pytest.fixture
 def small(tmp_path):
-    """A checkpoint that is laid out in no time."""
+    """A small checkpoint, quick to stage."""
     return save_small(tmp_path / "small")
 
 
@@ -256,7 +256,7 @@ def running():
 
 @pytest.fixture
 def hub(running, monkeypatch, tmp_path):
-    """An empty Hub, and huggingface_hub set to use it without waiting between attempts."""
+    """An empty local Hub; huggingface_hub uses it, without waiting between retries."""
     running.reset()
     for name, value in {
         "HF_HUB_DISABLE_XET": True,
@@ -272,7 +272,7 @@ def hub(running, monkeypatch, tmp_path):
 
 @pytest.fixture
 def publish(hub, monkeypatch, capsys):
-    """The command, in this process, without the check of the folder; returns its exit status and what it printed."""
+    """Run the command in this process, without the folder check; return its exit status and output."""
     monkeypatch.setattr(publishing, "prepare", partial(prepare, check=lambda stage: {"timm": 0.0}))
 
     def command(folder, *options, repo=REPO, token="writer", endpoint=None):
@@ -502,7 +502,7 @@ def test_interrupted(hub, small, publish, monkeypatch, method, state):
 
 
 def test_a_real_ctrl_c(hub, small, tmp_path):
-    """SIGINT to the command while the weights are on their way; then the command again."""
+    """Send SIGINT during the upload of the weights, then run the command again."""
     code = (
         "import sys; from functools import partial; from hf_visual_perceiver.cli import main as cli; from hf_visual_perceiver.hub import publish as c;"
         # Where the tests run in a shell's background, SIGINT is ignored, also by the processes they start.
@@ -660,7 +660,7 @@ class TestSpace:
         assert len(hub.repositories[f"spaces/{SPACE}"].commits) == 2
 
     def check(self, hub, small, space, published, shown):
-        """The model is there with its tag or not at all; so are the Space's files, which come later."""
+        """Check that the model is published with its tag or not at all, and the same for the Space."""
         if published:
             assert set(hub.repositories[REPO].files("v1")) >= set(contents(small))
         else:

@@ -1,6 +1,6 @@
-"""The app that shows two knobs: what it computes, what it draws, and the page itself, here and as a published Space.
+"""The Gradio app: its results, its drawings, and the page, served locally and as a published Space.
 
-The page runs where Gradio, the extra `demo`, is; in a browser where Chromium and Playwright, the extra `browser`, are too.
+The page needs Gradio (the extra `demo`); the browser tests also need Chromium and Playwright (the extra `browser`).
 """
 
 import ast
@@ -76,7 +76,7 @@ def picture(demo, cat):
 
 @pytest.fixture
 def without_onnxruntime(monkeypatch):
-    """Spares the export of another architecture's graphs."""
+    """Avoid the export of graphs for another architecture."""
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
 
 
@@ -276,7 +276,7 @@ class TestPage:
 
 
 class TestFiles:
-    """What a Space is made of; that it gets there is in test_publish.py."""
+    """The files of a Space; test_publish.py tests their upload."""
 
     files = space_files("somebody/perceiver", "abc", "mit")
 
@@ -343,7 +343,7 @@ def write(files, folder):
 
 
 class Served:
-    """A page in a process of its own."""
+    """A page served by a separate process."""
 
     def __init__(self, command, folder, **environment):
         with socket.socket() as s:
@@ -385,7 +385,7 @@ def served(tmp_path_factory):
 
 
 def ask(url, path, K, t):
-    """Both tabs, by the page's API."""
+    """Request both tabs through the page's API."""
     from gradio_client import Client, handle_file
 
     client = Client(url, verbose=False, analytics_enabled=False)
@@ -398,7 +398,7 @@ def used(shown):
 
 @pytest.fixture(scope="module")
 def huge(tmp_path_factory):
-    """40 megapixels in a small file."""
+    """A small file with an image of 40 megapixels."""
     path = tmp_path_factory.mktemp("huge") / "huge.png"
     Image.new("1", (8000, 5000)).save(path)
     assert MAX_PIXELS < 8000 * 5000
@@ -480,7 +480,7 @@ class TestServed:
 
 @needs_gradio
 def test_a_published_space_runs(tmp_path, monkeypatch):
-    """What is on the Hub, alone in a folder, shows the model from the Hub."""
+    """The files of the Space, alone in a folder, serve the model from the Hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     (tmp_path / "stage").mkdir()
@@ -548,7 +548,7 @@ def turn(page, knob, value):
 
 
 def choose(page, path):
-    """Put a file in place of what is there."""
+    """Replace the current image with a file."""
     page.locator("#image [aria-label='Remove Image']").click()
     page.wait_for_selector(".vp-message:has-text('Drop a picture')")
     page.locator("#image input[type=file]").set_input_files(path)

@@ -1,4 +1,4 @@
-"""The task `adaptive-image-classification`: budgets as arguments, queries used as a result."""
+"""The pipeline task `adaptive-image-classification`: budgets as arguments, `queries_used` in the answers."""
 
 import base64
 import io

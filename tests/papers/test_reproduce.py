@@ -1,4 +1,4 @@
-"""The report on the paper: random subsets, selections and attention are what they say; missing checkpoints are named."""
+"""The report on the paper: random subsets, selection, attention, and missing checkpoints."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def data(cifar10) -> ImageDataset:
 
 
 def network(data, seed=0, **fields) -> VisualPerceiverForImageClassification:
-    """A random one for the dataset's classes."""
+    """A random network for the dataset's classes."""
     torch.manual_seed(seed)
     labels = dict(enumerate(data.label_names))
     fields = {
@@ -51,7 +51,7 @@ def network(data, seed=0, **fields) -> VisualPerceiverForImageClassification:
 
 @pytest.fixture(scope="module")
 def folder(data, tmp_path_factory):
-    """Three checkpoints and the YAML that names them, and some that are not there."""
+    """Three checkpoints, and a YAML that names them and some missing ones."""
     root = tmp_path_factory.mktemp("checkpoints")
     save_folder(network(data), root / "masking")
     save_folder(network(data, 1), root / "fixed")

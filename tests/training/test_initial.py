@@ -1,4 +1,4 @@
-"""A run that begins with a checkpoint: its weights, what is refused, and that the folder is asked for once."""
+"""Runs with initial weights: the weights, errors, and that the folder is read once."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ class TestWeights:
 
 
 def test_a_second_stage(tmp_path):
-    """It continues from the first stage's weights, without needing the folder again, and its card says so."""
+    """A second stage starts from the first stage's weights, resumes without the folder, and is described on the card."""
     first = train(stage(), tmp_path / "first", recipe_name="first.yaml")
     recipe = stage(initial_model=str(first), learning_rate=1e-12, min_learning_rate=0, warmup_learning_rate=0, seed=1)
     assert train(recipe, tmp_path / "second", max_minutes=1e-5) is None
