@@ -1,8 +1,8 @@
-"""What the engine of `optimize_for_inference` gains over PyTorch, and what selection, cascades and 8 bits gain in it.
+"""Speed of the engine of `optimize_for_inference` compared with PyTorch, and of selection, cascades and int8 in it.
 
     OMP_NUM_THREADS=1 python benchmarks/engine.py --json engine.json
 
-prints ratios of medians, every comparison interleaved in one run, on images of the embedded sample.
+prints ratios of medians on images of the embedded sample. Each comparison is interleaved in one run.
 """
 
 import itertools
@@ -34,7 +34,7 @@ LATENCY_CALLS = 200
 
 
 def medians(runs: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
-    """Median milliseconds of each, in turn."""
+    """Median milliseconds of each call, run in turns."""
     seconds = interleaved(runs, repetitions, torch.device("cpu"), progress=False)
     return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
 
@@ -48,7 +48,7 @@ def table(title: str, headers: list[str], rows: list[list[Any]]) -> dict[str, An
 
 
 def budgets(model: Any, engine: Any, images: torch.Tensor, repetitions: int) -> list[dict[str, Any]]:
-    """Every budget, eager and by the engine."""
+    """Time of every budget, eager and with the engine."""
     tables = []
     for batch in (1, 64, 256):
         x, count = images[:batch], 20 * repetitions if batch == 1 else repetitions
@@ -65,7 +65,7 @@ def budgets(model: Any, engine: Any, images: torch.Tensor, repetitions: int) -> 
 
 
 def latency(engine: Any, image: torch.Tensor) -> dict[str, Any]:
-    """The spread over single calls."""
+    """Median and 95th percentile of single calls."""
     rows = []
     for K in BUDGETS:
         ms = []
@@ -78,7 +78,7 @@ def latency(engine: Any, image: torch.Tensor) -> dict[str, Any]:
 
 
 def selection(engine: Any, images: torch.Tensor, repetitions: int) -> list[dict[str, Any]]:
-    """Thresholds against a fixed K of the same number of queries, and against all queries."""
+    """Thresholds compared with a fixed K of as many queries, and with all queries."""
     Q, tables = engine.config.num_queries, []
     for batch in (1, 256):
         x, rows = images[:batch], []
@@ -98,7 +98,7 @@ def selection(engine: Any, images: torch.Tensor, repetitions: int) -> list[dict[
 
 
 def cascades(engine: Any, images: torch.Tensor, repetitions: int) -> dict[str, Any]:
-    """A cascade against a fixed K that costs as many multiply-accumulates."""
+    """A cascade compared with a fixed K of equal MACs."""
     config, rows = engine.config, []
     stages = [4, 16, config.num_queries]
     budgets = [Budget(num_active_queries=K) for K in stages]
@@ -112,12 +112,12 @@ def cascades(engine: Any, images: torch.Tensor, repetitions: int) -> dict[str, A
         runs = {"cascade": partial(cascade, images), "K": partial(engine, images, num_active_queries=K)}
         ms = medians(runs, repetitions)
         rows.append([threshold, mean / 1e6, K, ms["cascade"], ms["cascade"] / ms["K"]])
-    headers = ["threshold", "mean MACs (M)", "K of that cost", "ms", "to fixed K"]
+    headers = ["threshold", "mean MACs (M)", "K of equal MACs", "ms", "to fixed K"]
     return table(f"Cascade of K = {stages}, batch {len(images)}", headers, rows)
 
 
 def eight_bits(model: Any, engine: Any, images: torch.Tensor, repetitions: int) -> dict[str, Any]:
-    """Linears in 8 bits against float32."""
+    """Linear layers in 8 bits compared with float32."""
     quantised, rows = model.optimize_for_inference(int8=True), []
     for batch, K in itertools.product((1, 64), (8, 64)):
         runs = {
@@ -130,7 +130,7 @@ def eight_bits(model: Any, engine: Any, images: torch.Tensor, repetitions: int) 
 
 
 def vision_transformer(engine: Any, images: torch.Tensor, repetitions: int) -> dict[str, Any]:
-    """All queries against timm's ViT of the same width, depth and number of tokens, both in ONNX Runtime."""
+    """All queries compared with timm's ViT of the same width, depth and number of tokens, both in ONNX Runtime."""
     from timm.models.vision_transformer import VisionTransformer
 
     config, rows = engine.config, []
@@ -171,9 +171,9 @@ def start(name: str) -> dict[str, Any]:
 def main(
     model: Annotated[str | None, typer.Option(help="Checkpoint; the bundled one by default.")] = None,
     repetitions: Annotated[
-        int, typer.Option(min=1, help="Of each measurement; single images get 20 times as many.")
+        int, typer.Option(min=1, help="Repetitions of each measurement; 20 times as many for single images.")
     ] = 5,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the tables here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the tables to this JSON file.")] = None,
 ) -> None:
     """Measure and print."""
     name = model or default_model()

@@ -141,7 +141,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    run_command(command, out_of_memory="a smaller --batch-size needs less")
+    run_command(command, out_of_memory="try a smaller --batch-size")
 
 
 if __name__ == "__main__":

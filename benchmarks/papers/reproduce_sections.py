@@ -1,4 +1,4 @@
-"""The sections of the report on the paper: each takes the measurements, draws its pictures and returns Markdown."""
+"""Sections of the report on the paper; each draws its figures and returns Markdown."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +90,7 @@ def table_1(found: Measurements, folder: Path) -> str:
 
 
 def table_2(found: Measurements, folder: Path) -> str:
-    """One network, one network for each K, random subsets of the fixed network's queries."""
+    """Query Masking, specialists for each K, and random subsets of the fixed network's queries."""
     masking = {num_active_queries(row): row for row in _masking(found)}
     subsets = {row.num_active_queries: row for row in found.random_subsets}
     lines = []
@@ -232,7 +232,7 @@ def selection_section(found: Measurements, folder: Path) -> str:
 
 
 def corruptions_section(found: Measurements, folder: Path) -> str:
-    """Accuracy and queries under common corruptions, and whether harder images get more queries; not in the paper."""
+    """Accuracy and queries under common corruptions, and whether harder images use more queries; not in the paper."""
     if found.robustness is None:
         return "## Robustness to common corruptions\n\nNot measured for this report."
     return robustness_section(found.robustness, folder).replace("](robustness", f"]({PICTURES}/robustness").rstrip()
@@ -276,7 +276,7 @@ def _three_curves(found: Measurements, x: Callable, paper_x: dict[int, float]) -
 
 
 def training_images(folder: Path) -> int | None:
-    """Images of all steps of all stages of a training, as training.json has them; None if there is none."""
+    """Total number of training images over all stages, from training.json; None without the file."""
 
     def count(facts: dict[str, Any]) -> int:
         earlier = facts.get("earlier_training")

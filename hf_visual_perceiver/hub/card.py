@@ -58,7 +58,7 @@ def rewrite_card(folder: Path, output: Path | None = None) -> Path:
     measured = folder / "evaluation.json"
     if not measured.is_file():
         raise ValueError(
-            f"Expected {measured}, which does not exist; `visual-perceiver evaluate --model {folder} --write-card` writes it."
+            f"Expected {measured} to exist; `visual-perceiver evaluate --model {folder} --write-card` writes it."
         )
     evaluation, config = read_evaluation(measured), load_config(str(folder))
     if output is None:
