@@ -41,7 +41,7 @@ def attention_maps_command(
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
-    """Plot what each token or query attends to: cross-attention averaged over a dataset, or over given images."""
+    """Plot the attention map of each query or token, averaged over a dataset or over given images."""
     from hf_visual_perceiver.data.image_files import list_images, read_image
     from hf_visual_perceiver.data.image_processor import create_image_processor
     from hf_visual_perceiver.data.images import load_images

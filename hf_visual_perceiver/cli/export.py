@@ -53,7 +53,7 @@ def export_command(
 ) -> None:
     """Export a checkpoint for other runtimes; the file is kept only if it agrees with PyTorch at several budgets.
 
-    A graph takes pixel_values (B, C, H, W) and returns logits (B, labels), and what each image used. A Visual
+    A graph takes pixel_values (B, C, H, W) and returns logits (B, labels) and the usage of each image. A Visual
     Perceiver's graph also takes dqs_threshold (float32; 1 keeps all queries) and num_active_queries (int64). The batch
     size is dynamic.
     """

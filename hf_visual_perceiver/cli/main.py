@@ -68,7 +68,7 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option(DEBUG, help=DEBUG_HELP)] = False,
 ) -> None:
-    """Image models whose compute is a dial."""
+    """Image classifiers whose compute budget is chosen at each call."""
 
 
 def _begun(command: Callable[..., None]) -> Callable[..., None]:
