@@ -87,7 +87,7 @@ def publish_command(
             published = upload(plan, repo_id, private=private, revision=revision, tag=tag, api=api)
             _show_published(console, published)
             if space:
-                state = f"{repo_id} is published; its card points to the Space. The same command continues from here."
+                state = f"{repo_id} is published; its card points to the Space. Run the same command to continue."
                 license = str(read_card(plan.stage / "README.md").data.to_dict()["license"])
                 files = space_files(repo_id, published.commit, license)
                 _show_space(

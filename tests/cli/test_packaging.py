@@ -238,7 +238,7 @@ def test_the_space_needs_gradio_and_matplotlib_alone():
 @pytest.mark.parametrize("package", ["accelerate", "datasets", "matplotlib", "pydantic"])
 def test_training_names_its_extra(package):
     done = without("import hf_visual_perceiver.training.train", package)
-    assert f"Expected {package} to be installed, which the extra `train` brings" in done.stderr
+    assert f"Expected {package} to be installed, from the extra `train`" in done.stderr
     assert "pip install 'hf-visual-perceiver[train]'" in done.stderr
 
 

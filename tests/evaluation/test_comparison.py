@@ -154,7 +154,7 @@ class TestErrors:
             compare_runs([])
 
     def test_not_evaluated(self, make_run, seeds):
-        with pytest.raises(ValueError, match=r"Expected validation accuracies in .*young.*found none"):
+        with pytest.raises(ValueError, match=r"Expected validation accuracies in .*young.*got none"):
             compare_runs([seeds[0], make_run("young", {}, seed=7)])
 
     def test_no_log(self, make_run):

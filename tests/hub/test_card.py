@@ -128,7 +128,7 @@ class TestCard:
         (folder / "robustness.json").write_text(json.dumps(robustness.to_dict()))
         text = rewrite_card(folder).read_text()
         assert "is 50.00 %; on the same 200 images without corruption it is 70.00 %" in text
-        assert "was not measured. At small budgets" not in text
+        assert "was not measured. Accuracy is" not in text
 
     def test_what_is_missing_or_damaged_is_named(self, folder):
         before = sorted(folder.iterdir())
@@ -139,7 +139,7 @@ class TestCard:
         with pytest.raises(ValueError, match=r"Expected .*evaluation.json to be a valid file"):
             rewrite_card(folder)
         (folder / "evaluation.json").unlink()
-        with pytest.raises(ValueError, match=r"Expected .*evaluation.json, to exist; `visual-perceiver evaluate "):
+        with pytest.raises(ValueError, match=r"Expected .*evaluation.json to exist; `visual-perceiver evaluate "):
             rewrite_card(folder)
         (folder / "evaluation.json").write_text(Path(papers_form(), "evaluation.json").read_text())
         assert sorted(folder.iterdir()) == before

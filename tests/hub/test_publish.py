@@ -113,7 +113,7 @@ class TestLayout:
         again = (laid_out(small, tmp_path).stage / "README.md").read_text()
         assert again.count("## On the Hub") == 1
         assert "uses the full network" in again
-        assert "is the full network" not in again
+        assert "selects the full network" not in again
         assert "demo" not in again
 
     def test_the_bundled_card_reads_as_the_hub_reads_it(self, tmp_path):
@@ -403,7 +403,7 @@ def test_faults(hub, small, publish, fault):
     assert err.startswith("error: ")
     assert len(err.strip().splitlines()) == 1
     assert message in err
-    assert "The same command" in err
+    assert "the same command" in err
     assert "signature" not in err
     # Whole or not at all.
     repository = hub.repositories.get(REPO)
@@ -650,7 +650,7 @@ class TestSpace:
         assert len(err.strip().splitlines()) == 1
         assert message in err
         assert ("is published" if published else "Nothing was sent.") in err
-        assert "The same command" in err
+        assert "the same command" in err
         assert ("Published v1" in out) == published
         self.check(hub, small, space, published, shown)
         # And it can be repeated.

@@ -190,7 +190,7 @@ class TestTradeoff:
         assert (between.macs, between.accuracy, between.measured) == (20.0, pytest.approx(0.4), False)
         between = demo.expected(12, 0.7)
         assert (between.macs, between.accuracy, between.measured) == (pytest.approx(7.0), pytest.approx(0.4), False)
-        # Nothing is claimed beyond what was measured, nor where both knobs are turned.
+        # Nothing is claimed beyond what was measured, nor where both K and t are set.
         for K, t in ((4, None), (12, 0.4), (12, 0.95), (2, 0.7)):
             assert demo.expected(K, t) is None
         rows.append(row(2, 0.7, 3.0, 0.9))
@@ -207,7 +207,7 @@ class TestTradeoff:
         accuracy = demo.expected(16).accuracy
         assert f'data-accuracy="{accuracy:.4f}"' in shown
         assert shown.count('class="vp-star"') == shown.count('class="vp-cost"') == 1
-        assert f"At K = 16 the accuracy is {100 * accuracy:.1f} % (measured)" in shown
+        assert f"K = 16: {100 * accuracy:.1f} % accuracy" in shown
         shown = show_tradeoff(demo, curves, demo.answer(picture, 32, 0.8))
         assert "was not measured" in shown
         assert 'class="vp-star"' not in shown
@@ -429,7 +429,7 @@ class TestServed:
             (cut, "It is damaged, or not an image"),
             (huge, f"at most {MAX_PIXELS:,} pixels, got 8000x5000"),
             (bomb, f"at most {MAX_PIXELS:,} pixels"),
-            (None, "Drop a picture"),
+            (None, "Drop an image"),
         ):
             result, _ = ask(served.url, path, 16, 1)
             assert message in html.unescape(result)
@@ -550,7 +550,7 @@ def turn(page, knob, value):
 def choose(page, path):
     """Replace the current image with a file."""
     page.locator("#image [aria-label='Remove Image']").click()
-    page.wait_for_selector(".vp-message:has-text('Drop a picture')")
+    page.wait_for_selector(".vp-message:has-text('Drop an image')")
     page.locator("#image input[type=file]").set_input_files(path)
 
 

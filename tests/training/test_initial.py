@@ -87,11 +87,8 @@ def test_a_second_stage(tmp_path):
         torch.testing.assert_close(after.state_dict()[name], value, rtol=0, atol=1e-9, msg=name)
     facts = json.loads((second / "training.json").read_text())
     assert facts["earlier_training"]["recipe_name"] == "first.yaml"
-    line = next(line for line in training_lines(facts) if line.startswith("Began with"))
-    assert (
-        "the weights of first, trained by first.yaml: 4 steps of 16 images, budgets by the schedule uniform, seed 0"
-        in line
-    )
+    line = next(line for line in training_lines(facts) if line.startswith("Initial weights"))
+    assert "first, trained by first.yaml: 4 steps of 16 images, schedule uniform, seed 0" in line
 
 
 def test_a_hub_id_has_no_earlier_training():
