@@ -95,7 +95,7 @@ def test_a_hub_id_has_no_earlier_training():
     facts = json.loads(Path(papers_form(), "training.json").read_text())
     facts["recipe"]["initial_model"] = "somebody/network"
     facts.pop("earlier_training", None)
-    assert "Began with: the weights of network." in training_lines(facts)
+    assert "Initial weights: network." in training_lines(facts)
 
 
 def test_nothing_is_written_if_it_does_not_fit(tmp_path):
