@@ -138,7 +138,7 @@ def test_a_target_in_a_call(classifier, picture):
         ({"target_macs": float("nan")}, ValueError, r"in \(0, 1\], got nan"),
         ({"target_macs": True}, ValueError, r"in \(0, 1\], got True"),
         ({"target_macs": "half"}, ValueError, r"in \(0, 1\], got 'half'"),
-        ({"target_macs": 0.001}, ValueError, "at least 0.0416, which the least costs, got 0.001"),
+        ({"target_macs": 0.001}, ValueError, "at least 0.0416, the cost of the smallest budget, got 0.001"),
         ({"target_macs": 0.5, "num_active_queries": 3}, ValueError, "`num_active_queries` or `target_macs`, got both"),
         ({"num_active_queries": 65}, ValueError, r"integer in \[1, 64\], got 65"),
         ({"dqs_threshold": -2.0}, ValueError, "at least -1, got -2.0"),
