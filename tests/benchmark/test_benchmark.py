@@ -160,7 +160,7 @@ class TestTimm:
 
     @pytest.mark.parametrize("name", ["resnet0", "timm/resnet10t", ""])
     def test_others_are_refused(self, name):
-        with pytest.raises(ValueError, match="Expected a classifier of timm that takes 16x16 images, got"):
+        with pytest.raises(ValueError, match="Expected a timm classifier for 16x16 images, got"):
             timm_rival(name, small_config(), torch.device("cpu"), torch.float32)
 
 
