@@ -107,7 +107,7 @@ def _show_plan(console: Console, plan: "Plan") -> None:
 
 def _show_files(console: Console, where: str, sizes: dict[str, int]) -> None:
     rows = [[name, _bytes(size)] for name, size in [*sizes.items(), ("all", sum(sizes.values()))]]
-    console.print(terminal_table(f"files for {where}", ["file", "size"], rows, ends=[len(sizes) - 1]))
+    console.print(terminal_table(f"to {where}", ["file", "size"], rows, ends=[len(sizes) - 1]))
 
 
 def _show_published(console: Console, published: "Published") -> None:

@@ -631,7 +631,7 @@ class TestSpace:
     def test_a_dry_run_shows_it_and_contacts_nobody(self, hub, small, publish):
         code, out, _ = publish(small, "--space", SPACE, "--dry-run")
         assert (code, hub.requests) == (0, [])
-        assert f"files for the Space {SPACE}" in out
+        assert f"to the Space {SPACE}" in out
 
     def test_both_are_private(self, hub, small, publish):
         _, out, _ = publish(small, "--space", SPACE, "--private")
