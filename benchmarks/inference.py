@@ -1,11 +1,11 @@
-"""Time at every budget, in every form of the model, beside other networks of its size.
+"""Time at every budget, in every form of the model, beside other networks of the same size.
 
     python benchmarks/inference.py --plot inference.png --json inference.json
     python benchmarks/inference.py --device cuda --compile-rivals --repetitions 31 --plot inference.png --json inference.json
 
-Every repetition runs all settings of all forms and the rivals once, in turn, on the same images, after a warm-up; ratios
-are of the same repetition, and their medians are printed. Random weights by default: time does not depend on them, but which
-queries a threshold keeps does, so thresholds want a trained checkpoint (`--model`); `--mean-queries` finds those that keep a given number.
+After a warm-up, every repetition runs all settings of all forms and the rivals once, in turn, on the same images. Ratios are
+taken within a repetition, and their medians are printed. By default the weights are random. Time does not depend on them, but the
+number of kept queries does: use a trained checkpoint (`--model`) with thresholds, or `--mean-queries` for a given number.
 """
 
 from dataclasses import asdict
@@ -49,7 +49,7 @@ def timm_vit(config: VisualPerceiverConfig, drop_path_rate: float = 0.0) -> Visi
 
 
 def vit_macs(config: VisualPerceiverConfig) -> int:
-    """Of `timm_vit`, for one image."""
+    """MACs of `timm_vit` for one image."""
     N, D, M = config.num_patches, config.hidden_size, config.intermediate_size
     blocks = config.num_hidden_layers * (N * (4 * D**2 + 2 * D * M) + 2 * N**2 * D)
     return N * config.num_channels * config.patch_size**2 * D + blocks + D * config.num_labels
@@ -75,7 +75,7 @@ def transformers_perceiver(config: VisualPerceiverConfig) -> PerceiverModel:
 def rivals_of(
     config: VisualPerceiverConfig, device: str, dtype: torch.dtype, compile_mode: str | None = None
 ) -> dict[str, Rival]:
-    """The other networks in a dtype, by name; with torch's name of a mode, the ViT also compiled."""
+    """The other networks in a dtype, by name; with a mode of torch.compile, also the compiled ViT."""
     vit = timm_vit(config).to(device, dtype).eval()
     perceiver = transformers_perceiver(config).to(device, dtype).eval()
 
@@ -98,7 +98,7 @@ def rivals_of(
 
 @torch.inference_mode()
 def sharpened(model: VisualPerceiverForImageClassification) -> VisualPerceiverForImageClassification:
-    """The model with cross-attention as sharp as training makes it: fresh queries all read the same, and selection drops them."""
+    """Sharpen the cross-attention as training does; untrained queries read nearly the same, and selection drops them."""
     block, D = model.visual_perceiver.cross_attention, model.config.hidden_size
     for linear in (block.query, block.key_value):
         linear.weight.normal_(std=(4 / D) ** 0.5)
@@ -107,7 +107,7 @@ def sharpened(model: VisualPerceiverForImageClassification) -> VisualPerceiverFo
 
 @torch.inference_mode()
 def threshold_for(model: VisualPerceiverForImageClassification, pixels: torch.Tensor, mean: float) -> float:
-    """The t that keeps about so many queries of these images on average, by bisection."""
+    """Find the t that keeps a given mean number of queries on these images, by bisection."""
     y = model.visual_perceiver.read(pixels.to(model.device), model.config.num_queries)
     low, high = -1.0, 1.0
     for _ in range(30):
@@ -123,23 +123,32 @@ def main(
     ] = None,
     architecture: Annotated[str, typer.Option(help="timm name.")] = "visual_perceiver_tiny_patch4_32",
     batch_size: Annotated[list[int], typer.Option(help="Repeat for several.")] = [1, 8, 64, 512],  # noqa: B006
-    num_active_queries: Annotated[list[int] | None, typer.Option(help="K beside all; by default the paper's.")] = None,
+    num_active_queries: Annotated[
+        list[int] | None, typer.Option(help="K, beside all queries; by default the paper's values.")
+    ] = None,
     threshold: Annotated[list[float], typer.Option(help="t, with --model; repeat for several.")] = [0.6, 0.8, 0.9],  # noqa: B006
     mean_queries: Annotated[
-        list[float] | None, typer.Option(help="Also selection by t that keep about so many queries; repeat.")
+        list[float] | None,
+        typer.Option(help="Also select with the t that keeps this mean number of queries; repeat for several."),
     ] = None,
     form: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(FORMS)}; repeat. By default eager, optimized, and on a GPU grouped."),
+        typer.Option(
+            help=f"{', '.join(FORMS)}; repeat for several. By default eager, optimized, and grouped on a GPU."
+        ),
     ] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="Repeat; by default float32, bfloat16 where fast.")] = None,
-    compile_rivals: Annotated[bool, typer.Option(help="Also time timm's ViT compiled.")] = False,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Repeat for several; by default float32, and bfloat16 where it is fast.")
+    ] = None,
+    compile_rivals: Annotated[bool, typer.Option(help="Also time the compiled ViT.")] = False,
     repetitions: Annotated[int, typer.Option(help="Of all settings.")] = 7,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
-    plot: Annotated[Path | None, typer.Option(help="Write relative time against MACs to this picture.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Plot relative time against MACs to this .png, .svg or .pdf.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")] = None,
 ) -> None:
-    """Print time relative to all queries, of selection relative to a fixed K, and of all relative to eager."""
+    """Print times relative to all queries; also selection relative to a fixed K, and each form relative to eager."""
     device = choose_device(device)
     names = dtype or ["float32", *(["bfloat16"] if device != "cpu" or cpu_computes_in_bf16() else [])]
     dtypes = [getattr(torch, name) for name in names]

@@ -2,8 +2,8 @@
 
     python benchmarks/query_schedules.py --dataset PATH_OR_ID
 
-trains a small network with each schedule and seed (runs that exist are continued or taken as they are), and prints
-accuracy on the validation images side by side.
+trains a small network with each schedule and seed (existing runs are resumed or reused), and prints the accuracy on the
+validation images side by side.
 """
 
 from pathlib import Path
@@ -33,15 +33,17 @@ BUDGETS = [1, 2, 4, 8, 16, 32, 48, 64]
 
 def main(
     dataset: Annotated[str, typer.Option(help="CIFAR-10: Hub id or folder of parquet files.")] = "uoft-cs/cifar10",
-    recipe: Annotated[Path, typer.Option(help="What all runs share.")] = Path("training/recipes/cifar10_nano_cpu.yaml"),
+    recipe: Annotated[Path, typer.Option(help="Recipe of all runs.")] = Path("training/recipes/cifar10_nano_cpu.yaml"),
     output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/query_schedules"),
-    schedule: Annotated[list[str] | None, typer.Option(help="Some of the schedules; repeat for several.")] = None,
+    schedule: Annotated[
+        list[str] | None, typer.Option(help="Schedule to run; repeat for several; by default all.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Seeds per schedule, from 0.")] = 2,
-    epochs: Annotated[float, typer.Option(help="Epochs of all queries that the training MACs would pay for.")] = 6.0,
-    small: Annotated[bool, typer.Option(help="The small network instead of the recipe's.")] = True,
+    epochs: Annotated[float, typer.Option(help="Training MACs, in epochs with all queries.")] = 6.0,
+    small: Annotated[bool, typer.Option(help="Use a small network instead of the recipe's.")] = True,
     overrides: Annotated[list[str] | None, typer.Argument(help="Keys of the recipe, for all runs.")] = None,
 ) -> None:
-    """Train by each schedule at the same cost, and compare."""
+    """Train with each schedule at equal cost, and compare."""
     names = schedule or list(SCHEDULES)
     folders = []
     # Seeds outside: an ablation that is cut short has every schedule once.
@@ -56,14 +58,14 @@ def main(
             folder = output / f"{name}-seed{seed}"
             chosen = load_recipe(recipe, [*common, *lengths, *(overrides or [])])
             if train(chosen, folder, resume=folder.exists()) is None:
-                raise SystemExit(f"Stopped in {folder}; the same command goes on.")
+                raise SystemExit(f"Stopped in {folder}; run the same command to continue.")
             folders.append(folder)
     print(compare_runs(folders).to_markdown())
     print(measurement_conditions())
 
 
 def affordable_steps(recipe: Recipe, epochs: float) -> int:
-    """Steps of this recipe that cost as many MACs as `epochs` of 45,000 images through all queries."""
+    """Number of steps that cost as many MACs as `epochs` of 45,000 images with all queries."""
     config = recipe.model_config(num_labels=10)
     schedule = create_schedule(recipe.queries, config.ladder(), seed=0)  # the same number for every seed of the run
     cost = sum(step_macs(config, schedule, step) for step in range(2000)) / 2000

@@ -1,9 +1,9 @@
-"""What each part of cifar10_micro_levels.yaml is worth: one run for each change, at the same training FLOP.
+"""Ablation of cifar10_micro_levels.yaml: one run for each change, at equal training FLOP.
 
     python benchmarks/recipe_ablation.py --dataset PATH_OR_ID --max-minutes 120
 
-trains the runs that are missing, in the order of the list below, stops in time, and prints accuracy on the validation
-images side by side; the same command goes on. Before it, the teacher has to be trained:
+trains the missing runs in the order of the list below, stops after the given time, and prints the accuracy on the validation
+images side by side. The same command continues. The teacher has to be trained before:
 
     accelerate launch training/train.py --config training/recipes/cifar10_conv_teacher.yaml
 """
@@ -65,15 +65,17 @@ CHANGES: dict[str, list[str]] = {
 
 def main(
     dataset: Annotated[str, typer.Option(help="CIFAR-10: Hub id or folder of parquet files.")] = "uoft-cs/cifar10",
-    recipe: Annotated[Path, typer.Option(help="What is changed.")] = Path("training/recipes/cifar10_micro_levels.yaml"),
+    recipe: Annotated[Path, typer.Option(help="Recipe to change.")] = Path(
+        "training/recipes/cifar10_micro_levels.yaml"
+    ),
     output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/recipe_ablation"),
-    pflop: Annotated[float, typer.Option(help="Of each run, in 1e15; a step counts three times its forward.")] = 0.06,
+    pflop: Annotated[float, typer.Option(help="FLOP of each run, in 1e15; a step counts as three forwards.")] = 0.06,
     seeds: Annotated[int, typer.Option(help="Seeds of each change, from 0.")] = 1,
-    only: Annotated[list[str] | None, typer.Option(help="Some of the changes; repeat for several.")] = None,
-    max_minutes: Annotated[float, typer.Option(help="Stop after this time with everything saved.")] = 1e9,
+    only: Annotated[list[str] | None, typer.Option(help="Change to run; repeat for several; by default all.")] = None,
+    max_minutes: Annotated[float, typer.Option(help="Save and stop after this time.")] = 1e9,
     overrides: Annotated[list[str] | None, typer.Argument(help="Keys of the recipe, for all runs.")] = None,
 ) -> None:
-    """Train with each change at the same cost, and compare."""
+    """Train with each change at equal cost, and compare."""
     if unknown := set(only or []) - set(CHANGES):
         raise SystemExit(f"Expected changes among {', '.join(CHANGES)}, got {', '.join(unknown)}.")
     end = time.monotonic() + 60 * max_minutes
@@ -93,7 +95,7 @@ def main(
 
 
 def affordable_steps(recipe: Recipe, flop: float) -> int:
-    """Steps of this recipe for so many floating-point operations, a step counted as three times its forward."""
+    """Number of steps of this recipe within a FLOP budget; a step counts as three forwards."""
     network = create_model(recipe, [f"class {i}" for i in range(10)])
     ladder, ends = ladder_of(network), block_ends(network)
     steps = 1000
@@ -104,12 +106,12 @@ def affordable_steps(recipe: Recipe, flop: float) -> int:
 
 
 def run_folder(output: Path, name: str, seed: int) -> Path:
-    """Where a run lies."""
+    """The folder of a run."""
     return output / f"{name.replace(',', '').replace(' ', '_')}-seed{seed}"
 
 
 def print_table(output: Path, pflop: float) -> None:
-    """The runs that are finished, in markdown: validation accuracy in percent, mean and range over seeds."""
+    """Print the finished runs in markdown: validation accuracy (%), mean and half the range over seeds."""
     rows = []
     for name in CHANGES:
         folders = [run_folder(output, name, seed) for seed in range(10)]

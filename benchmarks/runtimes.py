@@ -2,10 +2,10 @@
 
     python benchmarks/runtimes.py --json runtimes.json --plot runtimes.png
 
-Exports the checkpoint, then runs every runtime once per repetition at every K, in turn, on the same images, after a warm-up;
-medians are printed, and the ratio to eager PyTorch within a repetition. Exported graphs compute the cosines of selection also
-where t = 1 keeps everything; PyTorch's forms do not. What is not installed is named and left out. All runtimes use as many
-threads as torch (OMP_NUM_THREADS).
+Exports the checkpoint. After a warm-up, each repetition runs every runtime once at every K, in turn, on the same images.
+Medians are printed, and ratios to eager PyTorch within a repetition. Exported graphs compute the cosines of selection even
+if t = 1 keeps everything; PyTorch's forms do not. Runtimes that are not installed are listed and skipped. All runtimes use as
+many threads as torch (OMP_NUM_THREADS).
 """
 
 import tempfile
@@ -100,15 +100,15 @@ def milliseconds(forward: Forward, pixels: torch.Tensor, K: int) -> float:
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="Checkpoint; by default the one that ships.")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint; by default the bundled one.")] = None,
     num_active_queries: Annotated[list[int], typer.Option(help="K; repeat for several.")] = [8, 16, 32, 64],  # noqa: B006
     batch_size: Annotated[list[int], typer.Option(help="Repeat for several.")] = [1, 64],  # noqa: B006
-    repetitions: Annotated[int, typer.Option(min=1, help="Of all settings.")] = 15,
+    repetitions: Annotated[int, typer.Option(min=1, help="Number of repetitions of all settings.")] = 15,
     compile_model: Annotated[
         bool, typer.Option("--compile/--no-compile", help="torch.compile needs a C++ compiler.")
     ] = True,
     plot: Annotated[Path | None, typer.Option(help="Write times to this .png, .svg or .pdf.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")] = None,
 ) -> None:
     """Print milliseconds of a batch by runtime and K."""
     if plot:
@@ -162,7 +162,7 @@ def main(
                 )
             console.print(times_table(rows, len(indices), num_active_queries))
     for message in dict.fromkeys(left_out):
-        console.print(f"Left out: {message}", markup=False, highlight=False)
+        console.print(f"Skipped: {message}", markup=False, highlight=False)
     conditions = measurement_conditions(
         "cpu", dtype="float32", model=Path(model).name if model else Path(default_model()).name, repetitions=repetitions
     )
@@ -178,10 +178,10 @@ def main(
 def warm_up(
     name: str, forward: Forward, model: VisualPerceiverForImageClassification, pixels: torch.Tensor, budgets: list[int]
 ) -> None:
-    """Run a runtime once at every K, and see that it computes the same network.
+    """Run a runtime once at every K, and check its logits.
 
     Raises:
-        RuntimeError: If its logits are others.
+        RuntimeError: If its logits differ from those of eager PyTorch.
     """
     for K in budgets:
         expected = model(pixels, **model.config.resolve(num_active_queries=K)).logits
@@ -226,7 +226,7 @@ def plot_times(rows: list[dict], conditions: dict, path: Path) -> None:
             which(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.tick_params(axis="y", which="minor", labelsize=7)
-        axes.set_xlabel("active queries K")
+        axes.set_xlabel("queries K")
         axes.set_ylabel("ms for the batch")
         axes.set_title(f"batch {batch}", fontsize=10)
         axes.grid(alpha=0.3)

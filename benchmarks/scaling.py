@@ -1,10 +1,10 @@
-"""How cost grows with the image and with the number of queries: time and MACs of the paper's network, side by side.
+"""Time and MACs of the paper's network against image size and number of queries.
 
     python benchmarks/scaling.py --plot scaling.png --json scaling.json
 
-The trunk sees K tokens however large the image is, so at a constant K cost grows linearly with the number of patches N, and
-slowly; a ViT's grows with N and N^2. Two sweeps: image size at constant K (beside timm's ViT on the same patches), and the
-number of learned queries Q at constant K and image size. Random weights.
+The trunk processes K tokens for any image size, so at constant K the cost grows slowly and linearly with the number of patches
+N; a ViT's grows with N and N^2. There are two sweeps with random weights: image size at constant K (beside timm's ViT on the same
+patches), and the number of learned queries Q at constant K and image size.
 """
 
 import statistics
@@ -40,8 +40,8 @@ def main(
     batch_size: Annotated[int, typer.Option()] = 4,
     repetitions: Annotated[int, typer.Option()] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
-    plot: Annotated[Path | None, typer.Option(help="Write the curves to this picture.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the curves to this .png, .svg or .pdf.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")] = None,
 ) -> None:
     """Measure and print."""
     place = torch.device(choose_device(device))
@@ -81,7 +81,7 @@ def main(
     rows = [{**facts[name], "ms": 1000 * statistics.median(seconds)} for name, seconds in times.items()]
     for sweep in ("image size", "queries"):
         table = Table(title=f"{sweep}, K = {K}", title_justify="left", box=box.SIMPLE_HEAD)
-        for header in ("network", "image", "patches", "Q", "MACs (M)", "ms", "to the smallest"):
+        for header in ("network", "image", "patches", "Q", "MACs (M)", "ms", "vs smallest"):
             table.add_column(header, justify="left" if header == "network" else "right")
         for network in dict.fromkeys(row["network"] for row in rows):
             of_sweep = [row for row in rows if row["sweep"] == sweep and row["network"] == network]

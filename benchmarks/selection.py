@@ -1,13 +1,12 @@
-"""Rules that give each image its own number of queries, at equal cost: accuracy against MACs and mean queries.
+"""Compare rules that give each image its own number of queries: accuracy against MACs and mean queries.
 
     python benchmarks/selection.py --dataset FOLDER_OR_ID --split train --max-images 5000 --train-images 4000 \\
         --json selection.json --plot selection.png
 
-The last `--max-images` of the split are the validation set: each rule's parameters are chosen on every other image of it,
-for each budget, and what is printed was measured on the rest. `--train-images` before them train the predictor;
-without, it is trained on the first half, where its parameters are chosen too. Rules: the first K queries; similarity,
-the paper's, with both references; a cascade of two or three stages; a predictor of K. `--time` adds what the
-selection itself takes of a full forward.
+The last `--max-images` of the split are the validation set. Each rule's parameters are chosen for each budget on every other
+image of it; the printed results are measured on the rest. The predictor is trained on the `--train-images` before them, or by
+default on the half for choosing. Rules: the first K queries; the paper's similarity with both references; a cascade of two or
+three stages; a predictor of K. `--time` adds the share of a full forward that the selection itself takes.
 """
 
 import itertools
@@ -53,7 +52,7 @@ Option = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 def answers(
     model: VisualPerceiverForImageClassification, data: ImageDataset, batch_size: int, similarity: bool = True
 ) -> dict[str, np.ndarray]:
-    """What the rules are computed from: answers at each K and t, with what the first queries read."""
+    """Inputs of the rules: outputs at each K and t, and the attention outputs of the first queries."""
     parts, config, device = model.visual_perceiver, model.config, next(model.parameters()).device
     cfg, Q = config.timm_pretrained_cfg, config.num_queries
     found: dict[str, list[np.ndarray]] = {}
@@ -75,7 +74,7 @@ def answers(
 
 
 def budgets(Q: int) -> list[int]:
-    """The K that are tried."""
+    """The tried values of K."""
     return [*(K for K in BUDGETS if Q > K), Q]
 
 
@@ -107,7 +106,7 @@ def predictor_options(
     y: np.ndarray,
     right: np.ndarray,
 ) -> list[Option]:
-    """The predictor at several prices; `train` is what was read and which budgets were right, `right` (n, P)."""
+    """The predictor at several prices; `train` holds the attention outputs and whether each budget was right, `right` (n, P)."""
     ks = budgets(model.config.num_queries)
     predictor = fit_predictor(torch.from_numpy(train[0]), torch.from_numpy(train[1]))
     macs = np.array(predicted_macs(model.config, [Budget(num_active_queries=K) for K in ks], predictor), dtype=float)
@@ -128,7 +127,7 @@ def cascade_option(
     half: np.ndarray,
     budget: float,
 ) -> Option | None:
-    """The best cascade of two or three stages within the budget on the images of `half`; None if none is."""
+    """The best cascade of two or three stages within the budget on the images of `half`; None if there is none."""
     ks, n = budgets(model.config.num_queries), len(right)
     best = None
     for columns in (c for S in (2, 3) for c in itertools.combinations(range(len(ks)), S)):
@@ -236,7 +235,7 @@ def plot(rows: list[dict[str, Any]], conditions: dict[str, Any], path: Path) -> 
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("multiply-accumulates per image (millions)")
+    axes.set_xlabel("million MACs per image")
     axes.set_ylabel("accuracy on held-out images (%)")
     axes.set_title(f"{conditions['model']}, {conditions['held_out_images']:,} held-out images", fontsize=10)
     axes.grid(alpha=0.3)
@@ -245,17 +244,19 @@ def plot(rows: list[dict[str, Any]], conditions: dict[str, Any], path: Path) -> 
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="Folder or Hub id; by default the one that ships.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="By default the sample that ships.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id; by default the bundled checkpoint.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub id or folder; by default the bundled sample.")] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
-    max_images: Annotated[int, typer.Option(min=4, help="The last so many images of the split.")] = 5000,
-    train_images: Annotated[int, typer.Option(min=0, help="Images before those, to train the predictor on.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 250,
+    max_images: Annotated[int, typer.Option(min=4, help="Number of images, from the end of the split.")] = 5000,
+    train_images: Annotated[
+        int, typer.Option(min=0, help="Number of images before those, for training the predictor.")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 250,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     timed: Annotated[bool, typer.Option("--time", help="Also time the selection itself.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")] = None,
     picture: Annotated[
-        Path | None, typer.Option("--plot", help="Write the frontier to this .png, .svg or .pdf.")
+        Path | None, typer.Option("--plot", help="Plot the frontier to this .png, .svg or .pdf.")
     ] = None,
 ) -> None:
     """Print, for each budget, the accuracy of every rule."""

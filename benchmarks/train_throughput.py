@@ -1,10 +1,10 @@
-"""Training throughput: our steps, and the same size of network in a plain timm loop, side by side.
+"""Training throughput of our steps, beside a network of the same size in a plain timm loop.
 
     python benchmarks/train_throughput.py --dataset PATH_OR_ID
 
-Every round trains each contender for some steps in turn; medians over the rounds are printed: images/s, multiply-accumulates
-of the very steps relative to the plain loop's at equal time ("work"), the share of the device's matmul peak measured in the
-same run, and where a step's time goes. With `compile=true` our blocks are compiled, the plain loop is not.
+Every round trains each contender for some steps in turn. Medians over the rounds are printed: images/s, MACs of the timed steps
+per time relative to the plain loop ("work"), the share of the device's matmul peak measured in the same run, and the shares of a
+step's parts. With `compile=true` our blocks are compiled; the plain loop is not.
 """
 
 import statistics
@@ -52,7 +52,7 @@ console = Console(width=150)
 
 @dataclass
 class Contender:
-    """One way to train, one step at a time; `parts` of a step are timed apart."""
+    """One way to train, one step at a time; the `parts` of a step are timed separately."""
 
     name: str
     macs_of: Callable[[int], float]  # a step's, of one image's forward
@@ -61,7 +61,7 @@ class Contender:
     macs: list[float] = field(default_factory=list)
 
     def run(self, steps: range, synchronise: Callable[[], None]) -> None:
-        """Train; adds the mean seconds of each part of a step, and the mean MACs of these very steps."""
+        """Train, and record the mean seconds of each part of a step and the mean MACs of these steps."""
         spent = dict.fromkeys(self.parts, 0.0)
         for step in steps:
             for name, part in self.parts.items():
@@ -74,17 +74,17 @@ class Contender:
         self.macs.append(statistics.mean(map(self.macs_of, steps)))
 
     def forget(self) -> None:
-        """The rounds so far were to warm up."""
+        """Discard the warm-up rounds."""
         self.seconds.clear()
         self.macs.clear()
 
     def totals(self) -> list[float]:
-        """Seconds of a step, for each round."""
+        """Seconds per step, for each round."""
         return [sum(round_) for round_ in zip(*self.seconds.values(), strict=True)]
 
 
 def ours(name: str, recipe: Recipe, data: ImageDataset, accelerator: Accelerator) -> Contender:
-    """The steps of `train`, cut in parts."""
+    """The steps of `train`, split into parts."""
     device = accelerator.device
     network = create_model(recipe, data.label_names).to(device).train()
     schedule = create_schedule(recipe.queries, network.config.ladder(), recipe.seed)
@@ -116,7 +116,7 @@ def ours(name: str, recipe: Recipe, data: ImageDataset, accelerator: Accelerator
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: object) -> Image.Image:
-    """timm's, which at its strongest asks Pillow for 0 bits, an error since Pillow 13; without this its loop breaks off."""
+    """timm's posterize, limited to at least 1 bit: at its strongest it uses 0 bits, an error since Pillow 13."""
     return ImageOps.posterize(image, min(max(bits, 1), 8))
 
 
@@ -124,7 +124,7 @@ auto_augment.NAME_TO_OP["PosterizeIncreasing"] = _posterize
 
 
 class _Pictures(torch.utils.data.Dataset):
-    """PIL images, as timm's datasets give them."""
+    """A dataset of PIL images, like timm's."""
 
     def __init__(self, data: ImageDataset):
         self.data, self.transform = data, None
@@ -189,7 +189,7 @@ def plain_timm(recipe: Recipe, data: ImageDataset, accelerator: Accelerator, wor
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, synchronise: Callable[[], None]) -> float:
-    """The best multiply-accumulates/s of a square matrix product."""
+    """The highest multiply-accumulates/s of a square matrix product."""
     best = 0.0
     for size in (1024, 2048) if device.type == "cpu" else (4096, 8192):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

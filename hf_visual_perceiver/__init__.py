@@ -1,4 +1,4 @@
-"""Image models whose compute is a dial: the Visual Perceiver with Dynamic Query Selection.
+"""Image classifiers whose compute budget is chosen at each call: the Visual Perceiver with Dynamic Query Selection.
 
 Importing the package registers the models with transformers' auto classes and with timm, and a pipeline's task.
 """

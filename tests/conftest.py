@@ -1,4 +1,4 @@
-"""What several tests share. All data is the sample inside the repository unless HF_VISUAL_PERCEIVER_CIFAR10 names a folder."""
+"""Shared fixtures. The data is the sample in the repository unless HF_VISUAL_PERCEIVER_CIFAR10 names a folder."""
 
 import os
 

@@ -1,8 +1,7 @@
-"""A Hub on this machine, for tests: repositories of models and Spaces that huggingface_hub creates, fills, tags and reads, and
-faults on request.
+"""A local Hub server for tests: huggingface_hub can create, fill, tag and read repositories, and tests can inject faults.
 
-It speaks the part of the Hub's HTTP interface that huggingface_hub uses, keeps everything in memory and binds to 127.0.0.1
-alone. `python tests/hub_server.py` runs one to try by hand (`HF_ENDPOINT=http://127.0.0.1:PORT HF_TOKEN=writer`).
+It implements the part of the Hub's HTTP API that huggingface_hub uses, keeps everything in memory and binds to 127.0.0.1
+only. `python tests/hub_server.py` runs one to try by hand (`HF_ENDPOINT=http://127.0.0.1:PORT HF_TOKEN=writer`).
 """
 
 import base64
@@ -27,7 +26,7 @@ class File:
 
     @property
     def oid(self) -> str:
-        """What the Hub names this content by: sha256 in LFS, else git's hash of a blob."""
+        """The Hub's id of this content: sha256 for LFS, else git's blob hash."""
         if self.lfs:
             return hashlib.sha256(self.content).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
@@ -64,7 +63,7 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What to do instead of answering."""
+    """A fault: what the server does instead of answering."""
 
     method: str
     path: str  # regular expression
@@ -91,7 +90,7 @@ class Fault:
 class Hub:
     """The server. `with Hub() as hub: HfApi(endpoint=hub.url, token="writer")`.
 
-    Tokens: `writer` is the user somebody, who may write in somebody/ alone; `reader` is the user reader, who may write nowhere.
+    Tokens: `writer` is the user somebody, who may only write in somebody/; `reader` is the user reader, who may not write.
     """
 
     users = {"writer": "somebody", "reader": "reader"}
@@ -116,11 +115,11 @@ class Hub:
         self.server.server_close()
 
     def fail(self, method: str, path: str, **what: object) -> None:
-        """Answer requests that match by a `Fault`."""
+        """Answer matching requests with a `Fault`."""
         self.faults.append(Fault(method, path, **what))  # type: ignore[arg-type]
 
     def reset(self) -> None:
-        """An empty Hub without faults."""
+        """Remove all repositories and faults."""
         self.repositories.clear()
         self.blobs.clear()
         self.faults.clear()
@@ -212,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
     # Who asks, and for what.
 
     def _user(self) -> str:
-        """The user of the token; 401 without a good one."""
+        """The user of the token; 401 if it is missing or unknown."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in self.hub.users:
             raise RefusedError(401, "Invalid credentials in Authorization header")
@@ -403,7 +402,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def namespace(repo: str) -> str:
-    """Whose it is."""
+    """The owner of the repository."""
     return repo.removeprefix("spaces/").split("/")[0]
 
 

@@ -1,4 +1,4 @@
-"""Variable-length attention for tests on machines that have none."""
+"""Variable-length attention for tests on machines without it."""
 
 import torch
 
@@ -33,7 +33,7 @@ def opaque_varlen(
     max_queries: int,
     max_keys: int,
 ) -> torch.Tensor:
-    """`slow_varlen` as the compiler sees the real one: an operation of its own."""
+    """`slow_varlen` as a custom operation, which the compiler treats like the real one."""
     return slow_varlen(query, key, value, query_offsets, key_offsets, max_queries, max_keys)
 
 
@@ -43,6 +43,6 @@ def _(query, *_):
 
 
 def simulate_varlen(monkeypatch, function=slow_varlen):
-    """Have the model take `function` for what torch has on CUDA, on this device and in this dtype."""
+    """Make the model use `function` in place of torch's CUDA kernel, on this device and in this dtype."""
     monkeypatch.setattr(ragged, "varlen_needs", lambda *_: "")
     monkeypatch.setattr(visual_perceiver_layers, "torch_varlen_attention", lambda: function)

@@ -1,4 +1,4 @@
-"""Small models, and commands run as a user would."""
+"""Small models, and helpers that run commands."""
 
 import copy
 import os
@@ -18,12 +18,12 @@ PATIENCE = 600
 
 
 def papers_form() -> str:
-    """The folder of the bundled checkpoint that is as the paper describes, with 64 queries and no levels."""
+    """The folder of the bundled nano checkpoint, with the paper's architecture (64 queries, no levels)."""
     return bundled_checkpoint("visual_perceiver_nano_cifar10")
 
 
 def small_config(**fields) -> VisualPerceiverConfig:
-    """A network that runs in milliseconds: Q = 12, N = 16."""
+    """Config of a network that runs in milliseconds: Q = 12, N = 16."""
     small = {
         "image_size": 16,
         "hidden_size": 24,
@@ -38,16 +38,16 @@ def small_config(**fields) -> VisualPerceiverConfig:
 
 
 def aligned(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy whose weights all begin at multiples of 64 bytes.
+    """Copy a model so that all weights start at multiples of 64 bytes.
 
-    Weights loaded from a file lie where the file has them, and on some CPUs the last bit of a result depends on that. Models
-    that are to agree bit for bit are compared by such copies.
+    Loaded weights keep the alignment that they have in the file, and on some CPUs the last bit of a result depends on it.
+    Tests of bit-identical models compare such copies.
     """
     return copy.deepcopy(model)
 
 
 def with_statistics(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with batch-norm statistics and weights as if it had been trained."""
+    """Set batch-norm statistics and weights as after training."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-1, 1)
@@ -58,12 +58,12 @@ def with_statistics(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def unwrapped(text: str) -> str:
-    """What a command printed, as one line: where it wraps depends on the name of the CPU in it."""
+    """The output of a command as one line, as its wrapping depends on the CPU's name."""
     return " ".join(text.split())
 
 
 def run(*arguments: object, env: dict | None = None, timeout: float = PATIENCE) -> subprocess.CompletedProcess:
-    """Run a command as a user would, with this Python's scripts on the PATH."""
+    """Run a command with this Python's scripts on the PATH."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **(env or {})}
     return subprocess.run(

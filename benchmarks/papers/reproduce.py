@@ -1,4 +1,4 @@
-"""The paper's tables and figures beside ours, from whatever checkpoints exist.
+"""Reproduce the paper's tables and figures with the checkpoints that exist, beside the paper's numbers.
 
 python benchmarks/papers/reproduce.py --output-dir outputs/paper
 """
@@ -38,14 +38,14 @@ CHECKPOINTS = Path(__file__).with_name("reproduce.yaml")
 
 
 def write_report(found: Measurements, output_dir: Path) -> Path:
-    """Write paper.md, its pictures in paper/, and what was measured as paper/measurements.json.
+    """Write paper.md, its pictures in paper/, and the measurements as paper/measurements.json.
 
     Args:
-        found: What was measured; its conditions name the dataset.
-        output_dir: Made if it is missing; what an earlier report left in its paper/ is replaced.
+        found: The measurements; their conditions name the dataset.
+        output_dir: Folder for the report; created if missing. An earlier paper/ in it is replaced.
 
     Returns:
-        The report.
+        The path of the report.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     with folder_written_aside(output_dir / PICTURES) as pictures:
@@ -60,10 +60,10 @@ def _introduction(found: Measurements) -> str:
     c = found.conditions
     return (
         "# The paper's tables and figures, and ours\n\n"
-        f"{paper.CITATION}. Columns and dashed curves called *paper* repeat its printed numbers (CIFAR-10, all 10,000 test "
-        f"images); all others were measured on {len(found.data):,} images of {c['dataset']}, split {c['split']}, by\n\n"
+        f"{paper.CITATION}. Columns and dashed curves labelled *paper* are its printed numbers (CIFAR-10, all 10,000 test "
+        f"images). All others were measured on {len(found.data):,} images of {c['dataset']}, split {c['split']}, by\n\n"
         f"    {c.get('command', 'python -m reproduce')}\n\n"
-        f"Conditions: {conditions_line(c)}. The seed is that of the random subsets; each checkpoint is one training run."
+        f"Conditions: {conditions_line(c)}. The seed draws the random subsets. Each checkpoint is one training run."
     )
 
 
@@ -89,9 +89,11 @@ def _plain(found: Measurements) -> dict[str, Any]:
 
 
 def command(
-    output_dir: Annotated[Path, typer.Option(help="For paper.md and its pictures in paper/.")] = Path("outputs/paper"),
+    output_dir: Annotated[Path, typer.Option(help="Folder for paper.md and its pictures in paper/.")] = Path(
+        "outputs/paper"
+    ),
     config: Annotated[
-        Path | None, typer.Option(help="YAML that names the checkpoints; by default the one that ships.")
+        Path | None, typer.Option(help="YAML file with the checkpoints; by default reproduce.yaml beside this script.")
     ] = None,
     dataset: DatasetOption = None,
     dataset_name: DatasetNameOption = None,
@@ -100,14 +102,14 @@ def command(
     batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
-    seed: Annotated[int, typer.Option(min=0, help="Of the random subsets.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the subsets.")] = 0,
     image: Annotated[int, typer.Option(help="Index of the image whose similarities are shown.")] = 0,
     robustness_images: Annotated[
-        int, typer.Option(min=0, help="Images, evenly spaced, to measure under corruptions too; 0 for none.")
+        int, typer.Option(min=0, help="Number of images to measure under corruptions, evenly spaced; 0 for none.")
     ] = 100,
-    robustness_severity: Annotated[list[int], typer.Option(help="1 to 5; repeat for several.")] = [1, 3, 5],  # noqa: B006
+    robustness_severity: Annotated[list[int], typer.Option(help="Severity, 1 to 5; repeat for several.")] = [1, 3, 5],  # noqa: B006
 ) -> None:
-    """The paper's tables and figures beside ours, from the checkpoints that exist."""
+    """Reproduce the paper's tables and figures with the checkpoints that exist."""
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"Expected a folder for the report, got the file {str(output_dir)!r}.")
     checkpoints = read_checkpoints(config or CHECKPOINTS)
@@ -135,11 +137,11 @@ def command(
 
 
 def main() -> None:
-    """Run the command; what is wrong with the input is said in one line, without a traceback."""
+    """Run the command; an input error is one line, without a traceback."""
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    run_command(command, out_of_memory="a smaller --batch-size needs less")
+    run_command(command, out_of_memory="try a smaller --batch-size")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pictures of the report on the paper: curves beside the paper's, similarities, galleries."""
+"""Figures of the report on the paper: curves beside the paper's, similarities, galleries."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Curve:
 
 
 def plot_curves(curves: Sequence[Curve], xlabel: str, path: Path, ticks: Sequence[int] = ()) -> None:
-    """Accuracy on a logarithmic axis; ours are drawn through, the paper's dashed."""
+    """Accuracy on a logarithmic axis; our curves are solid, the paper's dashed."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for curve in curves:
@@ -59,7 +59,7 @@ def plot_curves(curves: Sequence[Curve], xlabel: str, path: Path, ticks: Sequenc
 
 
 def plot_selection(masking: Sequence[Row], selection: Sequence[Row], paper: Sequence[Curve], path: Path) -> None:
-    """Figure 6: accuracy against the mean number of queries, with its deviation and its reach over images."""
+    """Figure 6: accuracy against the mean number of queries, with its deviation and range over images."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for curve in paper:
@@ -99,7 +99,7 @@ def plot_selection(masking: Sequence[Row], selection: Sequence[Row], paper: Sequ
 
 
 def plot_similarities(selection: Selection, data: ImageDataset, path: Path) -> None:
-    """Figure 10: cosines between what the queries read in one image; what removes a query is red, and its row ends in a bar."""
+    """Figure 10: cosine similarities of the queries in one image; those that drop a query are red, and its row ends in a bar."""
     Q = len(selection.keep)
     figure = Figure(figsize=(8, 5.6), layout="constrained")
     picture, axes = figure.subplots(1, 2, width_ratios=[1, 4])
@@ -117,15 +117,15 @@ def plot_similarities(selection: Selection, data: ImageDataset, path: Path) -> N
     axes.set_xlabel("earlier query")
     axes.set_ylabel("query")
     axes.set_title(
-        f"t = {selection.threshold:g}: {int(selection.keep.sum())} of {Q} queries stay; removed ones end in a red bar",
+        f"t = {selection.threshold:g}: {int(selection.keep.sum())} of {Q} queries kept; rows of dropped ones end in a red bar",
         fontsize=10,
     )
-    figure.colorbar(drawn, ax=axes, label="cosine of what they read", shrink=0.85)
+    figure.colorbar(drawn, ax=axes, label="cosine similarity", shrink=0.85)
     save_figure(figure, path)
 
 
 def plot_gallery(selection: Selection, data: ImageDataset, names: Sequence[str], path: Path, count: int = 16) -> None:
-    """The images that keep the fewest and the most queries; the prediction is red where it is wrong.
+    """The images that keep the fewest and the most queries; wrong predictions are red.
 
     Args:
         selection: Counts and predictions.

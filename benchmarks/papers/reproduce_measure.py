@@ -1,4 +1,4 @@
-"""What the report on the paper needs to know, measured on whatever checkpoints exist."""
+"""Measurements for the report on the paper, on the checkpoints that exist."""
 
 import copy
 from collections.abc import Sequence
@@ -35,13 +35,13 @@ SHOWN_THRESHOLD = 0.9
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The folders that the report is made from; None where there is none.
+    """The checkpoint folders of the report; None if missing.
 
     Attributes:
         query_masking: One network for every number of queries.
         fixed: Trained with all queries.
         specialists: K to a network of that K.
-        missing: Role to the folder that was named and is not there, or None if none was named.
+        missing: Role to its configured folder that does not exist, or None if none is configured.
     """
 
     query_masking: Path | None
@@ -74,7 +74,7 @@ def dqs_threshold(row: Row) -> float | None:
 
 
 def specialist_role(K: int) -> str:
-    """What the report calls the specialist of K queries."""
+    """The role of the specialist of K queries in the report."""
     return f"specialist {K}"
 
 
@@ -82,7 +82,7 @@ def read_checkpoints(path: Path) -> Checkpoints:
     """Read the YAML that names the checkpoints; see `reproduce.yaml`.
 
     Raises:
-        ValueError: If the file is no such YAML, has an unknown role, or names no checkpoint that is there.
+        ValueError: If the file is not valid, has an unknown role, or names no existing checkpoint.
     """
     try:
         values = yaml.safe_load(path.read_text())
@@ -104,7 +104,7 @@ def read_checkpoints(path: Path) -> Checkpoints:
     found = {role: _find(name, path.parent) for role, name in named.items() if name is not None}
     missing = {role: name for role, name in named.items() if found.get(role) is None}
     if len(missing) == len(named):
-        raise ValueError(f"Expected at least one checkpoint of {path} to exist, found none of them.")
+        raise ValueError(f"Expected at least one checkpoint of {path} to exist, got none.")
     networks = {K: found.get(specialist_role(K)) for K in sorted(specialists)}
     return Checkpoints(
         query_masking=found.get(QUERY_MASKING),
@@ -126,7 +126,7 @@ def _find(name: str, base: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class SubsetRow:
-    """The fixed network with K of its queries, drawn at random several times."""
+    """The fixed network with K random queries, in several draws."""
 
     num_active_queries: int
     accuracies: list[float]  # one per draw
@@ -146,14 +146,14 @@ class SubsetRow:
 
 @dataclass(frozen=True)
 class Selection:
-    """What Dynamic Query Selection did to each image at one threshold.
+    """The result of Dynamic Query Selection for each image at one threshold.
 
     Attributes:
         threshold: t.
         counts: (n,) queries kept.
         predictions: (n,) index of the model's label.
-        similarities: (Q, Q) cosines between what the queries read in the example.
-        keep: (Q,) bool, the example's queries that stay.
+        similarities: (Q, Q) cosine similarities of the queries in the example.
+        keep: (Q,) bool, the kept queries of the example.
         example: Index of the image.
     """
 
@@ -167,7 +167,7 @@ class Selection:
 
 @dataclass
 class Measurements:
-    """All that the sections show; what no checkpoint gives is None or empty."""
+    """All results that the sections show; None or empty where the checkpoint is missing."""
 
     data: ImageDataset
     networks: dict[str, VisualPerceiverForImageClassification]
@@ -283,8 +283,8 @@ def measure_random_subsets(
 ) -> tuple[list[SubsetRow], dict[str, Any]]:
     """Accuracy with K random queries, the same for all images of a draw (section 3.1 of the paper).
 
-    A draw is a random order of all queries, and its subset of K the first K of them: for each K by itself that is a
-    uniformly random subset. All queries together are the same set in every draw.
+    A draw is a random order of all queries; its subset of K queries is the first K of them, which is uniformly random for
+    each K. With all queries, every draw is the same.
 
     Returns:
         A row for each K, and the conditions of the measurement.
@@ -310,9 +310,9 @@ def measure_random_subsets(
 def reorder_queries(
     model: VisualPerceiverForImageClassification, order: torch.Tensor
 ) -> VisualPerceiverForImageClassification:
-    """A copy whose queries come in another order, so that its first K are those of `order[:K]`.
+    """Copy a model with reordered queries, so that its first K are `order[:K]`.
 
-    The blocks after the cross-attention know no positions: with all queries the copy computes the same.
+    The blocks after the cross-attention have no positions, so with all queries the copy computes the same.
     """
     reordered = copy.deepcopy(model)
     queries = reordered.visual_perceiver.cross_attention.queries
@@ -328,7 +328,7 @@ def measure_selection(
     example: int = 0,
     batch_size: int = 256,
 ) -> Selection:
-    """The queries that each image keeps at a threshold, and the similarities that decide it for one image."""
+    """Measure the kept queries of each image at a threshold, and the similarities of one image."""
     counts, predictions, parts = [], [], []
     for indices, pixels in pixel_batches(model, data, batch_size):
         output = model(pixels, num_active_queries=model.config.num_queries, dqs_threshold=threshold)

@@ -1,4 +1,4 @@
-"""The sections of the report on the paper: each takes the measurements, draws its pictures and returns Markdown."""
+"""Sections of the report on the paper; each draws its figures and returns Markdown."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -49,14 +49,14 @@ def networks_section(found: Measurements, folder: Path) -> str:
         rows.append([role, called, size, f"{parameters:.2f}", f"{config.num_queries}", trained])
     headers = ("role", "network", "blocks x width", "parameters (M)", "Q", "training images (M, with repetition)")
     table = markdown_table(headers, rows, left=2)
-    lines = ["## Networks", "", table, "", "A network of another size than the paper's does not repeat its experiment."]
+    lines = ["## Networks", "", table, "", "A network of another size does not repeat the paper's experiment."]
     if found.missing:
-        lines += ["", "Missing, and what the report therefore lacks:", ""]
+        lines += ["", "Missing checkpoints, and what the report lacks without them:", ""]
         for role, name in found.missing.items():
             K = int(role.split()[-1]) if role not in WITHOUT else 0
             figure = f", and Figure {SPECIALIST_FIGURES[K]}" if K in SPECIALIST_FIGURES else ""
             without = WITHOUT.get(role, f"K = {K} among the specialists of Table 2 and of Figures 2, 7 and 8{figure}")
-            where = "no folder is named" if name is None else f"`{name}` is not there"
+            where = "no folder is named" if name is None else f"no `{name}`"
             lines.append(f"- **{role}** ({where}): {without}.")
     return "\n".join(lines)
 
@@ -84,13 +84,13 @@ def table_1(found: Measurements, folder: Path) -> str:
     headers = ["K", "MACs (M)", "paper", "ms per image (relative)", "paper: ms per 512 (relative)", "accuracy (%)"]
     return (
         f"{heading}{markdown_table([*headers, 'paper', 'difference'], lines)}\n\n"
-        "± is one standard error over images. Time is the median over batches, of the model alone; relative is to all queries. "
-        "The paper calls its MACs FLOP and does not name its hardware, so that only relative times compare."
+        "± is one standard error over images. Time is the median over batches, of the model alone, and relative to all queries. "
+        "The paper does not name its hardware; compare only relative times. It calls its MACs FLOP."
     )
 
 
 def table_2(found: Measurements, folder: Path) -> str:
-    """One network, one network for each K, random subsets of the fixed network's queries."""
+    """Query Masking, specialists for each K, and random subsets of the fixed network's queries."""
     masking = {num_active_queries(row): row for row in _masking(found)}
     subsets = {row.num_active_queries: row for row in found.random_subsets}
     lines = []
@@ -113,12 +113,12 @@ def table_2(found: Measurements, folder: Path) -> str:
         lambda row: row.num_active_queries if isinstance(row, SubsetRow) else num_active_queries(row),
         {K: float(K) for K in paper.QUERY_MASKING},
     )
-    plot_curves(curves, "K, queries used", folder / "figure_2.png", ticks=(1, 2, 4, 8, 16, 32, 64))
+    plot_curves(curves, "queries K", folder / "figure_2.png", ticks=(1, 2, 4, 8, 16, 32, 64))
     return (
         "## Table 2 and Figure 2: accuracy (%) against K\n\n"
         f"{markdown_table(headers, lines)}\n\n"
-        f"Random subsets: of the network trained with all queries, {paper.RANDOM_DRAWS} draws, mean ± standard deviation over draws; "
-        f"± elsewhere is one standard error over images.\n\n{_picture('figure_2', 'Accuracy against K')}"
+        f"Random subsets are drawn {paper.RANDOM_DRAWS} times from the network trained with all queries: mean ± standard deviation over "
+        f"draws. Elsewhere ± is one standard error over images.\n\n{_picture('figure_2', 'Accuracy against K')}"
     )
 
 
@@ -163,8 +163,8 @@ def table_3(found: Measurements, folder: Path) -> str:
     plot_selection(masking, selection, paper_curves, folder / "figure_6.png")
     return (
         f"{heading}{markdown_table(headers, lines)}\n\n"
-        "The last column is the accuracy less that of the first K queries for all images at the same average K, interpolated "
-        "between the measured K: below zero, selection loses. MACs include reading and comparing all queries.\n\n"
+        "The last column is the difference from the first K queries at the same mean K, interpolated between the measured K; it "
+        "is negative where selection is less accurate. MACs include reading and comparing all queries.\n\n"
         f"{_picture('figure_6', 'Accuracy against the mean number of queries')}"
     )
 
@@ -172,15 +172,15 @@ def table_3(found: Measurements, folder: Path) -> str:
 def cost_figures(found: Measurements, folder: Path) -> str:
     """Figures 7 and 8."""
     curves = _three_curves(found, lambda row: row.macs / 1e6, paper.MACS_M)
-    plot_curves(curves, "multiply-accumulates per image (millions)", folder / "figure_7.png")
+    plot_curves(curves, "million MACs per image", folder / "figure_7.png")
     times = {K: ms / 512 for K, ms in paper.MILLISECONDS_PER_512.items()}
     curves = _three_curves(found, lambda row: row.ms_per_image, times)
-    plot_curves(curves, "milliseconds per image, model alone", folder / "figure_8.png")
+    plot_curves(curves, "milliseconds per image (model only)", folder / "figure_8.png")
     return (
         "## Figures 7 and 8: accuracy against MACs and time\n\n"
         f"{_picture('figure_7', 'Accuracy against MACs')}\n\n{_picture('figure_8', 'Accuracy against time')}\n\n"
-        "The paper's times are of its own hardware at batches of 512 images, those of Table 1 for all three kinds of "
-        "network; ours are of the hardware above. They do not compare across, only within."
+        "The paper's times are those of its Table 1, for all three kinds of network, on its own hardware with batches of 512 "
+        "images. Do not compare them with ours."
     )
 
 
@@ -189,23 +189,23 @@ def attention_section(found: Measurements, folder: Path) -> str:
     figures = {FIXED: 3, QUERY_MASKING: 4, specialist_role(16): 5, specialist_role(1): 9}
     lines = [
         "## Figures 3, 4, 5 and 9: what each query reads",
-        "Cross-attention averaged over the dataset, one map of the patches per query, from left to right and top to bottom, "
-        "each on a scale of its own from zero to its maximum.",
+        "Cross-attention averaged over the dataset, one map per query, in reading order. Each map is scaled from zero to its "
+        "maximum.",
     ]
     for role in dict.fromkeys([*figures, *found.attention]):
         figure = figures.get(role)
         title = f"Figure {figure}, {role}" if figure else f"Not in the paper, {role}"
         if role not in found.attention:
-            lines.append(f"{title}: missing, there is no such checkpoint.")
+            lines.append(f"{title}: no checkpoint.")
             continue
         maps = found.attention[role]
         name = f"figure_{figure}" if figure else f"attention_{role.replace(' ', '_')}"
         plot_attention_maps(maps, folder / f"{name}.png", f"{title}: {len(found.data):,} images")
         # The entropy's exponential: as many patches as are read evenly.
         read = np.exp(-(maps * np.log(np.maximum(maps, 1e-30))).sum((1, 2)))
-        rest = f", the others {read[1:].mean():.1f} on average" if len(read) > 1 else ""
+        rest = f", the others {read[1:].mean():.1f}" if len(read) > 1 else ""
         lines.append(
-            f"{title}. On average over images the first query reads {read[0]:.1f} of {maps[0].size} patches{rest} "
+            f"{title}. On average the first query reads {read[0]:.1f} of {maps[0].size} patches{rest} "
             f"(exponential of the map's entropy).\n\n{_picture(name, title)}"
         )
     return "\n\n".join(lines)
@@ -222,17 +222,17 @@ def selection_section(found: Measurements, folder: Path) -> str:
     plot_gallery(selection, found.data, names, folder / "gallery.png")
     return (
         f"{heading}{_picture('figure_10', 'Similarities of one image')}\n\n"
-        f"Image {selection.example} of the dataset: {int(selection.keep.sum())} of {len(selection.keep)} queries stay at "
+        f"Image {selection.example} of the dataset keeps {int(selection.keep.sum())} of {len(selection.keep)} queries at "
         f"t = {selection.threshold:g}.\n\n"
         "## Images with the fewest and the most queries\n\n"
         f"{_picture('gallery', 'Images with the fewest and the most queries')}\n\n"
-        f"The number of queries kept at t = {selection.threshold:g} and the predicted class, red where it is wrong; of images with "
-        "as many queries, the first of the dataset are shown (in the lower half, the last)."
+        f"Titles give the number of queries kept at t = {selection.threshold:g} and the predicted class, red if wrong. Among images "
+        "with equal numbers, the first of the dataset are shown (the last in the lower half)."
     )
 
 
 def corruptions_section(found: Measurements, folder: Path) -> str:
-    """Accuracy and queries under common corruptions, and whether harder images get more queries; not in the paper."""
+    """Accuracy and queries under common corruptions, and whether harder images use more queries; not in the paper."""
     if found.robustness is None:
         return "## Robustness to common corruptions\n\nNot measured for this report."
     return robustness_section(found.robustness, folder).replace("](robustness", f"]({PICTURES}/robustness").rstrip()
@@ -276,7 +276,7 @@ def _three_curves(found: Measurements, x: Callable, paper_x: dict[int, float]) -
 
 
 def training_images(folder: Path) -> int | None:
-    """Images of all steps of all stages of a training, as training.json has them; None if there is none."""
+    """Total number of training images over all stages, from training.json; None without the file."""
 
     def count(facts: dict[str, Any]) -> int:
         earlier = facts.get("earlier_training")
@@ -287,7 +287,7 @@ def training_images(folder: Path) -> int | None:
 
 
 def _lacking(role: str) -> str:
-    return f"Missing: there is no {role} checkpoint."
+    return f"Missing: no {role} checkpoint."
 
 
 def _picture(name: str, text: str) -> str:

@@ -1,5 +1,5 @@
 // Classifies a picture with an exported model, in the browser. The model is model.onnx beside this file, written by
-// `visual-perceiver export`; what it needs to know about images and labels is JSON in that file's metadata.
+// `visual-perceiver export`. Image size, normalisation and labels are JSON in that file's metadata.
 
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
 
@@ -7,7 +7,7 @@ const MAX_PIXELS = 2 ** 25; // of a picture, as on the Python side
 const SHOWN = 5; // labels
 const $ = (id) => document.getElementById(id);
 
-// The JSON that an ONNX file carries. onnxruntime-web does not give it, so this walks the file's outermost protobuf fields:
+// The JSON in an ONNX file's metadata. onnxruntime-web does not expose it, so this walks the file's outermost protobuf fields:
 // ModelProto.metadata_props is field 14, pairs of a key (1) and a value (2).
 export function onnxMetadata(bytes, wanted) {
   function* fields(start, end) {
@@ -19,7 +19,7 @@ export function onnxMetadata(bytes, wanted) {
         value += (byte & 127) * scale;
         if (byte < 128) return value;
       }
-      throw new Error("Expected model.onnx to be an ONNX file; it ends too early.");
+      throw new Error("Expected model.onnx to be an ONNX file; it is truncated.");
     };
     while (at < end) {
       const tag = varint();
@@ -32,7 +32,7 @@ export function onnxMetadata(bytes, wanted) {
         const length = varint();
         yield [field, at, at + length];
         at += length;
-      } else throw new Error("Expected model.onnx to be an ONNX file; it is none.");
+      } else throw new Error("Expected model.onnx to be an ONNX file, got another format.");
     }
   }
   const text = new TextDecoder();
@@ -42,7 +42,7 @@ export function onnxMetadata(bytes, wanted) {
     for (const [part, from, to] of fields(start, end)) pair[part] = text.decode(bytes.subarray(from, to));
     if (pair[1] === wanted) return JSON.parse(pair[2]);
   }
-  throw new Error("Expected model.onnx to be written by `visual-perceiver export`; its metadata is not.");
+  throw new Error("Expected model.onnx to be written by `visual-perceiver export`; the metadata entry is missing.");
 }
 
 // The kernels of the Python side's resampling (Pillow), with their half widths.
@@ -181,7 +181,7 @@ async function open(file) {
   await classify();
 }
 
-// One run at a time; what changes meanwhile is run once more at its end.
+// One run at a time. If an input changes during a run, the model runs once more afterwards.
 async function classify() {
   showKnobs();
   if (!input) return;
@@ -201,7 +201,7 @@ async function classify() {
     const { logits, active_queries: active } = await session.run(feeds);
     show(softmax(logits.data), active.data, performance.now() - began);
   } catch (error) {
-    say(`The model fails: ${error.message}`, true);
+    say(`Cannot run the model: ${error.message}`, true);
   } finally {
     running = false;
   }

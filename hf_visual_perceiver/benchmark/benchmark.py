@@ -71,9 +71,7 @@ def timm_rival(name: str, config: Any, device: torch.device, dtype: torch.dtype)
             network(torch.zeros(1, config.num_channels, height, width))
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError, IndexError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"Expected a classifier of timm that takes {height}x{width} images, got {name!r}: {reason}"
-        ) from error
+        raise ValueError(f"Expected a timm classifier for {height}x{width} images, got {name!r}: {reason}") from error
     return Rival(network.to(device, dtype), counter.get_total_flops() // 2, dtype)
 
 
@@ -336,8 +334,8 @@ def benchmark_table(rows: Sequence[BenchmarkRow], unit: str) -> Table:
         *(("p50 (ms)", "p95 (ms)") if percentiles else ("ms",)),
         "images/s",
         "relative",
-        "to fixed",
-        "to the first form",
+        "vs fixed K",
+        "vs first form",
     )
     for header in (*headers, "of peak", "MB", "page faults"):
         table.add_column(header, justify="left" if header in ("form", "setting") else "right", no_wrap=True)
@@ -374,7 +372,7 @@ def plot_benchmark(rows: Sequence[BenchmarkRow], path: str | Path) -> None:
     sizes = list(dict.fromkeys(row.batch_size for row in rows))
     figure = Figure(figsize=(max(4 * len(sizes), 6), 5), layout="constrained")
     for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
-        axes.plot([0, 1], [0, 1], color="0.8", label="time falls with MACs")
+        axes.plot([0, 1], [0, 1], color="0.8", label="time proportional to MACs")
         of_size = [row for row in rows if row.batch_size == size and row.relative_time is not None]
         for number, form in enumerate(dict.fromkeys(row.form for row in of_size)):
             of_form = [row for row in of_size if row.form == form]
@@ -386,15 +384,17 @@ def plot_benchmark(rows: Sequence[BenchmarkRow], path: str | Path) -> None:
                     if (row.relative_to_fixed is not None) == selected and row.macs and row.relative_time
                 )
                 if chosen:
-                    label = f"{form}, per image" if selected else form
+                    label = f"{form}, with selection" if selected else form
                     axes.plot(*zip(*chosen, strict=True), style, color=f"C{number}", label=label, markersize=5)
         full = max(row.macs or 0 for row in of_size if row.form == of_size[0].form and row.relative_to_fixed is None)
         for row in rows:
             if row.batch_size == size and row.relative_time is None and row.macs:
-                axes.plot(row.macs / full, row.relative_to_first, "k*", label=f"{row.form}, to {of_size[0].form}")
+                axes.plot(
+                    row.macs / full, row.relative_to_first, "k*", label=f"{row.form}, relative to {of_size[0].form}"
+                )
         axes.set_title(f"batch {size}", fontsize=10)
-        axes.set_xlabel("MACs, relative to the full network")
-        axes.set_ylabel("time, relative to the full network")
+        axes.set_xlabel("MACs relative to the full network")
+        axes.set_ylabel("time relative to the full network")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)

@@ -35,13 +35,13 @@ def attention_maps_command(
     dataset: DatasetOption = None,
     split: SplitOption = "test",
     max_images: MaxImagesOption = None,
-    output: Annotated[Path, picture_option("The picture to write: .png, .svg or .pdf.")] = Path("attention_maps.png"),
+    output: Annotated[Path, picture_option("Plot to write: .png, .svg or .pdf.")] = Path("attention_maps.png"),
     budget: OneBudgetOption = None,
     batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
-    """Plot what each token or query attends to: cross-attention averaged over a dataset, or over given images."""
+    """Plot the attention map of each query or token, averaged over a dataset or over given images."""
     from hf_visual_perceiver.data.image_files import list_images, read_image
     from hf_visual_perceiver.data.image_processor import create_image_processor
     from hf_visual_perceiver.data.images import load_images
@@ -66,7 +66,7 @@ def attention_maps_command(
         batches, count = (pixels for _, pixels in pixel_batches(network, data, batch_size, "averaging")), len(data)
     maps = average_attention(network, batches, chosen)
     plot_attention_maps(
-        maps, output, f"{Path(name).name}: what each of the {network.config.unit} reads, {count:,} images"
+        maps, output, f"{Path(name).name}: mean attention of the {network.config.unit}, {count:,} images"
     )
     write_result(json_file, {"images": count, "maps": maps.tolist()})
     output_console(json_file).print(

@@ -29,7 +29,7 @@ def benchmark_command(
     budget: BudgetOption = None,
     form: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(FORMS)}; repeat. By default eager, and optimized if there is such a form."),
+        typer.Option(help=f"{', '.join(FORMS)}; repeat for several. By default eager, and optimized if available."),
     ] = None,
     dtype: Annotated[
         list[str] | None,
@@ -41,12 +41,12 @@ def benchmark_command(
         list[str] | None,
         typer.Option(help="Also time this timm classifier, with random weights; repeat for several."),
     ] = None,
-    repetitions: Annotated[int, typer.Option(min=1, help="How often each setting is timed.")] = 7,
+    repetitions: Annotated[int, typer.Option(min=1, help="Number of timed repetitions of each setting.")] = 7,
     single_calls: Annotated[
-        int, typer.Option(min=1, help="Repetitions at batch size 1, for the median and 95th percentile.")
+        int, typer.Option(min=1, help="Number of repetitions at batch size 1, for the median and 95th percentile.")
     ] = 200,
     device: DeviceOption = "auto",
-    plot: Annotated[Path | None, picture_option("Write relative time against MACs to this picture.")] = None,
+    plot: Annotated[Path | None, picture_option("Plot relative time against MACs to this .png, .svg or .pdf.")] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Measure a checkpoint's time and memory on this machine, at every budget and in each form, side by side."""

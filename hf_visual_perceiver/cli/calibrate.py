@@ -47,7 +47,7 @@ def calibrate_command(
     ] = None,
     budget: BudgetOption = None,
     write: Annotated[
-        bool, typer.Option("--write", help="Make the chosen budget the default in the model folder's config.json.")
+        bool, typer.Option("--write", help="Write the chosen budget to the model folder's config.json as its default.")
     ] = False,
     model: ModelOption = None,
     dataset: Annotated[
@@ -82,7 +82,7 @@ def calibrate_command(
     target = Target.from_options(target_macs, target_ms, max_accuracy_drop)
     name = chosen_model(checkpoint, model)
     if write and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"Expected --write to go with a model folder, got {name!r}.")
+        raise ValueError(f"Expected a local model folder for --write, got {name!r}.")
     network = load_model(name, choose_device(device), dtype)
     knobs = [knob.strip() for knob in search.split(",")] if search else []
     budgets = parsed_budgets(network.config, budget) or candidate_budgets(network.config, knobs, target)
@@ -103,12 +103,12 @@ def calibrate_command(
     )
     console.print(calibration_table(result, network.config))
     if not result.met:
-        messages.print("warning: the target is missed on the held-out images", style="yellow", highlight=False)
+        messages.print("warning: the target is not met on the held-out images", style="yellow", highlight=False)
     write_result(json_file, {"conditions": conditions, **result.to_dict()})
     if write:
         write_budget(name, result.budget)
         console.print(
-            f"Written to {Path(name) / 'config.json'}: {result.budget.short(network.config.knobs)}",
+            f"Wrote to {Path(name) / 'config.json'}: {result.budget.short(network.config.knobs)}",
             highlight=False,
             markup=False,
         )
@@ -120,7 +120,7 @@ def calibration_table(result: "Calibration", config: Any) -> "Table":
     low, high = (100 * x for x in result.accuracy_interval)
     drop = f"{result.drop:.2f} ({result.drop_interval[0]:.2f} to {result.drop_interval[1]:.2f})"
     settings = [
-        ([chosen, "it was chosen on"], result.chosen_on, "", ""),
+        ([chosen, "for choosing"], result.chosen_on, "", ""),
         ([chosen, "held out"], result.achieved, f" ({low:.2f} to {high:.2f})", drop),
         (["full", "held out"], result.full, "", ""),
     ]
@@ -136,5 +136,5 @@ def calibration_table(result: "Calibration", config: Any) -> "Table":
         ]
         for names, row, interval, lost in settings
     ]
-    headers = ("setting", "images", config.unit, "MACs (M)", "of full", "ms/image", "accuracy (%)", "points below full")
+    headers = ("setting", "images", config.unit, "MACs (M)", "MACs / full", "ms/image", "accuracy (%)", "drop (points)")
     return terminal_table(f"{chosen}: {result.target}; 95 % intervals in brackets", headers, rows, left=2)

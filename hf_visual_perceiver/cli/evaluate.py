@@ -66,9 +66,9 @@ def evaluate_command(
 
     console, name = output_console(json_file), chosen_model(checkpoint, model)
     if card and not Path(name).is_dir():
-        raise ValueError(f"Expected --write-card to go with a model folder, got {name!r}.")
+        raise ValueError(f"Expected a local model folder for --write-card, got {name!r}.")
     if card and fast:
-        raise ValueError("Expected --write-card without --fast: a card is of the model as it is loaded.")
+        raise ValueError("Expected either --write-card or --fast, got both.")
     network = (load_optimized if fast else load_model)(name, choose_device(device), dtype)
     data = at_most(load_images(dataset or default_dataset(), split), max_images)
     result = evaluate(
@@ -118,7 +118,7 @@ def evaluation_table(evaluation: "Evaluation") -> "Table":
     # A line is drawn where the set of knobs changes; the full network sets none.
     turned = [row.budget.kwargs.keys() for row in evaluation.rows]
     ends = [i for i, (one, other) in enumerate(pairwise(turned)) if other and one != other]
-    return terminal_table("one network, every budget", headers, rows, ends=ends)
+    return terminal_table("accuracy and cost at every budget", headers, rows, ends=ends)
 
 
 def errors_line(evaluation: "Evaluation") -> str:

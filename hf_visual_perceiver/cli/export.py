@@ -45,15 +45,15 @@ def export_command(
     budget: Annotated[
         str | None,
         typer.Option(
-            help='A budget to fix in the graph, such as "K=16"; by default the knobs are inputs of the graph if the '
-            "model supports that, and otherwise its default budget is fixed."
+            help='Budget to fix in the graph, such as "K=16". By default, K and t are inputs of the graph if the model '
+            "supports it; otherwise the default budget is fixed."
         ),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise the linear layers to 8 bits (onnx only).")] = False,
 ) -> None:
     """Export a checkpoint for other runtimes; the file is kept only if it agrees with PyTorch at several budgets.
 
-    A graph takes pixel_values (B, C, H, W) and returns logits (B, labels), and what each image used. A Visual
+    A graph takes pixel_values (B, C, H, W) and returns logits (B, labels) and the usage of each image. A Visual
     Perceiver's graph also takes dqs_threshold (float32; 1 keeps all queries) and num_active_queries (int64). The batch
     size is dynamic.
     """
@@ -62,7 +62,7 @@ def export_command(
 
     console, folder = output_console(), chosen_model(checkpoint, model)
     if format == "safetensors-timm" and budget is not None:
-        raise ValueError("Expected --budget with a graph, got --format safetensors-timm.")
+        raise ValueError("Expected --budget with a graph format, got --format safetensors-timm.")
     if int8 and format != "onnx":
         raise ValueError(f"Expected --int8 with --format onnx, got {format!r}.")
     if format == "onnx":
@@ -90,9 +90,11 @@ def export_command(
     size = sum(path.stat().st_size for path in (output.rglob("*") if output.is_dir() else [output]))
     console.print(f"{format}: {output} ({size / 1e6:.2f} MB)", soft_wrap=True, markup=False, highlight=False)
     if int8:
-        sentence = f"Mean difference of a logit from PyTorch's: {difference:.3f} of their standard deviation, on random images."
+        sentence = (
+            f"Mean difference from PyTorch's logits: {difference:.3f} of their standard deviation, on random images."
+        )
     else:
-        sentence = f"Largest difference of a logit from PyTorch's: {difference:.1e}."
+        sentence = f"Largest difference from PyTorch's logits: {difference:.1e}."
     console.print(sentence, highlight=False)
 
 
@@ -135,12 +137,12 @@ def compare_exports_command(
         },
     )
     rows = [[row.budget.short(config.knobs), *comparison_cells(row)] for row in result.rows]
-    columns = ("setting", "form", "MB", "accuracy (%)", "same answer (%)", config.unit, "ms/image", "time")
+    columns = ("setting", "form", "MB", "accuracy (%)", "same label (%)", config.unit, "ms/image", "time")
     if markdown:
         console.print(markdown_table(columns, rows, left=2), markup=False, highlight=False, soft_wrap=True)
     else:
         ends = range(len(files), len(rows), 1 + len(files))  # a line after each budget
-        console.print(terminal_table("exported, side by side", columns, rows, left=2, ends=ends))
+        console.print(terminal_table("exported files", columns, rows, left=2, ends=ends))
     console.print(conditions_line(result.conditions), style="dim", highlight=False)
     write_result(json_file, result.to_dict())
 

@@ -29,11 +29,11 @@ def frontier_command(
     dataset_name: DatasetNameOption = None,
     split: SplitOption = "test",
     choose: Annotated[
-        str, typer.Option(help="Part of the dataset to choose settings on; no image in it may have been trained on.")
+        str, typer.Option(help="Split on which settings are chosen; the models must not have been trained on it.")
     ] = "train[-5000:]",
     macs: Annotated[
         list[float] | None,
-        typer.Option("--macs", min=0, help="Limit of a column, in millions of MACs; repeat for several."),
+        typer.Option("--macs", min=0, help="MACs limit in millions; repeat for several."),
     ] = None,
     batch_size: BatchSizeOption = 256,
     device: DeviceOption = "auto",
@@ -41,7 +41,7 @@ def frontier_command(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in markdown.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Find each network's best accuracy within limits of MACs, over all its settings."""
+    """Find each network's best accuracy within MACs limits, over all its settings."""
     from hf_visual_perceiver.data.images import load_images
     from hf_visual_perceiver.evaluation.frontier import Frontier, measure_points, plot_frontier
     from hf_visual_perceiver.inference.loading import choose_device, default_dataset, default_model, load_model
@@ -70,7 +70,7 @@ def frontier_command(
     if markdown:
         console.print(markdown_table(headers, rows, left=2), markup=False, highlight=False, soft_wrap=True)
     else:
-        console.print(terminal_table("best accuracy (%) at most so many MACs", headers, rows, left=2))
+        console.print(terminal_table("best accuracy (%) within a MACs limit", headers, rows, left=2))
     console.print(conditions_line(conditions), style="dim", highlight=False)
     write_result(json_file, result.to_dict())
     if plot:

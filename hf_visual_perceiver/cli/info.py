@@ -51,7 +51,7 @@ def info_command(checkpoint: ModelArgument = None, model: ModelOption = None, js
         console.print(conditions_line(evaluation.conditions), style="dim", highlight=False)
         console.print(errors_line(evaluation), markup=False, highlight=False)
     else:
-        table = Table("budget", "MACs (M)", title="cost of one image")
+        table = Table("budget", "MACs (M)", title="cost per image")
         for budget, count in macs.items():
             table.add_row(f"{budget}", f"{count / 1e6:.2f}")
         console.print(table)

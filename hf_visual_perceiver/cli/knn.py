@@ -43,7 +43,7 @@ def knn_command(
     split: Annotated[str, typer.Option(help='Images to classify, such as "test" or "train[-5000:]".')] = "test",
     max_images: MaxImagesOption = None,
     budget: BudgetOption = None,
-    feature: Annotated[str, typer.Option(help=f"{' or '.join(FEATURES)}.")] = "pooled",
+    feature: Annotated[str, typer.Option(help=f"Feature: {' or '.join(FEATURES)}.")] = "pooled",
     neighbours: Annotated[int, typer.Option(help="Number of neighbours, k.")] = 20,
     temperature: Annotated[float, typer.Option(help="A neighbour votes with weight exp(cosine / temperature).")] = 0.07,
     batch_size: BatchSizeOption = 256,
@@ -53,7 +53,7 @@ def knn_command(
 ) -> None:
     """Classify images by their nearest neighbours in a gallery, with the features of AutoModel, at several budgets.
 
-    The checkpoint's own classes are not used, so the dataset may have others.
+    The checkpoint's classes are not used, so the dataset may have other classes.
     """
     from hf_visual_perceiver.data.parts import at_most, load_splits
     from hf_visual_perceiver.evaluation.retrieval import measure_retrieval
@@ -99,5 +99,5 @@ def retrieval_table(result: "Retrieval", config: Any) -> "Table":
         ]
         for row in result.rows
     ]
-    headers = ("setting", config.unit, "MACs (M)", "gallery alike (%)", "gallery of full (%)")
-    return terminal_table("nearest neighbours", headers, rows)
+    headers = ("setting", config.unit, "MACs (M)", "gallery: same budget (%)", "gallery: full (%)")
+    return terminal_table("nearest-neighbour accuracy", headers, rows)

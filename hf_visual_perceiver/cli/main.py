@@ -68,7 +68,7 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option(DEBUG, help=DEBUG_HELP)] = False,
 ) -> None:
-    """Image models whose compute is a dial."""
+    """Image classifiers whose compute budget is chosen at each call."""
 
 
 def _begun(command: Callable[..., None]) -> Callable[..., None]:
@@ -91,8 +91,8 @@ def import_package() -> None:
     """Run the package's __init__, which registers the models, unless it has run, and silence other libraries."""
     package = sys.modules["hf_visual_perceiver"]
     if not hasattr(package, "__version__"):
-        assert package.__spec__ is not None, "it was made of one"
-        assert package.__spec__.loader is not None, "it was made of one"
+        assert package.__spec__ is not None, "the package was made from a spec"
+        assert package.__spec__.loader is not None, "the package was made from a spec"
         package.__spec__.loader.exec_module(package)
 
     import datasets
@@ -106,7 +106,7 @@ def import_package() -> None:
 
 def main() -> None:
     """Run the command; errors in the input are reported in one line, without a traceback."""
-    run_app(app, out_of_memory="a smaller --batch-size needs less")
+    run_app(app, out_of_memory="try a smaller --batch-size")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def one_model(context: typer.Context, value: str | None) -> str | None:
 def required_model(context: typer.Context, value: str | None) -> str | None:
     """Like `one_model`, and raise a usage error if neither names a checkpoint."""
     if not value and not context.params.get("model"):
-        raise typer.BadParameter("Missing a checkpoint: its folder, as an argument or with --model.", context)
+        raise typer.BadParameter("Expected a checkpoint folder, as an argument or with --model, got none.", context)
     return one_model(context, value)
 
 
@@ -70,11 +70,11 @@ ModelOption = Annotated[
     typer.Option("--model", is_eager=True, help="Folder or Hub id; by default the bundled checkpoint."),
 ]
 ModelArgument = Annotated[
-    str | None, typer.Argument(metavar="MODEL", callback=one_model, help="Folder or Hub id, as --model takes it.")
+    str | None, typer.Argument(metavar="MODEL", callback=one_model, help="Folder or Hub id; the same as --model.")
 ]
 RequiredModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", callback=required_model, help="The checkpoint's folder, as --model takes it."),
+    typer.Argument(metavar="MODEL", callback=required_model, help="Folder of the checkpoint; the same as --model."),
 ]
 DatasetOption = Annotated[
     str | None,
@@ -90,7 +90,7 @@ SplitOption = Annotated[
     str, typer.Option("--split", help='Split of the dataset, or a part of it such as "test[:200]" or "train[-5000:]".')
 ]
 MaxImagesOption = Annotated[
-    int | None, typer.Option("--max-images", min=1, help="Maximum number of images of a split, evenly spaced in it.")
+    int | None, typer.Option("--max-images", min=1, help="Maximum number of images, evenly spaced in the split.")
 ]
 BudgetOption = Annotated[
     list[str] | None,
@@ -99,15 +99,13 @@ BudgetOption = Annotated[
 OneBudgetOption = Annotated[
     str | None,
     typer.Option(
-        "--budget", help='Compute budget, such as "K=16", "K=16, t=0.8" or "full"; by default the model\'s own.'
+        "--budget", help='Compute budget, such as "K=16", "K=16, t=0.8" or "full"; by default that of config.json.'
     ),
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per batch.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option("--dtype", callback=_dtype, help="float32, bfloat16 or float16.")]
-FastOption = Annotated[
-    bool, typer.Option("--fast", help="Use the form that is optimised for CPUs, with the same results.")
-]
+FastOption = Annotated[bool, typer.Option("--fast", help="Use the optimised form for CPUs, with the same results.")]
 JsonOption = Annotated[
     Path | None,
     typer.Option(

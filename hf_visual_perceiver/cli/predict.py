@@ -31,7 +31,7 @@ def predict_command(
     fast: FastOption = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Classify images: labels with probabilities, and what each image used and cost.
+    """Classify images: print labels, probabilities, usage and MACs of each image.
 
     Unreadable files are reported and the others are classified; the exit status is then 1.
     """

@@ -30,8 +30,8 @@ def publish_command(
         typer.Argument(
             metavar="[MODEL] REPO_ID",
             callback=_two_places,
-            help="The checkpoint's folder, which is not changed (or give it with --model), and the Hub repository to "
-            "publish to, namespace/name.",
+            help="The checkpoint's folder (or give it with --model), and the Hub repository to publish to, namespace/name. "
+            "The folder is not changed.",
         ),
     ],
     model: ModelOption = None,
@@ -87,7 +87,7 @@ def publish_command(
             published = upload(plan, repo_id, private=private, revision=revision, tag=tag, api=api)
             _show_published(console, published)
             if space:
-                state = f"{repo_id} is published; its card points to the Space. The same command goes on."
+                state = f"{repo_id} is published; its card points to the Space. Run the same command to continue."
                 license = str(read_card(plan.stage / "README.md").data.to_dict()["license"])
                 files = space_files(repo_id, published.commit, license)
                 _show_space(
@@ -95,16 +95,14 @@ def publish_command(
                 )
     except KeyboardInterrupt as interrupt:
         # The message names the interrupted step and what is left to do.
-        print(f"error: {str(interrupt) or 'interrupted. The same command tries again.'}", file=sys.stderr)
+        print(f"error: {str(interrupt) or 'interrupted. Run the same command to try again.'}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
 def _show_plan(console: Console, plan: "Plan") -> None:
     ways = ", ".join(f"{way} ({difference:.1g})" for way, difference in plan.differences.items())
-    console.print(f"Loads alike everywhere; largest difference of a logit: {ways}.", highlight=False)
-    console.print(
-        f"By default it uses the budget {plan.config.default_budget.short(plan.config.knobs)}.", highlight=False
-    )
+    console.print(f"Largest logit difference between the ways of loading: {ways}.", highlight=False)
+    console.print(f"Default budget: {plan.config.default_budget.short(plan.config.knobs)}.", highlight=False)
 
 
 def _show_files(console: Console, where: str, sizes: dict[str, int]) -> None:
@@ -130,7 +128,7 @@ def _show_published(console: Console, published: "Published") -> None:
 def _show_space(console: Console, space: "PublishedSpace") -> None:
     done = "Published the Space" if space.changed else "Nothing changed in the Space"
     token = (
-        "It is private: for a private model, add a token that may read it as its secret HF_TOKEN."
+        "The Space is private: to read a private model, it needs a token in its secret HF_TOKEN."
         if space.private
         else ""
     )

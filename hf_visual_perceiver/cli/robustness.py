@@ -45,8 +45,8 @@ def robustness_command(
         Path | None,
         typer.Option(
             "--cifar10-c",
-            help="Folder of the published CIFAR-10-C (NAME.npy, labels.npy), to use instead of our own corruptions; "
-            "--dataset has to be CIFAR-10.",
+            help="Folder of the published CIFAR-10-C (NAME.npy, labels.npy), instead of our own corruptions; "
+            "--dataset must be CIFAR-10.",
         ),
     ] = None,
     corruption: Annotated[
@@ -67,7 +67,7 @@ def robustness_command(
         Path | None, typer.Option(help="Write robustness.md, its figures and robustness.json into this folder.")
     ] = None,
 ) -> None:
-    """Measure accuracy and usage under common corruptions, and whether harder images use more."""
+    """Measure accuracy and usage on corrupted images, and test whether harder images use more."""
     from hf_visual_perceiver.data.images import load_images
     from hf_visual_perceiver.evaluation.corruptions import SEVERITIES
     from hf_visual_perceiver.evaluation.robustness import measure_robustness

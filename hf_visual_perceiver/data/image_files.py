@@ -23,10 +23,7 @@ def list_images(names: Sequence[str]) -> list[str]:
     files: list[str] = []
     for name in names:
         if re.match(r"[a-z][a-z0-9+.-]*://", name, flags=re.IGNORECASE):
-            raise ValueError(
-                f"Expected image files, folders or - for stdin, got the address {name!r}: images are not fetched from "
-                "the network. Download it first."
-            )
+            raise ValueError(f"Expected image files, folders or - for stdin, got the URL {name!r}; download it first.")
         if Path(name).is_dir():
             found = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
             if not found:

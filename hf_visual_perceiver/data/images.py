@@ -99,7 +99,7 @@ def load_images(dataset: str, split: str = "train", cache_gib: float = 8.0) -> I
     if labels.min() < 0 or labels.max() >= len(names):
         raise ValueError(
             f"Expected labels in [0, {len(names)}) in {dataset}, got {labels.min()} to {labels.max()}; "
-            "unlabelled test splits have -1."
+            "unlabelled splits have -1."
         )
     table = table.select_columns([image_column])
     if image_column != "image":
@@ -148,7 +148,7 @@ def _decode(table: datasets.Dataset, index: int, dataset: str) -> Image.Image:
         if encoded["bytes"] is not None:
             return open_image(encoded["bytes"])
         if encoded["path"] is None:
-            raise ValueError("it is missing.")
+            raise ValueError("the image is missing.")
         with xopen(encoded["path"], "rb") as file:
             return open_image(file)
     except (OSError, ValueError) as error:

@@ -63,7 +63,7 @@ def open_split(dataset: str, split: str, streaming: bool = False) -> Any:
     path = Path(dataset)
     if not path.exists():
         if path.is_absolute() or dataset.startswith(".") or dataset.count("/") > 1:
-            raise FileNotFoundError(f"Expected a dataset at {dataset}, which is not there.")
+            raise FileNotFoundError(f"Expected a dataset, got {dataset}, which does not exist.")
         return datasets.load_dataset(dataset, split=split, streaming=streaming)
     name, part = parse_split(split)
     if streaming and part != slice(None):
@@ -112,9 +112,7 @@ def _find_split(path: Path, name: str) -> Path | list[Path] | None:
     if folders:
         raise ValueError(f"Expected a folder {name} in {path}, got {_listed(folders, path)}.")
     if name != "train":
-        raise ValueError(
-            f"Expected a folder {name} in {path}, got no folders of splits, so that all images are of train."
-        )
+        raise ValueError(f"Expected a folder {name} in {path}, got no split folders; all images are in train.")
     return path
 
 

@@ -36,7 +36,7 @@ def average_attention(model: Any, batches: Iterable[torch.Tensor], budget: Budge
         (64, 8, 8)
     """
     if not hasattr(model, "look"):
-        raise ValueError(f"Expected a model whose attention can be shown, got one of type {model.config.model_type}.")
+        raise ValueError(f"Expected a model with attention maps, got one of type {model.config.model_type}.")
     total: Any = 0
     images = 0
     for pixels in batches:

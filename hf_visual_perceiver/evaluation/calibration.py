@@ -115,7 +115,7 @@ def reference_row(rows: Sequence[Row]) -> Row:
     """The row of the full network."""
     row = next((row for row in rows if row.budget == Budget()), None)
     if row is None:
-        raise ValueError("Expected a row of the full network among the rows, as the reference; got none.")
+        raise ValueError("Expected a row of the full network as the reference, got none.")
     return row
 
 

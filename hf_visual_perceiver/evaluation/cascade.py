@@ -79,9 +79,7 @@ class Cascade:
         self.model = model
         self.stages = check_stages(model.config, stages)
         if len(thresholds) != len(stages) - 1:
-            raise ValueError(
-                f"Expected a threshold for each of {len(stages)} stages but the last, got {len(thresholds)}."
-            )
+            raise ValueError(f"Expected {len(stages) - 1} thresholds for {len(stages)} stages, got {len(thresholds)}.")
         self.thresholds = [as_number(threshold) for threshold in thresholds]
         for threshold in self.thresholds:
             if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
@@ -115,7 +113,7 @@ class Cascade:
             if len(going) == 0:
                 break
             state = state[on]
-        assert logits is not None, "there is a stage"
+        assert logits is not None, "a cascade has at least one stage"
         return CascadeOutput(logits, used, stopped)
 
     def save(self, path: str | Path) -> None:
@@ -134,7 +132,7 @@ class Cascade:
             stages, thresholds = [Budget(**stage) for stage in values["stages"]], list(values["thresholds"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"Expected {path} to hold the stages and thresholds of a cascade, got {error!r}."
+                f"Expected {path} to contain the stages and thresholds of a cascade, got {error!r}."
             ) from error
         return cls(model, stages, thresholds)
 
@@ -143,7 +141,9 @@ def check_stages(config: ElasticConfig, stages: Sequence[Budget]) -> list[Budget
     """Return the stages as a list; raise a `ValueError` unless they are fixed budgets that ascend in cost."""
     for stage in stages:
         if config.is_adaptive(stage):
-            raise ValueError(f"Expected stages at which all images cost alike, got {stage.short(config.knobs)}.")
+            raise ValueError(
+                f"Expected stages at which all images have the same cost, got {stage.short(config.knobs)}."
+            )
     costs = [config.count_macs(stage) for stage in stages]
     if not costs or any(a >= b for a, b in itertools.pairwise(costs)):
         names = ", ".join(stage.short(config.knobs) for stage in stages)

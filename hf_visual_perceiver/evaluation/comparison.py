@@ -155,11 +155,11 @@ def read_run(folder: str | Path) -> Run:
     # Resolved, because the path `.` has an empty name.
     run = RunFolder(Path(folder).resolve())
     if not run.recipe_file.is_file():
-        raise ValueError(f"Expected the folder of a run, got {folder}, which has no recipe.yaml.")
+        raise ValueError(f"Expected the folder of a run, got {folder} without a recipe.yaml.")
     try:
         values = yaml.safe_load(run.recipe_file.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"Expected {run.recipe_file} to be as it was written; it is damaged: {error}") from error
+        raise ValueError(f"Expected {run.recipe_file} to be valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"Expected {run.recipe_file} to hold keys and values, got {type(values).__name__}.")
     recipe = recipe_from_dict(values, str(run.recipe_file)).to_dict()
@@ -169,7 +169,7 @@ def read_run(folder: str | Path) -> Run:
     evaluated = [entry for entry in entries if "validation_accuracy" in entry]
     if not evaluated:
         raise ValueError(
-            f"Expected validation accuracies in {run.log_file}, found none: the run was not evaluated yet."
+            f"Expected validation accuracies in {run.log_file}, got none: the run has not been evaluated yet."
         )
     step = max(entry["step"] for entry in evaluated)
     return Run(
@@ -203,7 +203,7 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
     axes.xaxis.set_major_locator(FixedLocator(_apart(comparison.budgets)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.set_xlabel("K, queries used")
+    axes.set_xlabel("queries K")
     axes.set_ylabel("validation accuracy (%)")
     if any(len(row.seeds) > 1 for row in comparison.rows):
         axes.set_title("mean ± standard deviation over seeds", fontsize=10)
@@ -222,7 +222,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
             ):
                 raise ValueError
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"Line {number} of {path} is damaged: {line!r}.") from None
+            raise ValueError(f"Expected a JSON log entry in line {number} of {path}, got {line!r}.") from None
         entries.append(entry)
     return entries
 

@@ -55,7 +55,7 @@ class Confusion:
     def sentence(self, classes: int = 3, pairs: int = 5) -> str:
         """Describe the classes with the lowest accuracy, and the most frequent mistakes, in words."""
         worst = ", ".join(f"{label} {100 * self.accuracy(label):.1f} %" for label in self.worst_first()[:classes])
-        mistakes = ", ".join(f"{a} taken for {b} ({number})" for a, b, number in self.mistakes()[:pairs])
+        mistakes = ", ".join(f"{a} predicted as {b} ({number})" for a, b, number in self.mistakes()[:pairs])
         return f"Lowest accuracy by class: {worst}." + (
-            f" Most frequent mistakes, with numbers of images: {mistakes}." if mistakes else ""
+            f" Most frequent errors (number of images): {mistakes}." if mistakes else ""
         )

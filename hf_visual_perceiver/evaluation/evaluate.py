@@ -329,7 +329,7 @@ def labels_of_model(model: Any, data: "ImageDataset") -> np.ndarray:
     if not unknown:
         if twice := [n for n in given if names.count(n) > 1]:
             raise ValueError(
-                f"Expected names of one class each, got {', '.join(twice[:10])}, which the model has twice."
+                f"Expected names of one class each, got {', '.join(twice[:10])}, which occur twice in the model."
             )
         return np.array([names.index(n) for n in given])[data.labels]
     numbers = [n.removeprefix("LABEL_") for n in given]
@@ -341,7 +341,9 @@ def labels_of_model(model: Any, data: "ImageDataset") -> np.ndarray:
         raise ValueError(f"Expected classes among {', '.join(names)}, got {', '.join(unknown[:10])}.")
     if indices.max() >= len(names):
         raise ValueError(f"Expected labels in [0, {len(names)}), got {indices.max()}.")
-    logger.warning("Classes are matched by index: the model does not have the dataset's names, such as %s.", unknown[0])
+    logger.warning(
+        "Classes are matched by index: the model does not have class names of the dataset, such as %s.", unknown[0]
+    )
     return indices[data.labels]
 
 

@@ -185,7 +185,7 @@ def frontier_figure(frontier: Frontier) -> Figure:
     ticks = [limit / 1e6 for limit in frontier.limits]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("mean multiply-accumulates per image (millions)")
+    axes.set_xlabel("million MACs per image (mean)")
     axes.set_ylabel("accuracy (%)")
     axes.set_title(
         f"{frontier.conditions.get('dataset')}, {frontier.conditions.get('images', 0):,} images", fontsize=10

@@ -27,7 +27,7 @@ def tradeoff_figure(evaluation: Evaluation) -> Figure:
             yerr=[100 * row.standard_error for row in rows],
             marker="os^vD"[number % 5],
             capsize=2,
-            label=name or "the network",
+            label=name or "network",
         )
         others = [row for other, rows_of_other in series.items() if other != name for row in rows_of_other]
         others.sort(key=lambda row: row.macs)
@@ -45,7 +45,7 @@ def tradeoff_figure(evaluation: Evaluation) -> Figure:
                 va="bottom" if above else "top",
                 fontsize=8,
             )
-    axes.set_xlabel("multiply-accumulates per image (millions)")
+    axes.set_xlabel("million MACs per image")
     axes.set_ylabel("accuracy (%)")
     images = evaluation.conditions.get("images")
     axes.set_title(

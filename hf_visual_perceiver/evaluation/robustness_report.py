@@ -35,7 +35,7 @@ def robustness_section(result: Robustness, folder: Path) -> str:
     plot_corruptions(result, folder / "robustness_corruptions.png")
     parts = [
         "## Robustness to common corruptions",
-        "Accuracy (%), mean over severities; ± is one standard error over images, the corruptions taken as given.",
+        "Accuracy (%), mean over severities; ± is one standard error over images, for these corruptions.",
         accuracy_table(result),
         f"![Accuracy and {result.unit} used against severity](robustness_severity.png)",
         f"![Accuracy and {result.unit} used by corruption](robustness_corruptions.png)",
@@ -44,13 +44,13 @@ def robustness_section(result: Robustness, folder: Path) -> str:
         plot_contact_sheet(folder / "robustness_corrupted.png")
         parts.insert(1, "![One image under every corruption](robustness_corrupted.png)")
     if result.adaptive:
-        parts += [f"Mean {result.unit} used, by corruption (mean over severities).", used_table(result)]
+        parts += [f"Mean number of {result.unit} used, by corruption (mean over severities).", used_table(result)]
     if result.difficulty:
         plot_difficulty(result, folder / "robustness_difficulty.png")
         parts += [
-            f"### Do harder images get more {result.unit}?",
-            "On the clean images; harder means that the full network is less sure of its answer, or that the answer is wrong. "
-            f"Rank correlations of {result.unit} used are Spearman's, their errors and intervals from a bootstrap over images.",
+            f"### Do harder images use more {result.unit}?",
+            "On clean images. An image is harder if the full network is less confident or wrong. "
+            f"Rank correlations of {result.unit} used are Spearman's, with errors and intervals from a bootstrap over images.",
             difficulty_table(result),
             f"![Full network's accuracy and confidence against {result.unit} used](robustness_difficulty.png)",
             *(bins_table(result, difficulty) for difficulty in result.difficulty),
@@ -169,7 +169,7 @@ def plot_corruptions(result: Robustness, path: Path) -> None:
     if adaptive:
         most = 1.6 * max(float(np.abs(change).max()), 1e-9)
         _heat_map(axes[1], change, "+.1f", "RdBu_r", (-most, most), [result.names[i] for i in adaptive])
-        axes[1].set_title(f"{result.unit} used, less those on clean images", fontsize=10)
+        axes[1].set_title(f"{result.unit} used, minus clean images", fontsize=10)
     figure.suptitle(f"{_name(result)}, mean over {severities_in_words(result)}", fontsize=10)
     save_figure(figure, path)
 

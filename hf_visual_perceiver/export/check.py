@@ -39,12 +39,12 @@ def check_export(classify: Callable[..., Any], model: Any, fixed: dict[str, Any]
             where = f"for {len(pixels)} images at {budget.short(model.config.knobs)}"
             if not difference <= TOLERANCE * max(1.0, expected.logits.abs().max().item()):  # nor NaN
                 raise ValueError(
-                    f"Expected the exported logits to be PyTorch's, got a difference of {difference:.3g} {where}."
+                    f"Expected the exported logits to equal PyTorch's, got a difference of {difference:.3g} {where}."
                 )
             for name, value in getattr(given, "records", {}).items():
                 if not value.equal(getattr(expected, name)):
                     raise ValueError(
-                        f"Expected the exported graph to use the {model.config.unit} that PyTorch uses, got others {where}."
+                        f"Expected the exported graph to use the same {model.config.unit} as PyTorch, got others {where}."
                     )
             largest = max(largest, difference)
     return largest

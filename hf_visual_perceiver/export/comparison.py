@@ -158,7 +158,7 @@ def check_same_model(path: Path, given: Any, expected: Any) -> None:
     """Raise a `ValueError` if a file is of a model with another architecture or other labels."""
     for name in ("label_names", "timm_model_args"):
         if getattr(given, name) != getattr(expected, name):
-            raise ValueError(f"Expected {path} to be an export of the model; its {name} is another.")
+            raise ValueError(f"Expected {path} to be an export of this model, got another {name}.")
 
 
 def runtime_versions() -> dict[str, str]:

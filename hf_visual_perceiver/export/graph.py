@@ -224,7 +224,7 @@ def export_timm(model: Any, folder: str | Path) -> float:
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"Expected {folder} to be new or empty; it holds something.")
+        raise ValueError(f"Expected {folder} to be new or empty, got a folder with files.")
     fields = model.config.to_dict()
     config = {
         key: fields[key] for key in ("architecture", "num_classes", "num_features", "model_args", "pretrained_cfg")
@@ -241,7 +241,7 @@ def check_output(path: Path) -> None:
     """Raise a `ValueError` unless a file of this name can be created."""
     check_writable(path)
     if not os.access(path.absolute().parent, os.W_OK):
-        raise ValueError(f"Expected a folder that can be written to, got {str(path.absolute().parent)!r}.")
+        raise ValueError(f"Expected a writable folder, got {str(path.absolute().parent)!r}.")
 
 
 def check_size(model: nn.Module) -> None:

@@ -72,7 +72,7 @@ class ExportedClassifier:
             self.precision: str = values["precision"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"Expected {path} to be written by `visual-perceiver export`; its metadata is not."
+                f"Expected {path} to be written by `visual-perceiver export`, got a file without its metadata."
             ) from error
 
     @torch.inference_mode()
@@ -152,11 +152,11 @@ class ProgramClassifier(ExportedClassifier):
     def __init__(self, path: str | Path):
         files = {METADATA_KEY: ""}
         if not zipfile.is_zipfile(path):  # torch would try an older format and log at length
-            raise ValueError(f"Cannot read {path} as a file of torch.export: it is no archive.")
+            raise ValueError(f"Cannot read {path} as a torch.export file: it is not an archive.")
         try:
             program = torch.export.load(Path(path), extra_files=files)
         except (RuntimeError, ValueError, OSError, KeyError) as error:
-            raise ValueError(f"Cannot read {path} as a file of torch.export: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"Cannot read {path} as a torch.export file: {str(error).splitlines()[0]}") from error
         super().__init__(Path(path), files[METADATA_KEY])
         self.module = program.module()
 
@@ -184,6 +184,6 @@ def load_exported(path: str | Path) -> ExportedClassifier:
     for kind in (OnnxClassifier, ProgramClassifier):
         if Path(path).suffix == kind.suffix:
             if not Path(path).is_file():
-                raise ValueError(f"Expected an exported file, got {str(path)!r}, which is not there.")
+                raise ValueError(f"Expected an exported file, got {str(path)!r}, which does not exist.")
             return kind(path)
     raise ValueError(f"Expected an exported file that ends in .onnx or .pt2, got {str(path)!r}.")

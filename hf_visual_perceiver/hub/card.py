@@ -58,7 +58,7 @@ def rewrite_card(folder: Path, output: Path | None = None) -> Path:
     measured = folder / "evaluation.json"
     if not measured.is_file():
         raise ValueError(
-            f"Expected {measured}, which `visual-perceiver evaluate --model {folder} --write-card` writes; it is not there."
+            f"Expected {measured} to exist; `visual-perceiver evaluate --model {folder} --write-card` writes it."
         )
     evaluation, config = read_evaluation(measured), load_config(str(folder))
     if output is None:
@@ -134,17 +134,17 @@ def _arguments(budget: Budget | None) -> str:
 def _errors(confusion: Confusion | None) -> str:
     """Accuracy by class and the most frequent mistakes of the full network, as Markdown."""
     if confusion is None:
-        return "Accuracy by class, and what is taken for what, were not measured."
+        return "Errors by class were not measured."
     worst = confusion.worst_first()
-    chosen = "class by class" if len(worst) <= CLASSES else f"the {CLASSES} worst of {len(worst)} classes"
+    chosen = "by class" if len(worst) <= CLASSES else f"on the {CLASSES} worst of {len(worst)} classes"
     rows = []
     for label in worst[:CLASSES]:
         accuracy, images = confusion.accuracy(label), confusion.images(label)
         error = (accuracy * (1 - accuracy) / images) ** 0.5
         others = ", ".join(f"{given} ({number})" for _, given, number in confusion.mistakes(label)[:2])
         rows.append([label, others, f"{images}", f"{100 * accuracy:.1f} ± {100 * error:.1f}"])
-    table = markdown_table(["class", "most often taken for", "images", "accuracy (%)"], rows, left=2)
-    return f"The full network, {chosen}:\n\n{table}\n\n{confusion.sentence()}"
+    table = markdown_table(["class", "most frequent wrong labels", "images", "accuracy (%)"], rows, left=2)
+    return f"Accuracy of the full network {chosen}:\n\n{table}\n\n{confusion.sentence()}"
 
 
 def _template() -> jinja2.Template:
@@ -201,15 +201,15 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
     lines = [
         f"Data: {'' if images is None else f'{images:,} '}training images of {recipe['dataset']}; "
         + (
-            f"split {held_out} was kept for choosing."
+            f"split {held_out} was held out for validation."
             if held_out
-            else f"{recipe['validation']:,} images of the training split were kept for choosing."
+            else f"{recipe['validation']:,} images of the training split were held out for validation."
         ),
         f"Recipe: {facts['recipe_name']} (recipe.yaml in the checkpoint's folder), {recipe['steps']:,} steps of "
         f"{recipe['batch_size']} images{'' if epochs is None else f' ({epochs:.1f} epochs)'}, "
-        f"budgets by the schedule {recipe['queries']['schedule']}"
+        f"schedule {recipe['queries']['schedule']}"
         + (f", {teacher['distillation']} distillation from {_run_name(teacher['model'])}." if teacher else "."),
-        f"Seed: {recipe['seed']}, one run; what another seed would give was not measured.",
+        f"Seed: {recipe['seed']}, one run; other seeds were not measured.",
         f"Hardware: {c['hardware']}, {facts['processes']} process(es)"
         + (f" of {c['threads']} thread(s)" if "threads" in c else "")
         + f", {recipe['mixed_precision']} mixed precision; "
@@ -218,7 +218,7 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
         + (f"; this folder was written at commit {c['commit']}." if "commit" in c else "."),
     ]
     if recipe.get("initial_model"):
-        lines.insert(1, f"Began with: the weights of {_run_name(recipe['initial_model'])}{_earlier_stage(facts)}.")
+        lines.insert(1, f"Initial weights: {_run_name(recipe['initial_model'])}{_earlier_stage(facts)}.")
     if facts["validation_accuracy"]:
         accuracies = ", ".join(f"{100 * a:.2f} % ({_budget_name(k)})" for k, a in facts["validation_accuracy"].items())
         lines.append(f"Validation accuracy at the end: {accuracies}.")
@@ -243,9 +243,9 @@ def _earlier_stage(facts: dict[str, Any]) -> str:
         return ""
     recipe, seed = earlier["recipe"], earlier["recipe"]["seed"]
     return (
-        f", trained by {earlier['recipe_name']}: {recipe['steps']:,} steps of {recipe['batch_size']} images, budgets by the schedule "
+        f", trained by {earlier['recipe_name']}: {recipe['steps']:,} steps of {recipe['batch_size']} images, schedule "
         f"{recipe['queries']['schedule']}, seed {seed}, {earlier['training_hours']:.2f} hours on {earlier['conditions']['hardware']}"
-        + (f" (itself begun with {_run_name(recipe['initial_model'])})" if recipe.get("initial_model") else "")
+        + (f" (started from {_run_name(recipe['initial_model'])})" if recipe.get("initial_model") else "")
     )
 
 
@@ -257,12 +257,11 @@ def _limits(config: Any, corrupted: Robustness | None) -> str:
             next(o for o in corrupted.cell(*place) if o.budget == corrupted.full) for place in ((CLEAN, 0), (ALL, None))
         )
         robustness = (
-            f"Under {len(corrupted.corruptions)} corruptions (robustness.json) its mean accuracy at {corrupted.full.short(corrupted.knobs)} is "
-            f"{100 * mean.accuracy:.2f} %, on the same {corrupted.conditions['images']:,} images uncorrupted "
-            f"{100 * clean.accuracy:.2f} %; other shifts were not measured."
+            f"Under {len(corrupted.corruptions)} corruptions (robustness.json) the mean accuracy at {corrupted.full.short(corrupted.knobs)} is "
+            f"{100 * mean.accuracy:.2f} %; on the same {corrupted.conditions['images']:,} images without corruption it is "
+            f"{100 * clean.accuracy:.2f} %. Other shifts were not measured."
         )
     return (
-        f"The network has seen {height}x{width} images of the training set's classes only, and gives every image one of those "
-        f"labels. Its probabilities are not calibrated. {robustness} At small budgets it is much less accurate; read the table "
-        "before you choose."
+        f"The network was trained only on {height}x{width} images of the training set's classes, and assigns every image to one of "
+        f"them. Its probabilities are not calibrated. {robustness} Accuracy is much lower at small budgets; see the table."
     )

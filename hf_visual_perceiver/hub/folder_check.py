@@ -61,8 +61,8 @@ def check_folder(folder: Path, timeout: float = 300) -> dict[str, float]:
             difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
             if not difference <= TOLERANCE:
                 raise ValueError(
-                    f"Expected the logits of {folder} to be equal when loaded by {way}; at {point or 'its defaults'} "
-                    f"they differ by {difference:.2g}."
+                    f"Expected equal logits of {folder} when loaded by {way}, got a difference of {difference:.2g} at "
+                    f"{point or 'its defaults'}."
                 )
             worst = max(worst, difference)
         differences[way] = worst

@@ -97,9 +97,11 @@ def _full_arguments(config: Any) -> str:
 def _section(config: Any, url: str, space: str | None) -> str:
     host = "/".join(url.split("/")[:3])
     shown = (
-        f"The Space [{space}]({host}/spaces/{space}) shows this one, with the budget on a slider.\n" if space else ""
+        f"The Space [{space}]({host}/spaces/{space}) demonstrates this model, with sliders for the budget.\n"
+        if space
+        else ""
     )
-    whole = "" if config.default_budget == Budget() else f"\n`{_full_arguments(config)}` is the full network."
+    whole = "" if config.default_budget == Budget() else f"\n`{_full_arguments(config)}` selects the full network."
     budgets, adaptive = config.budgets(), config.adaptive_budgets()
     some = {**budgets[2 * len(budgets) // 3].kwargs, **(adaptive[len(adaptive) // 2].kwargs if adaptive else {})}
     parameters = json.dumps(some)
@@ -108,10 +110,10 @@ def _section(config: Any, url: str, space: str | None) -> str:
     knobs = " and ".join(f"`{name}`" for name in config.knobs.values())
     return f"""## {SECTION}
 
-Unless told otherwise, this model uses {uses} ({knobs} in config.json).{whole}
+By default, this model uses {uses} ({knobs} in config.json).{whole}
 
-The Hub's hosted widget does not run models that bring their own code, and has no place for a budget.
-{shown}As an Inference Endpoint the model is served by `handler.py`, which takes the budget with each request:
+The Hub's hosted widget does not run models with their own code, and cannot set a budget.
+{shown}On an Inference Endpoint, `handler.py` serves the model and takes a budget with each request:
 
 ```bash
 curl "$ENDPOINT_URL" -H "Authorization: Bearer $HF_TOKEN" -H "Content-Type: application/json" \\

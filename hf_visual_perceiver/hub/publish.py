@@ -116,10 +116,10 @@ def list_files(folder: Path) -> list[str]:
         path = folder / name
         if path.suffix.lower() in UNSAFE:
             raise ValueError(
-                f"Expected weights in safetensors alone; {name} in {folder} can hold code, so remove it first."
+                f"Expected only safetensors weights in {folder}, got {name}, which can contain code; remove it first."
             )
         if path.stat().st_size < 2**20 and TOKEN.search(path.read_bytes()):
-            raise ValueError(f"Expected no access token in {folder}; {name} has what looks like one.")
+            raise ValueError(f"Expected no access token in {folder}, got {name}, which seems to contain one.")
     return sorted(names)
 
 
@@ -156,7 +156,7 @@ def upload(
         HubError: If a step fails.
     """
     api = api or HfApi()
-    state = "Nothing was uploaded. The same command tries again."
+    state = "Nothing was uploaded. Run the same command to try again."
     with hub_step(f"preparing {repo_id}", state, api):
         api.whoami()
         api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -186,7 +186,7 @@ def upload(
 
     commit = head
     if changed:
-        state = "The branch holds all of the new files or none. The same command finds out and does the rest."
+        state = "The branch holds all of the new files or none. Run the same command to continue."
         with hub_step(f"uploading to {repo_id}", state, api):
             commit = api.upload_folder(
                 repo_id=repo_id,
@@ -197,7 +197,7 @@ def upload(
                 parent_commit=head,  # somebody else's commit in between is not overwritten
             ).oid
     if tag not in tags:
-        state = f"Commit {commit[:7]} is there, without its tag. The same command adds it."
+        state = f"Commit {commit[:7]} is there, without its tag. Run the same command to add it."
         with hub_step(f"tagging {repo_id}", state, api):
             api.create_tag(repo_id, tag=tag, revision=commit)
     return Published(repo_id, f"{api.endpoint}/{repo_id}", commit, tag, changed, bool(info.private))

@@ -47,7 +47,7 @@ def main(folder: str, inputs: str, outputs: str) -> None:
     with torch.no_grad():
         logits = {str(i): model(pixels, **point).logits for i, point in enumerate(points)}
         if not torch.equal(model.head(base(pixels, **points[0]).pooler_output), logits["0"]):
-            raise ValueError("Expected AutoModel and AutoModelForImageClassification to hold the same weights.")
+            raise ValueError("Expected AutoModel and AutoModelForImageClassification to load the same weights.")
     save_file(logits, outputs)
 
     # Load the handler as an Inference Endpoint does.

@@ -65,7 +65,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
     for kind, verb in (("missing_keys", "missing"), ("unexpected_keys", "not part of the model")):
         if keys := sorted(report[kind]):
             raise ValueError(
-                f"Expected the weights of its config.json in {name}; {len(keys)} are {verb}, such as {keys[0]}."
+                f"Expected the weights of {name} to match its config.json; {len(keys)} are {verb}, such as {keys[0]}."
             )
     return model.to(device).eval()
 
@@ -111,7 +111,7 @@ def choose_device(device: str = "auto") -> str:
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"Expected a device that this machine has, got {device!r}: {_first_line(error)}") from error
+        raise ValueError(f"Expected an available device, got {device!r}: {_first_line(error)}") from error
     return device
 
 

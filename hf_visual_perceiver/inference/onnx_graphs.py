@@ -64,8 +64,8 @@ def import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise ImportError(
-            "Expected onnxruntime to be installed, which runs the optimised form: `pip install onnxruntime`. "
-            '`optimize_for_inference(backend="torch")` does without.'
+            "Expected onnxruntime to be installed for the optimised form: `pip install onnxruntime`. "
+            '`optimize_for_inference(backend="torch")` does not need it.'
         ) from error
     return onnxruntime
 
@@ -93,7 +93,7 @@ def export_stage(stage: Stage) -> Graph:
         import onnxscript  # noqa: F401  (what torch exports with)
     except ImportError as error:
         raise ImportError(
-            "Expected onnx and onnxscript to be installed, to export graphs: `pip install onnx onnxscript`."
+            "Expected onnx and onnxscript to be installed for exporting graphs: `pip install onnx onnxscript`."
         ) from error
     dims: dict[str, Any] = {}
     shapes = {
@@ -161,7 +161,7 @@ def graphs_of(stages: Mapping[str, Stage], architecture: dict[str, Any], folders
         try:
             write_graphs(folders[-1], key, graphs)
         except OSError as error:
-            logging.getLogger(__name__).warning("The exported graphs cannot be kept in %s: %s", folders[-1], error)
+            logging.getLogger(__name__).warning("Cannot cache the exported graphs in %s: %s", folders[-1], error)
     return graphs
 
 
@@ -285,7 +285,7 @@ class Sessions:
         except Exception as error:
             raise ValueError(
                 f"Expected the graph of stage {stage} to load in onnxruntime {onnxruntime.__version__}, got: "
-                f"{str(error).splitlines()[0]} A newer onnxruntime may take it."
+                f"{str(error).splitlines()[0]} A newer onnxruntime may load it."
             ) from error
 
     def run(self, stage: str, outputs: Sequence[str] | None = None, **inputs: np.ndarray) -> list[np.ndarray]:
@@ -304,7 +304,7 @@ def quantised(graph: Graph, weights: Mapping[str, np.ndarray]) -> Graph:
         from onnx import numpy_helper
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
-        raise ImportError("Expected onnx to be installed, to quantise: `pip install onnx`.") from error
+        raise ImportError("Expected onnx to be installed for quantising: `pip install onnx`.") from error
     import tempfile
 
     model = onnx.load_from_string(graph.content)

@@ -346,7 +346,7 @@ class OnnxState:
         engine, before = self.engine, self.num_active_queries
         K = engine.config.resolve(num_active_queries=num_active_queries)["num_active_queries"]
         if before > K:
-            raise ValueError(f"Expected at least the {before} queries that there are, got {K}.")
+            raise ValueError(f"Expected at least {before} queries, the number already computed, got {K}.")
         causal = engine.config.trunk_attention == "block_causal"
         # Queries attend to their whole block, so a block that was cut off has to be recomputed. If K is unchanged, only
         # the last block is recomputed, to get the logits.

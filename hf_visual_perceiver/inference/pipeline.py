@@ -65,7 +65,7 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
                 image = open_image(image)
             except ValueError as error:
                 raise ValueError(
-                    f"Expected a file, an address or an image in base64, got {image[:80]!r}: {error}"
+                    f"Expected a file, a URL or an image in base64, got {image[:80]!r}: {error}"
                 ) from error
         return super().preprocess(image, timeout=timeout)
 
@@ -115,5 +115,7 @@ def budget_for_macs(config: Any, share: float, knobs: Mapping[str, Any] | None =
     least, full = config.count_macs(budget), config.count_macs(Budget())
     if least > share * full:
         least_share = math.ceil(1e4 * least / full) / 1e4
-        raise ValueError(f"Expected `target_macs` to be at least {least_share}, which the least costs, got {share!r}.")
+        raise ValueError(
+            f"Expected `target_macs` to be at least {least_share}, the cost of the smallest budget, got {share!r}."
+        )
     return budget

@@ -13,7 +13,7 @@ def shipped(name: str) -> Path:
     for root in (package, package.parent):
         if (root / name).exists():
             return root / name
-    raise FileNotFoundError(f"Expected {name} to come with the package, found it neither in {package} nor beside it.")
+    raise FileNotFoundError(f"Expected {name} in {package} or beside it, got neither.")
 
 
 def bundled_checkpoint(name: str = DEFAULT_CHECKPOINT) -> str:

@@ -47,7 +47,9 @@ def errors_in_one_line(debug: bool = False, out_of_memory: str = "") -> Iterator
             # The further lines of torch's messages are for torch's developers.
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             lacks_memory = isinstance(error, MemoryError) or any(words in first for words in OUT_OF_MEMORY)
-            print_error(f"{first} ({out_of_memory if lacks_memory and out_of_memory else f'{DEBUG} shows where'})")
+            print_error(
+                f"{first} ({out_of_memory if lacks_memory and out_of_memory else f'{DEBUG} shows the traceback'})"
+            )
         raise SystemExit(1) from None
 
 

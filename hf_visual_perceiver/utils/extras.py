@@ -19,6 +19,6 @@ def require_extra(extra: str) -> None:
     """
     if missing := [name for name in EXTRAS[extra] if find_spec(name) is None]:
         raise ImportError(
-            f"Expected {', '.join(missing)} to be installed, which the extra `{extra}` brings: "
+            f"Expected {', '.join(missing)} to be installed, from the extra `{extra}`: "
             f"pip install 'hf-visual-perceiver[{extra}]'"
         )

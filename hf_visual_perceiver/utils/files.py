@@ -41,12 +41,13 @@ def read_json(path: Path, convert: Callable[[Any], T]) -> T:
     """Read a JSON file and return `convert` of its values.
 
     Raises:
-        ValueError: If the file is not valid JSON, or `convert` does not find what it needs.
+        ValueError: If the file is not valid JSON, or `convert` rejects its values.
     """
     try:
         return convert(json.loads(path.read_text()))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"Expected {path} to be as it was written; it is damaged: {error!r}.") from error
+        reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"Expected {path} to be a valid file of this package: {reason}.") from error
 
 
 @contextmanager

@@ -33,11 +33,11 @@ def fitting(run: Callable[[torch.Tensor], Any], pixels: torch.Tensor) -> Iterato
             return batch_size
 
         try:
-            advice = f"{find_executable_batch_size(tried, starting_batch_size=B // 2)()} would"
+            advice = f"{find_executable_batch_size(tried, starting_batch_size=B // 2)()} fit"
         except RuntimeError as smallest:
             if "reached zero" not in str(smallest):
                 raise
-            advice = "not even one image would"
+            advice = "not even one image fits"
         raise ValueError(
-            f"Expected a batch of {B} images to fit in the memory of {pixels.device}, which it does not; {advice}."
+            f"Expected a batch of {B} images to fit in the memory of {pixels.device}; {advice}."
         ) from error

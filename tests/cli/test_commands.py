@@ -1,4 +1,4 @@
-"""What all commands have in common: how they start, take a checkpoint and images, give results and say what is wrong."""
+"""Behaviour that all commands share: start-up, checkpoint and image arguments, output and errors."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def run_main(monkeypatch, capsys):
-    """The exit status of the command, run in this process, and what it printed."""
+    """Run the command in this process; return its exit status and output."""
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["visual-perceiver", *map(str, arguments)])
@@ -48,7 +48,7 @@ def run_main(monkeypatch, capsys):
 
 class TestStart:
     def test_help_and_typos_are_answered_without_torch(self):
-        """The models register when a command begins, and not before."""
+        """The models are registered only when a command starts."""
         arguments = [
             ["--help"],
             ["--version"],
@@ -85,7 +85,7 @@ assert hf_visual_perceiver.VisualPerceiverConfig
         assert done.returncode == 0, done.stderr
         for said in ("No such command 'evalute'", "--bacth-size", "unable to", "got 'float23'"):
             assert said in done.stderr.replace("\n", " ")
-        assert "Missing a checkpoint" in done.stderr
+        assert "Expected a checkpoint folder" in done.stderr
 
     def test_version(self, run_main):
         status, out, _ = run_main("--version")
@@ -111,11 +111,11 @@ class TestErrors:
         [
             (
                 RuntimeError("mkldnn_reorder failed\nException raised from f at g.cpp:12"),
-                "mkldnn_reorder failed (--debug shows where)",
+                "mkldnn_reorder failed (--debug shows the traceback)",
             ),
-            (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB."), "a smaller --batch-size needs less"),
-            (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "a smaller --batch-size needs less"),
-            (MemoryError(), "MemoryError (a smaller --batch-size needs less)"),
+            (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB."), "try a smaller --batch-size"),
+            (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "try a smaller --batch-size"),
+            (MemoryError(), "MemoryError (try a smaller --batch-size)"),
             (ImportError("No module named 'gradio'"), "No module named 'gradio'"),
             (FloatingPointError("a loss of nan"), "a loss of nan"),
         ],
@@ -238,11 +238,11 @@ class TestImages:
     def test_addresses_are_refused(self, command, address):
         refused = CliRunner().invoke(app, [command, address])
         assert isinstance(refused.exception, ValueError)
-        assert f"got the address '{address}': images are not fetched from the network" in str(refused.exception)
+        assert f"got the URL '{address}'" in str(refused.exception)
 
 
 def finished_run(folder: Path) -> Path:
-    """The folder of a run as `compare` needs it."""
+    """The folder of a finished run, for `compare`."""
     folder.mkdir()
     recipe = {"architecture": "visual_perceiver_nano_patch4_32", "steps": 2}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))

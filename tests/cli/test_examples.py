@@ -1,4 +1,4 @@
-"""Examples run: those of the docstrings, those of the README, and the notebook."""
+"""Run the examples of the docstrings, the pages and the notebook."""
 
 import doctest
 import importlib
@@ -48,7 +48,7 @@ def test_the_readmes_numbers_are_the_measured_ones():
 
 @pytest.mark.parametrize("name", ["README.md", "docs/publishing.md"])
 def test_pages(name, monkeypatch, tmp_path):
-    """Their code needs the installed package, and no checkout."""
+    """The code runs with the installed package, outside a checkout."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / name).read_text(), flags=re.DOTALL)
     assert blocks

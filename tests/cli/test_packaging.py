@@ -1,4 +1,4 @@
-"""What is installed: one package, one command, and everything the package needs to find."""
+"""The installed package: one package, one command, and all data files."""
 
 import ast
 import email
@@ -126,7 +126,7 @@ def imports(tree: ast.AST) -> tuple[set[str], set[str | None]]:
 
 
 def test_modeling_is_flat():
-    """transformers copies the code of a checkpoint by following `from .name import` alone."""
+    """transformers follows only `from .name import` when it copies the code of a checkpoint."""
     folder = REPOSITORY / "modeling"
     assert [path for path in folder.rglob("*.py") if path.parent != folder] == []
     for path in folder.glob("*.py"):
@@ -139,7 +139,7 @@ def test_modeling_is_flat():
 
 
 def calls(tree: ast.AST) -> set[str]:
-    """What a file calls, as it is written."""
+    """The calls in a file, as written."""
     return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
 
 
@@ -186,7 +186,7 @@ def test_remote_code_is_trusted_in_two_places_alone():
 
 
 def test_weights_are_read_from_safetensors_alone():
-    """`torch.load` runs what a pickle says; with weights_only it does not."""
+    """`torch.load` executes pickles, unless weights_only is set."""
     for folder in ("hf_visual_perceiver", "modeling", "training"):
         for path in (REPOSITORY / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
@@ -238,7 +238,7 @@ def test_the_space_needs_gradio_and_matplotlib_alone():
 @pytest.mark.parametrize("package", ["accelerate", "datasets", "matplotlib", "pydantic"])
 def test_training_names_its_extra(package):
     done = without("import hf_visual_perceiver.training.train", package)
-    assert f"Expected {package} to be installed, which the extra `train` brings" in done.stderr
+    assert f"Expected {package} to be installed, from the extra `train`" in done.stderr
     assert "pip install 'hf-visual-perceiver[train]'" in done.stderr
 
 
@@ -258,7 +258,7 @@ def test_the_citation_has_the_version():
 
 
 def test_the_lowest_versions_are_those_of_pyproject():
-    """tests/lowest.txt has a release for each lower bound, the first one of that bound, such as 77.0.1 for >=77."""
+    """tests/lowest.txt pins the first release of each lower bound, such as 77.0.1 for >=77."""
     bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (REPOSITORY / "pyproject.toml").read_text()))
     lines = (REPOSITORY / "tests" / "lowest.txt").read_text().splitlines()
     lowest = dict(line.split("==") for line in lines if not line.startswith("#"))

@@ -1,7 +1,7 @@
-"""What every family promises, over the registry and over one more family that is unlike the others.
+"""Contract tests of every registered family, and of a toy family that is unlike the others.
 
-Everything that takes a model goes through the protocol of `modeling/elastic.py`, so it has to do for a family of whose name
-no line of the package knows.
+All code that takes a model uses the protocol of `modeling/elastic.py`, so it must also work for a family that the package
+does not know.
 """
 
 import itertools
@@ -152,7 +152,7 @@ TOY = Family(EarlyExitConfig, EarlyExitModel, EarlyExitForImageClassification, {
 
 @pytest.fixture
 def toy(monkeypatch):
-    """The toy is one of the families for as long as a test runs."""
+    """Register the toy family during a test."""
     monkeypatch.setitem(FAMILIES, EarlyExitConfig.model_type, TOY)
     AutoConfig.register(EarlyExitConfig.model_type, EarlyExitConfig, exist_ok=True)
     return EarlyExitForImageClassification(EarlyExitConfig(num_labels=5)).eval()

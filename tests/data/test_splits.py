@@ -1,4 +1,4 @@
-"""Names of splits and of parts of them."""
+"""Split names, such as "train[:10]"."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""Calibration: what is chosen, the intervals, what is written, and what is refused."""
+"""Calibration: the chosen budget, the intervals, the written config, and errors."""
 
 import json
 import shutil
@@ -196,7 +196,7 @@ def test_folders_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json"):
         write_budget(tmp_path, Budget(num_active_queries=8))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="valid file"):
         write_budget(tmp_path, Budget(num_active_queries=8))
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match="visual_perceiver"):
@@ -227,7 +227,7 @@ def test_the_command(folder, tmp_path):
         (("--target-ms", 2, "--max-accuracy-drop", 1), "exactly one"),
         ((), "exactly one"),
         (("--target-macs", 0.0001, "--max-images", 20, "--budget", "K=1"), "K=1 comes nearest"),
-        (("--target-macs", 0.5, "--write", "--model", "nobody/nothing"), "--write to go with a model folder"),
+        (("--target-macs", 0.5, "--write", "--model", "nobody/nothing"), "model folder for --write"),
     ],
 )
 def test_the_command_refuses(arguments, message):

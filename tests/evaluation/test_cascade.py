@@ -1,4 +1,4 @@
-"""The cascade: its answers are the model's own at the stage where an image stops, and its cost is what is counted."""
+"""Cascades: the output equals the model's at the stage where an image stops, and the cost equals the counted MACs."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ STAGES = [Budget(num_active_queries=2), Budget(num_active_queries=5), Budget()]
 
 @pytest.fixture
 def thresholds(model, images):
-    """Such that of the eight images some stop at each stage; between two images' values, so that rounding moves none."""
+    """Thresholds at which some of the eight images stop at each stage; halfway between two values, so that rounding moves none."""
     with torch.no_grad():
         sure = [top_probability(model(images, num_active_queries=K).logits) for K in QUERIES]
     first = sure[0].quantile(0.5)  # of an even number: between two
@@ -121,7 +121,7 @@ def test_macs_of_a_cascade_pay_the_trunk_again(config):
 
 @pytest.fixture
 def answers():
-    """Four hundred images at three stages: later stages are right more often and surer."""
+    """Simulated confidence and correctness of 400 images at three stages; later stages are more accurate and more confident."""
     generator = np.random.default_rng(0)
     confidence = generator.beta(2, 2, (400, 3)) + np.array([0.0, 0.1, 0.2])
     correct = generator.random((400, 3)) < confidence.clip(0, 1)
@@ -176,7 +176,7 @@ def test_saved_beside_the_checkpoint(model, images, thresholds, tmp_path):
         ([8, 8], [0.5], "ascending"),
         ([8, 4], [0.5], "ascending"),
         ([4, 13], [0.5], "integer in"),
-        ([4, 8], [], "threshold for each"),
+        ([4, 8], [], "1 thresholds for 2 stages"),
         ([4, 8], [-0.1], "at least 0"),
         ([4, 8], [float("nan")], "at least 0"),
     ],
@@ -187,7 +187,7 @@ def test_bad_cascades(model, stages, thresholds, message):
 
 
 def test_stages_are_not_adaptive(model):
-    with pytest.raises(ValueError, match=r"cost alike, got t=0.8"):
+    with pytest.raises(ValueError, match=r"same cost, got t=0.8"):
         Cascade(model, [Budget(dqs_threshold=0.8)], [])
 
 

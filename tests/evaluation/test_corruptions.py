@@ -1,4 +1,4 @@
-"""Corruptions: our own are deterministic for each image and stronger with severity; CIFAR-10-C is read as it is published."""
+"""Corruptions: ours are deterministic for each image and grow with severity; CIFAR-10-C is read as published."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The sweep: its numbers are those of plain loops, and the times are comparable."""
+"""Evaluation at every budget: the numbers equal those of plain loops, and times are comparable."""
 
 import dataclasses
 import json
@@ -139,7 +139,7 @@ def test_labels_are_matched_by_name(trained, data, result):
 
 
 class TestLabelsOfModel:
-    """Which class of the model a label of the dataset is."""
+    """Mapping of dataset labels to model classes."""
 
     def indices(self, names, given, labels):
         config = VisualPerceiverConfig(id2label=dict(enumerate(names)))

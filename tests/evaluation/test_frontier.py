@@ -1,4 +1,4 @@
-"""The frontier: a cascade of it does what the cascade does, and settings are chosen on other images."""
+"""The frontier: its cascades equal `Cascade`, and settings are chosen on other images."""
 
 import json
 

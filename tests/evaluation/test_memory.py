@@ -1,4 +1,4 @@
-"""A batch that does not fit in memory: the message names a size that does."""
+"""Out of memory: the message names a batch size that fits."""
 
 import sys
 
@@ -12,7 +12,7 @@ from hf_visual_perceiver.utils.memory import fitting
 
 
 class Machine:
-    """Has memory for so many images."""
+    """A device with memory for a given number of images."""
 
     def __init__(self, room):
         self.room = room
@@ -22,12 +22,10 @@ class Machine:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
 
-@pytest.mark.parametrize(
-    ("room", "advice"), [(5, "4 would"), (4, "4 would"), (1, "1 would"), (0, "not even one image would")]
-)
+@pytest.mark.parametrize(("room", "advice"), [(5, "4 fit"), (4, "4 fit"), (1, "1 fit"), (0, "not even one image fits")])
 def test_the_size_has_been_tried(room, advice):
     machine, pixels = Machine(room), torch.zeros(8, 1)
-    expected = f"a batch of 8 images to fit in the memory of cpu, which it does not; {advice}"
+    expected = f"a batch of 8 images to fit in the memory of cpu; {advice}"
     with pytest.raises(ValueError, match=expected), fitting(machine, pixels):
         machine(pixels)
 
@@ -53,7 +51,7 @@ def full_beyond(monkeypatch, room):
 
 def test_at_a_budget(model, images, monkeypatch):
     full_beyond(monkeypatch, 3)
-    with pytest.raises(ValueError, match="which it does not; 3 would"):
+    with pytest.raises(ValueError, match="memory of cpu; 3 fit"):
         output_at(model, images, Budget(num_active_queries=4))
     assert model.config.dqs_threshold is None
 
@@ -73,5 +71,5 @@ def test_commands(arguments, monkeypatch, capsys):
         cli.main()
     assert stopped.value.code == 1
     message = capsys.readouterr().err
-    assert "images to fit in the memory of cpu, which it does not" in message
-    assert " would." in message
+    assert "images to fit in the memory of cpu; " in message
+    assert " fit." in message

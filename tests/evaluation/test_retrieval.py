@@ -1,4 +1,4 @@
-"""Nearest neighbours by the model's features, and parts of splits."""
+"""Nearest-neighbour retrieval with the model's features."""
 
 import json
 import shutil

@@ -1,6 +1,6 @@
-"""What users rely on stays as it is: names, options, costs, and what the bundled checkpoint says at each budget.
+"""Golden values of what users rely on: names, options, costs, and the logits of the bundled checkpoint.
 
-`python tests/golden/test_golden.py` writes golden.json anew, for changes that are meant; its difference says what changes.
+`python tests/golden/test_golden.py` rewrites golden.json after an intended change; check its diff.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def commands() -> dict[str, list[str]]:
 
 
 def macs() -> dict[str, list[int]]:
-    """Of each named architecture, at a quarter of the queries and at all, without and with selection."""
+    """MACs of each named architecture: a quarter of the queries, all queries, and a quarter after selection."""
     result = {}
     for name in sorted(ARCHITECTURES):
         config = VisualPerceiverConfig.from_architecture(name, num_labels=10)
@@ -40,7 +40,7 @@ def macs() -> dict[str, list[int]]:
 
 @torch.inference_mode()
 def answers() -> dict[str, list[list[float]]]:
-    """Logits and numbers of queries of the paper's bundled form on noise, at some budgets."""
+    """Numbers of queries and logits of the bundled nano checkpoint on noise, at some budgets."""
     folder = Path(bundled_checkpoint()).with_name("visual_perceiver_nano_cifar10")
     model = VisualPerceiverForImageClassification.from_pretrained(folder).eval()
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))

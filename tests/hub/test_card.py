@@ -1,4 +1,4 @@
-"""Cards: what is measured is what they say, with or without a measurement of everything."""
+"""Model cards: they contain the measurements, and also work without some of them."""
 
 import dataclasses
 import json
@@ -86,8 +86,8 @@ class TestConfusion:
         assert confusion.mistakes() == [("b", "a", 2), ("a", "c", 1)]
         assert confusion.mistakes("a") == [("a", "c", 1)]
         assert confusion.sentence(classes=2) == (
-            "Lowest accuracy by class: b 50.0 %, a 90.0 %. Most frequent mistakes, with numbers of images: b taken for a (2), "
-            "a taken for c (1)."
+            "Lowest accuracy by class: b 50.0 %, a 90.0 %. Most frequent errors (number of images): b predicted as a (2), "
+            "a predicted as c (1)."
         )
         assert Confusion.of(["a"], labels * 0, labels * 0).sentence() == "Lowest accuracy by class: a 100.0 %."
 
@@ -113,10 +113,10 @@ class TestCard:
         worst = result.confusion.worst_first()
         assert text.index(f"| {worst[0]} |") < text.index(f"| {worst[-1]} |")
         label, given, number = result.confusion.mistakes()[0]
-        assert f"{label} taken for {given} ({number})" in text
-        assert "The full network, class by class" in text
+        assert f"{label} predicted as {given} ({number})" in text
+        assert "Accuracy of the full network by class" in text
         without = render_card(folder, config, dataclasses.replace(result, confusion=None))
-        assert "Accuracy by class, and what is taken for what, were not measured." in without
+        assert "Errors by class were not measured." in without
         many = Confusion.of([f"a|{i}" for i in range(30)], np.arange(30), np.arange(30) // 2)
         text = render_card(folder, config, dataclasses.replace(result, confusion=many))
         assert "the 10 worst of 30 classes" in text
@@ -141,21 +141,19 @@ class TestCard:
         assert "Robustness to corrupted or shifted images was not measured." in rewrite_card(folder).read_text()
         (folder / "robustness.json").write_text(json.dumps(robustness.to_dict()))
         text = rewrite_card(folder).read_text()
-        assert "is 50.00 %, on the same 200 images uncorrupted 70.00 %" in text
-        assert "was not measured. At small budgets" not in text
+        assert "is 50.00 %; on the same 200 images without corruption it is 70.00 %" in text
+        assert "was not measured. Accuracy is" not in text
 
     def test_what_is_missing_or_damaged_is_named(self, folder):
         before = sorted(folder.iterdir())
         (folder / "training.json").write_text("{}")
-        with pytest.raises(ValueError, match=r"Expected .*training.json to be as it was written"):
+        with pytest.raises(ValueError, match=r"Expected .*training.json to be a valid file"):
             rewrite_card(folder, folder / "card.md")
         (folder / "evaluation.json").write_text('{"rows": 3}')
-        with pytest.raises(ValueError, match=r"Expected .*evaluation.json to be as it was written"):
+        with pytest.raises(ValueError, match=r"Expected .*evaluation.json to be a valid file"):
             rewrite_card(folder)
         (folder / "evaluation.json").unlink()
-        with pytest.raises(
-            ValueError, match=r"Expected .*evaluation.json, which `visual-perceiver evaluate .*not there"
-        ):
+        with pytest.raises(ValueError, match=r"Expected .*evaluation.json to exist; `visual-perceiver evaluate "):
             rewrite_card(folder)
         (folder / "evaluation.json").write_text(Path(papers_form(), "evaluation.json").read_text())
         assert sorted(folder.iterdir()) == before
@@ -206,7 +204,7 @@ class TestPublishedCards:
             f"accuracy at {evaluation.name(row.budget)}": (round(row.accuracy, 4), split) for row in evaluation.rows
         }
         headings = [line for line in card.text.splitlines() if line.startswith("## ")]
-        names = ["Measured", "Where it errs", "Use", "Training", "Limits", "Licence", "Citation"]
+        names = ["Measured", "Errors by class", "Use", "Training", "Limits", "Licence", "Citation"]
         assert headings == [f"## {name}" for name in names]
 
 

@@ -1,4 +1,4 @@
-"""From a folder to the Hub and back, each user in a process of their own, against a Hub on this machine."""
+"""Publish to a local Hub server and load from it, each user in a separate process."""
 
 import json
 import os
@@ -133,7 +133,7 @@ Path(out + ".timm.json").write_text(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """Everybody's results: publish, then a stranger without the package, the same offline, and a colleague with it."""
+    """Results of publishing, and of loading without the package (online and offline) and with it."""
     place = tmp_path_factory.mktemp("hub")
     out, picture = str(place / "logits"), str(place / "cat.png")
     Image.open(Path(__file__).parents[2] / "docs" / "cat.png").convert("RGB").resize((48, 40)).save(picture)
@@ -188,7 +188,7 @@ def story(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local(story):
-    """What the local folder answers, at the published operating points and at all queries."""
+    """Logits of the local folder, at the published budget and with all queries."""
     model, x = load_model(papers_form()), story["x"]
     with torch.no_grad():
         first = model(x, num_active_queries=16).logits
@@ -198,7 +198,7 @@ def local(story):
 
 def test_what_the_publisher_sees(story):
     out, repository = story["published"].stdout, story["hub"].repositories[REPO]
-    assert "Loads alike everywhere" in out
+    assert "Largest logit difference" in out
     assert "without this package (0)" in out
     assert f"Published v1 (commit {story['first'][:7]}): {story['hub'].url}/{REPO}" in out
     assert [c.title for c in repository.commits.values()] == ["initial commit", "Publish v1", "Publish v2"]

@@ -1,6 +1,6 @@
 """The page in docs/app, in headless Chromium with the real exported model.
 
-Runs where Chromium, Playwright (the extra `browser`) and the page's packages (`npm ci` in docs/app) are.
+Needs Chromium, Playwright (the extra `browser`) and the page's packages (`npm ci` in docs/app).
 """
 
 import functools
@@ -38,7 +38,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site(trained, tmp_path_factory):
-    """The folder of the page with a model, and its address."""
+    """The folder of the page with a model, and its URL."""
     folder = tmp_path_factory.mktemp("site")
     for name in ("index.html", "app.js", "node_modules"):
         (folder / name).symlink_to(APP / name)
@@ -83,7 +83,7 @@ def answers(page):
 
 
 def seen(page):
-    """The pixels that the page gave to the model."""
+    """The pixels that the page passed to the model."""
     read = "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
     return np.array(page.locator("#small").evaluate(read), np.uint8).reshape(32, 32, 4)[..., :3]
 
@@ -99,7 +99,7 @@ def expected(trained, picture: Image.Image, K: int, t: float | None = None):
 
 @pytest.fixture
 def photograph(tmp_path):
-    """A picture that has to be shrunk, of another shape than the model's."""
+    """A picture larger than the model's input, with another aspect ratio."""
     cat = Image.open(REPOSITORY / "docs" / "cat.png").convert("RGB")
     cat.resize((301, 217), Image.Resampling.BICUBIC).save(tmp_path / "cat.png")
     return tmp_path / "cat.png"

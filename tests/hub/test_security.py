@@ -1,7 +1,7 @@
-"""What the package does not do: run code or pickles that it finds, give away tokens, write elsewhere, decode huge images.
+"""Security: no code or pickles are run, no tokens leak, nothing is written elsewhere, huge images are not decoded.
 
-More of it beside what it is about: imports of the code that travels, who trusts remote code and who unpickles in
-test_packaging.py, tokens and ids in publications in test_publish.py, images in requests in test_handler.py.
+Related tests: remote code and pickles in test_packaging.py, tokens and ids in test_publish.py, images in requests in
+test_handler.py.
 """
 
 import ast
@@ -47,7 +47,7 @@ def sources(*folders):
 
 
 class Trap:
-    """Leaves a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -203,7 +203,7 @@ class TestPlaces:
     )
     @pytest.mark.parametrize("form", ["onnx", "torch-export", "safetensors-timm"])
     def test_what_is_named_after_an_id_lies_in_this_folder(self, name, form, tmp_path, monkeypatch):
-        """Even if the Hub had such an id."""
+        """This also holds for ids that could exist on the Hub."""
         written = []
 
         def export(model, output, *more):
@@ -223,7 +223,7 @@ class TestPlaces:
 
 
 def huge_png(width, height):
-    """A file of less than 100 bytes that says it holds an image of this size."""
+    """A PNG file of less than 100 bytes whose header claims this size."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,6 +1,6 @@
-"""The app that shows two knobs: what it computes, what it draws, and the page itself, here and as a published Space.
+"""The Gradio app: its results, its drawings, and the page, served locally and as a published Space.
 
-The page runs where Gradio, the extra `demo`, is; in a browser where Chromium and Playwright, the extra `browser`, are too.
+The page needs Gradio (the extra `demo`); the browser tests also need Chromium and Playwright (the extra `browser`).
 """
 
 import ast
@@ -76,7 +76,7 @@ def picture(demo, cat):
 
 @pytest.fixture
 def without_onnxruntime(monkeypatch):
-    """Spares the export of another architecture's graphs."""
+    """Avoid the export of graphs for another architecture."""
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
 
 
@@ -204,7 +204,7 @@ class TestTradeoff:
         assert (between.macs, between.accuracy, between.measured) == (20.0, pytest.approx(0.4), False)
         between = demo.expected(12, 0.7)
         assert (between.macs, between.accuracy, between.measured) == (pytest.approx(7.0), pytest.approx(0.4), False)
-        # Nothing is claimed beyond what was measured, nor where both knobs are turned.
+        # Nothing is claimed beyond what was measured, nor where both K and t are set.
         for K, t in ((4, None), (12, 0.4), (12, 0.95), (2, 0.7)):
             assert demo.expected(K, t) is None
         rows.append(row(2, 0.7, 3.0, 0.9))
@@ -221,7 +221,7 @@ class TestTradeoff:
         accuracy = demo.expected(16).accuracy
         assert f'data-accuracy="{accuracy:.4f}"' in shown
         assert shown.count('class="vp-star"') == shown.count('class="vp-cost"') == 1
-        assert f"At K = 16 the accuracy is {100 * accuracy:.1f} % (measured)" in shown
+        assert f"K = 16: {100 * accuracy:.1f} % accuracy" in shown
         shown = show_tradeoff(demo, curves, demo.answer(picture, 32, 0.8))
         assert "was not measured" in shown
         assert 'class="vp-star"' not in shown
@@ -250,7 +250,7 @@ class TestPage:
         for query, earlier, cosine in reasons:
             assert int(earlier) < int(query)
             assert float(cosine) >= 0.75
-        assert f"the first 48 asked, of which t drops {48 - used}" in shown
+        assert f"first 48 queries, {48 - used} dropped by t" in shown
 
     def test_the_overlay_is_strongest_where_most_is_read(self, picture):
         for attention in picture.attention:
@@ -290,7 +290,7 @@ class TestPage:
 
 
 class TestFiles:
-    """What a Space is made of; that it gets there is in test_publish.py."""
+    """The files of a Space; test_publish.py tests their upload."""
 
     files = space_files("somebody/perceiver", "abc", "mit")
 
@@ -357,7 +357,7 @@ def write(files, folder):
 
 
 class Served:
-    """A page in a process of its own."""
+    """A page served by a separate process."""
 
     def __init__(self, command, folder, **environment):
         with socket.socket() as s:
@@ -399,7 +399,7 @@ def served(tmp_path_factory):
 
 
 def ask(url, path, K, t):
-    """Both tabs, by the page's API."""
+    """Request both tabs through the page's API."""
     from gradio_client import Client, handle_file
 
     client = Client(url, verbose=False, analytics_enabled=False)
@@ -412,7 +412,7 @@ def used(shown):
 
 @pytest.fixture(scope="module")
 def huge(tmp_path_factory):
-    """40 megapixels in a small file."""
+    """A small file with an image of 40 megapixels."""
     path = tmp_path_factory.mktemp("huge") / "huge.png"
     Image.new("1", (8000, 5000)).save(path)
     assert MAX_PIXELS < 8000 * 5000
@@ -438,12 +438,12 @@ class TestServed:
         cut = tmp_path / "cut.png"
         cut.write_bytes(CAT.read_bytes()[:-300])
         for path, message in (
-            (tmp_path / "broken.png", "It is damaged, or no image"),
-            (tmp_path / "drawing.svg", "It is damaged, or no image"),
-            (cut, "It is damaged, or no image"),
+            (tmp_path / "broken.png", "It is damaged, or not an image"),
+            (tmp_path / "drawing.svg", "It is damaged, or not an image"),
+            (cut, "It is damaged, or not an image"),
             (huge, f"at most {MAX_PIXELS:,} pixels, got 8000x5000"),
             (bomb, f"at most {MAX_PIXELS:,} pixels"),
-            (None, "Drop a picture"),
+            (None, "Drop an image"),
         ):
             result, _ = ask(served.url, path, 16, 1)
             assert message in html.unescape(result)
@@ -494,7 +494,7 @@ class TestServed:
 
 @needs_gradio
 def test_a_published_space_runs(tmp_path, monkeypatch):
-    """What is on the Hub, alone in a folder, shows the model from the Hub."""
+    """The files of the Space, alone in a folder, serve the model from the Hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     (tmp_path / "stage").mkdir()
@@ -562,9 +562,9 @@ def turn(page, knob, value):
 
 
 def choose(page, path):
-    """Put a file in place of what is there."""
+    """Replace the current image with a file."""
     page.locator("#image [aria-label='Remove Image']").click()
-    page.wait_for_selector(".vp-message:has-text('Drop a picture')")
+    page.wait_for_selector(".vp-message:has-text('Drop an image')")
     page.locator("#image input[type=file]").set_input_files(path)
 
 
@@ -605,7 +605,7 @@ class TestBrowser:
     def test_what_is_no_picture_is_said(self, page, huge, tmp_path):
         (tmp_path / "broken.png").write_bytes(b"not a picture")
         choose(page, tmp_path / "broken.png")
-        page.wait_for_selector(".vp-wrong[role=alert]:has-text('It is damaged, or no image')")
+        page.wait_for_selector(".vp-wrong[role=alert]:has-text('It is damaged, or not an image')")
         assert page.locator(".vp-answer").count() == 0  # the old answer is gone
         choose(page, huge)
         page.wait_for_selector(".vp-wrong:has-text('at most 33,554,432 pixels, got 8000x5000')")

@@ -1,4 +1,4 @@
-"""The task `adaptive-image-classification`: budgets as arguments, queries used as a result."""
+"""The pipeline task `adaptive-image-classification`: budgets as arguments, `queries_used` in the answers."""
 
 import base64
 import io
@@ -138,7 +138,7 @@ def test_a_target_in_a_call(classifier, picture):
         ({"target_macs": float("nan")}, ValueError, r"in \(0, 1\], got nan"),
         ({"target_macs": True}, ValueError, r"in \(0, 1\], got True"),
         ({"target_macs": "half"}, ValueError, r"in \(0, 1\], got 'half'"),
-        ({"target_macs": 0.001}, ValueError, "at least 0.0416, which the least costs, got 0.001"),
+        ({"target_macs": 0.001}, ValueError, "at least 0.0416, the cost of the smallest budget, got 0.001"),
         ({"target_macs": 0.5, "num_active_queries": 3}, ValueError, "`num_active_queries` or `target_macs`, got both"),
         ({"num_active_queries": 65}, ValueError, r"integer in \[1, 64\], got 65"),
         ({"dqs_threshold": -2.0}, ValueError, "at least -1, got -2.0"),
@@ -158,7 +158,7 @@ def test_bad_images(classifier, tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
     with pytest.raises(ValueError, match="damaged, or no image"):
         classifier(str(tmp_path / "notes.txt"))
-    with pytest.raises(ValueError, match=r"Expected a file, an address or an image in base64, got 'absent\.png'"):
+    with pytest.raises(ValueError, match=r"Expected a file, a URL or an image in base64, got 'absent\.png'"):
         classifier("absent.png")
     with pytest.raises(ValueError, match="at most 33,554,432 pixels, got 8192x4097"):
         classifier(Image.new("L", (8192, 4097)))

@@ -1,4 +1,4 @@
-"""The engine of ONNX Runtime: its answers are the model's at every budget, and skipped queries are not computed."""
+"""The ONNX Runtime engine: its logits equal the model's at every budget, and skipped queries are not computed."""
 
 import copy
 import json
@@ -53,7 +53,7 @@ POINTS = [
 
 @pytest.fixture(scope="module", params=FORMS.values(), ids=FORMS)
 def both(request, tmp_path_factory):
-    """A model and the engine made from it; graphs are kept for the tests of this file alone."""
+    """A model and its engine; graphs are cached for the tests of this file only."""
     torch.manual_seed(0)
     model = VisualPerceiverForImageClassification(small_config(**request.param)).eval()
     for module in model.modules():
@@ -64,7 +64,7 @@ def both(request, tmp_path_factory):
 
 
 def graph_folder(tmp_path_factory):
-    """A place for graphs that this run of the tests shares; exported graphs go to the cache, which is set to it as well."""
+    """A folder for graphs, shared by this test run, which is also set as the cache for exported graphs."""
     return tmp_path_factory.getbasetemp() / "graphs"
 
 
@@ -244,7 +244,7 @@ def test_eight_bits_of_a_trained_network(trained):
 
 
 class TestBadInput:
-    """Is refused in words, and before seconds are spent on an export."""
+    """Bad input is refused with a message, before an export starts."""
 
     @pytest.fixture
     def optimized(self, both):
@@ -268,7 +268,7 @@ class TestBadInput:
 
     def test_without_onnx(self, both, monkeypatch):
         monkeypatch.setitem(sys.modules, "onnx", None)
-        with pytest.raises(ImportError, match="Expected onnx to be installed, to quantise"):
+        with pytest.raises(ImportError, match="Expected onnx to be installed for quantising"):
             both[0].optimize_for_inference(int8=True)
 
     def test_the_command_line_says_what_to_install(self, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""A block-causal trunk: what the first K queries say does not depend on later ones, and going on repeats nothing."""
+"""Block-causal trunks: the output of the first K queries does not depend on later ones, and extending repeats no work."""
 
 import pytest
 import torch

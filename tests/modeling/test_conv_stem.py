@@ -1,4 +1,4 @@
-"""Convolutional stems: in both libraries, in the formula of costs, folded for inference, and what is refused."""
+"""Convolutional stems: transformers and timm, MACs, folding for inference, and errors."""
 
 import subprocess
 import sys
@@ -161,7 +161,7 @@ def test_cifar_resnets_have_the_size_of_the_paper(name, parameters):
 
 
 def test_old_checkpoints_keep_their_logits(trained):
-    """Recorded before there were stems."""
+    """The expected logits were recorded before stems were added."""
     golden = torch.load(REPOSITORY / "tests/modeling/golden_nano.pt", weights_only=True)
     for knobs, logits in golden["answers"]:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Budgets: printed, read, compared, and what they mean for the Visual Perceiver."""
+"""Budgets: printing, parsing, comparison, and their meaning for the Visual Perceiver."""
 
 import copy
 import math

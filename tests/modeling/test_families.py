@@ -1,4 +1,4 @@
-"""The families beside the Visual Perceiver: published sizes and costs, one file for both libraries, work that is saved."""
+"""The other families: published sizes and costs, one file for both libraries, and saved work."""
 
 import copy
 import math
@@ -216,7 +216,7 @@ def test_passes_of_a_training_step(name, images):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_the_code_that_travels_with_weights(name, images, tmp_path):
-    """It is complete, also for older transformers, which copies what a file imports and not what that imports; and it runs."""
+    """The remote code is complete and runs, also with older transformers, which copies only direct imports."""
     model, folder = small(name), tmp_path / "model"
     for cls, auto in ((FAMILIES[name][0], None), (FAMILIES[name][1], "AutoModelForImageClassification")):
         cls.register_for_auto_class(*([auto] if auto else []))
@@ -385,7 +385,7 @@ class TestQnA:
     @torch.no_grad()
     @pytest.mark.parametrize(("stride", "kernel"), [(1, 3), (2, 3), (1, 5)])
     def test_the_layer_is_attention_in_windows(self, stride, kernel):
-        """Against windows unfolded and weighted one by one."""
+        """Compare with windows that are unfolded and weighted one by one."""
         torch.manual_seed(0)
         n, h, d, C, S = 2, 3, 4, 6, 8
         config = QnAViTConfig(kernel_size=kernel, num_queries=n)

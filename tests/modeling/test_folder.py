@@ -158,7 +158,7 @@ def test_hub_ids(folder, trained, tmp_path):
 
 @pytest.mark.parametrize("size", [64, [48, 40]], ids=str)
 def test_another_image_size(folder, trained, size, tmp_path):
-    """The positions are resampled when they are loaded, as timm does it and as the forward pass can."""
+    """Positions are resampled at loading, as in timm and in the forward pass."""
     height, width = [size, size] if isinstance(size, int) else size
     x = torch.randn(2, 3, height, width)
     expected = trained(x, interpolate_pos_encoding=True).logits

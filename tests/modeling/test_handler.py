@@ -1,4 +1,4 @@
-"""handler.py, in this process; tests/hub/test_hub.py loads it as an Inference Endpoint does."""
+"""handler.py in this process; tests/hub/test_hub.py loads it like an Inference Endpoint."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def header_of_a_png(width: int, height: int) -> bytes:
-    """A file of 45 bytes that says it is an image of this size."""
+    """A PNG header of 45 bytes that claims this size."""
     fields = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     end = struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + fields + struct.pack(">I", zlib.crc32(fields)) + end
@@ -62,7 +62,7 @@ def test_answers_are_the_models(endpoint, pictures, trained, point):
 
 
 class TestForms:
-    """Answers come from ONNX Runtime where this package and onnxruntime are, and are the same without."""
+    """The handler uses ONNX Runtime if this package and onnxruntime are installed, with the same answers as without."""
 
     PARAMETERS = {"num_active_queries": 40, "dqs_threshold": 0.8, "top_k": 10}
 
@@ -81,7 +81,7 @@ class TestForms:
             assert [a["queries_used"] for a in answer] == [a["queries_used"] for a in expected]
 
     def test_a_package_that_answers_otherwise_is_not_used(self, tmp_path, monkeypatch):
-        """The folder's code says what its weights mean; the package may be of another version."""
+        """The folder's code defines the model; the package may have another version."""
         folder = save_folder(VisualPerceiverForImageClassification(small_config()), tmp_path / "model")
         other = load_optimized(papers_form())
         monkeypatch.setattr("hf_visual_perceiver.inference.loading.load_optimized", lambda path: other)
@@ -199,7 +199,7 @@ DEEP = {
 
 
 class TestDeepGrey:
-    """Grey of more than 8 bits, which Pillow's own conversion clips to white."""
+    """Grey images of more than 8 bits, which Pillow's conversion would clip to white."""
 
     @pytest.mark.parametrize("kind", DEEP)
     def test_it_is_scaled(self, kind):

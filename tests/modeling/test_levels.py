@@ -1,4 +1,4 @@
-"""Levels of a convolutional stem: later queries read features that are computed for them alone."""
+"""Levels of a convolutional stem: later queries read further features."""
 
 import pytest
 import timm
@@ -48,7 +48,7 @@ def test_levels_are_computed_when_queries_ask_for_them_and_counted(layered, imag
 
 @torch.no_grad()
 def test_a_level_adds_channels(layered, images):
-    """Against convolutions of all levels' channels at once, whose weights from later to earlier levels are zero."""
+    """Compare with convolutions over the channels of all levels, with zero weights from later to earlier levels."""
     embeddings = layered.visual_perceiver.embeddings
     stem, (first, second) = embeddings.patch_embeddings.stem, embeddings.levels
     shared, *own = [block for stage in stem.stages for block in stage]
@@ -76,7 +76,7 @@ def test_a_level_adds_channels(layered, images):
 
 @torch.no_grad()
 def test_queries_read_their_own_level(layered, images):
-    """What each query reads and attends to, against levels and attention written out."""
+    """Compare each query's attention with levels and attention written out."""
     base = layered.visual_perceiver
     y, weights = base.look(images, 12)
     tokens, features = base.embeddings(images, end=3)
@@ -108,7 +108,7 @@ def test_going_on_equals_one_pass(images, trunk):
 
 @torch.no_grad()
 def test_the_output_query_reads_the_last_block(layered, images):
-    """At a fixed K and with selection, packed or masked, against the decoder on those tokens alone."""
+    """Compare with the decoder on only those tokens: at a fixed K and with selection, packed and masked."""
     base, ends = layered.visual_perceiver, [0, 1, 2, 4, 8, 12]
     for knobs in ({"num_active_queries": 6}, {"dqs_threshold": 0.95}, {"dqs_threshold": 0.6}):
         output = base(images, **knobs)

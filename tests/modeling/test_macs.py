@@ -1,4 +1,4 @@
-"""Counted work against the paper's table and against torch's counter."""
+"""Counted MACs equal the paper's table and torch's FLOP counter."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Properties of the network: what K and t mean, and that no path through it changes the numbers."""
+"""Properties of the network: the meaning of K and t, and equal logits on every execution path."""
 
 import copy
 
@@ -35,7 +35,7 @@ def one_by_one(model, images, **arguments):
 
 
 class TestLabelNames:
-    """In the order of the logits, however the keys of `id2label` are written."""
+    """Label names are in the order of the logits, for any form of the keys of `id2label`."""
 
     @pytest.mark.parametrize("key", [str, int])
     def test_keys_are_numbers_in_any_order(self, key):

@@ -1,4 +1,4 @@
-"""Weights that are elsewhere until a module needs them: offloaded to memory or disk, or sharded; the logits stay the same."""
+"""Weights that are offloaded to memory or disk, or sharded: the logits stay the same."""
 
 import copy
 from functools import partial
@@ -19,7 +19,7 @@ from hf_visual_perceiver.training.folder import save_folder
 
 
 def answers(model, images) -> list[torch.Tensor]:
-    """The logits by every way through the network."""
+    """The logits on every execution path."""
     subsets = [Pass(Budget(num_active_queries=12)), Pass(Budget(num_active_queries=5)), Pass(Budget(dqs_threshold=0.3))]
     with torch.no_grad():
         state = model.start(images)

@@ -1,4 +1,4 @@
-"""What holds for every input: layouts of packed batches, their groups, the rule of selection, budgets as text."""
+"""Property-based tests: packed batches, their groups, the selection rule, and budgets as text."""
 
 import itertools
 import string

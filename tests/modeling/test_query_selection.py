@@ -1,4 +1,4 @@
-"""The rule by itself: `select_queries`."""
+"""The selection rule, `select_queries`."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hf_visual_perceiver import select_queries
 
 
 def by_loops(tokens: torch.Tensor, threshold: float, reference: str) -> list[list[bool]]:
-    """The paper's sentence, word by word."""
+    """The selection rule as the paper states it, in plain loops."""
     result = []
     for image in tokens.double():
         keep: list[bool] = []

@@ -1,4 +1,4 @@
-"""Every ragged backend gives what the masked form and one image at a time give, with gradients."""
+"""Every ragged backend equals the masked form and one image at a time, including gradients."""
 
 import copy
 import itertools
@@ -28,7 +28,7 @@ POINTS = [(12, -1), (12, 0.3), (12, 0.9), (12, 1), (7, 0.5), (1, 0.5)]
 
 @pytest.fixture
 def simulated_varlen(monkeypatch):
-    """A CPU that has variable-length attention, if only a slow one."""
+    """Simulate variable-length attention on a CPU, slowly."""
     simulate_varlen(monkeypatch)
 
 
@@ -52,12 +52,12 @@ def model_on(device, backend, dtype=torch.float32, **fields):
 
 
 def half(device, backend):
-    """The dtype to compare in: the real kernel for variable lengths takes no float32."""
+    """The dtype of the comparison; the real variable-length kernel does not support float32."""
     return torch.bfloat16 if (device, backend) == ("cuda", "varlen") else torch.float32
 
 
 def assert_as_good(given, reference, exact, name=""):
-    """Equal to the reference in float32; in half precision about as near to the exact result as the reference is."""
+    """Assert equality with the reference in float32; in half precision, about the same error as the reference."""
     if given.dtype == torch.float32:
         scale = exact.abs().max().clamp(min=1)
         assert (given - exact).abs().max() <= 1e-5 * scale, name
@@ -173,7 +173,7 @@ if torch.cuda.is_available():
 
 
 class TestChoice:
-    """Which backend runs, and what is said where there is none."""
+    """Choice of the backend, and the error if none is available."""
 
     def test_it_is_visible(self, model):
         assert model.ragged_backend == model.visual_perceiver.ragged_backend == "grouped"
@@ -322,7 +322,7 @@ class TestGroups:
 
 
 class TestCompiled:
-    """A compiler sees lengths that change from batch to batch as tensors, not as constants."""
+    """Lengths that change between batches are tensors for the compiler, not constants."""
 
     @pytest.fixture(autouse=True)
     def one_operation(self, place, monkeypatch):

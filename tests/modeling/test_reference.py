@@ -1,4 +1,4 @@
-"""The whole forward, written again in NumPy, one image at a time, from the paper's description."""
+"""A NumPy reference of the whole forward, one image at a time, written from the paper."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def erf(x):
 
 
 class Reference:
-    """Float64, plain loops over heads and queries; shares nothing with the model but its weights."""
+    """The network in float64 with plain loops over heads and queries; it shares only the weights with the model."""
 
     def __init__(self, model: VisualPerceiverForImageClassification):
         self.w = {name: p.detach().double().numpy() for name, p in model.state_dict().items()}

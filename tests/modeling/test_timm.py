@@ -1,4 +1,4 @@
-"""The timm side: its verbs, and adaptation of a checkpoint. timm's own suite runs in tests/upstream."""
+"""The timm model: its methods, and adapting a checkpoint. timm's own suite runs in tests/upstream."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""The report on the paper: random subsets, selections and attention are what they say; missing checkpoints are named."""
+"""The report on the paper: random subsets, selection, attention, and missing checkpoints."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def data(cifar10) -> ImageDataset:
 
 
 def network(data, seed=0, **fields) -> VisualPerceiverForImageClassification:
-    """A random one for the dataset's classes."""
+    """A random network for the dataset's classes."""
     torch.manual_seed(seed)
     labels = dict(enumerate(data.label_names))
     fields = {
@@ -51,7 +51,7 @@ def network(data, seed=0, **fields) -> VisualPerceiverForImageClassification:
 
 @pytest.fixture(scope="module")
 def folder(data, tmp_path_factory):
-    """Three checkpoints and the YAML that names them, and some that are not there."""
+    """Three checkpoints, and a YAML that names them and some missing ones."""
     root = tmp_path_factory.mktemp("checkpoints")
     save_folder(network(data), root / "masking")
     save_folder(network(data, 1), root / "fixed")
@@ -131,7 +131,7 @@ def test_the_report_has_everything_and_says_what_is_missing(data, folder, tmp_pa
         "Robustness to common",
     ):
         assert re.search(rf"^## .*{heading}", report, re.MULTILINE), heading
-    assert "**specialist 1** (`absent` is not there): K = 1 among" in report
+    assert "**specialist 1** (no `absent`): K = 1 among" in report
     assert "Figure 9." in report
     assert "**specialist 16** (no folder is named)" in report
     assert "seed 0" in report
@@ -162,7 +162,7 @@ def test_one_checkpoint_of_any_role_and_one_image_are_enough(role, data, folder,
     found = measure(read_checkpoints(file), data.subset(slice(0, 1)), progress=False)
     found.conditions |= {"dataset": "a sample", "split": "test"}
     report = write_report(found, tmp_path).read_text()
-    assert ("Missing: there is no query_masking checkpoint" in report) == (role != "query_masking")
+    assert ("Missing: no query_masking checkpoint" in report) == (role != "query_masking")
     assert (tmp_path / "paper" / "figure_2.png").is_file()
 
 
@@ -265,5 +265,5 @@ def test_images_of_all_stages_of_a_training_count(tmp_path):
     (tmp_path / "training.json").write_text(json.dumps({**facts, "earlier_training": facts}))
     assert training_images(tmp_path) == 1_000_000
     (tmp_path / "training.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"training\.json to be as it was written"):
+    with pytest.raises(ValueError, match=r"training\.json to be a valid file"):
         training_images(tmp_path)

@@ -1,4 +1,4 @@
-"""The files for `accelerate launch`: accelerate itself reads them, and starts what their comments say."""
+"""Configuration files for `accelerate launch`: accelerate reads them and starts the described setup."""
 
 import copy
 import os
@@ -114,7 +114,7 @@ def test_deepspeed_zero2(launched):
 class TestFsdp2:
     @pytest.fixture
     def plugin(self, launched, monkeypatch):
-        """What a process makes of the environment that the launcher gives it."""
+        """The FSDP plugin that a process creates from the launcher's environment."""
         _, environment = launched("fsdp2.yaml")
         assert environment["ACCELERATE_USE_FSDP"] == "true"
         for name, value in environment.items():
@@ -158,7 +158,7 @@ class TestFsdp2:
             torch.testing.assert_close(p.grad.full_tensor(), q.grad, msg=lambda text, name=name: f"{name}: {text}")
 
     def test_whole_weights_are_gathered(self, plugin, process_group, images):
-        """To evaluate and publish a network whose weights are split, and to save its run and continue it."""
+        """Sharded weights are gathered for evaluation, publishing, saving and resuming."""
         networks = [VisualPerceiverForImageClassification(small_config()) for _ in range(3)]
         expected = networks[0].eval()(images).logits
         objectives = [Objective(network) for network in networks[:2]]
@@ -178,7 +178,7 @@ class TestFsdp2:
 
 
 def accelerator_of(plugin):
-    """What accelerate's preparation asks an accelerator, which itself has no FSDP on a CPU."""
+    """A stand-in for an accelerator with FSDP, which accelerate does not support on a CPU."""
     return SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin),
         mixed_precision="no",
@@ -188,7 +188,7 @@ def accelerator_of(plugin):
 
 
 class Loss(torch.nn.Module):
-    """A network with its loss, as the training wraps it: a forward of several subsets, or of one."""
+    """A network with its loss, as the training loop wraps it, for one or several subsets."""
 
     def __init__(self, network):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Augmentation of batches, held against timm's of single PIL images."""
+"""Augmentation of batches, compared with timm's of single PIL images."""
 
 import dataclasses
 import itertools
@@ -42,7 +42,7 @@ DEIT = {
 
 @pytest.fixture(scope="module")
 def pictures() -> np.ndarray:
-    """Natural images (64, 32, 32, 3), three of them made hard: of one colour, of two, and of little contrast."""
+    """Natural images (64, 32, 32, 3), with three edge cases: one colour, two colours, and low contrast."""
     pictures = load_images(default_dataset(), "train").images[:64].copy()
     pictures[0] = 77
     pictures[1, :, :16], pictures[1, :, 16:] = 3, 250
@@ -56,7 +56,7 @@ def batch_augmentation(seed: int = 0, random_crop: bool = True, **fields) -> Bat
 
 
 def nothing(B: int, **fields) -> Draws:
-    """Draws that leave images as they are, but for `fields`."""
+    """Random draws that change nothing, except for `fields`."""
     boxes = np.zeros((B, 4), dtype=int)
     operations = np.zeros((B, 0), dtype=int)
     draws = Draws(
@@ -70,7 +70,7 @@ def tensor(pictures: np.ndarray) -> torch.Tensor:
 
 
 def apply(pictures: np.ndarray, draws: Draws, **fields) -> np.ndarray:
-    """The pixels (B, H, W, 3) after what was drawn, in integers again."""
+    """Apply the draws; return integer pixels (B, H, W, 3)."""
     labels = torch.zeros(len(pictures), dtype=torch.int64)
     x, _ = batch_augmentation(**fields).apply(tensor(pictures), labels, draws)
     pixels = 255 * (x.permute(0, 2, 3, 1).double() * torch.tensor(STD).double() + torch.tensor(MEAN).double())
@@ -79,7 +79,7 @@ def apply(pictures: np.ndarray, draws: Draws, **fields) -> np.ndarray:
 
 
 def timm_name(name: str, increasing: bool = False) -> str:
-    """What timm calls one of OPERATIONS."""
+    """timm's name of one of OPERATIONS."""
     names = auto_augment._RAND_INCREASING_TRANSFORMS if increasing else auto_augment._RAND_TRANSFORMS
     return next(n for n in names if n.removesuffix("Increasing").removesuffix("Rel") == name)
 
@@ -91,7 +91,7 @@ def timm_operation(picture: np.ndarray, name: str, *argument: float, fill=FILL) 
 
 
 def covered_rows(boxes: np.ndarray) -> np.ndarray:
-    """(32,): how often boxes (n, 4) have a row."""
+    """(32,): number of boxes (n, 4) that cover each row."""
     rows = np.arange(32)
     return ((boxes[:, :1] <= rows) & (rows < boxes[:, 1:2])).mean(0)
 

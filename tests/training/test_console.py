@@ -1,4 +1,4 @@
-"""What commands say on stderr."""
+"""Messages of commands on stderr."""
 
 import pytest
 
@@ -14,7 +14,7 @@ from hf_visual_perceiver.utils.console import print_error, tracked
 
 @pytest.fixture
 def slow(monkeypatch):
-    """As if much time passed with each item."""
+    """Simulate a long time for each item."""
     monkeypatch.setattr(console, "SECONDS", 1e-9)
 
 

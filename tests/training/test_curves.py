@@ -1,4 +1,4 @@
-"""A run's curves: every K has its line, also of a log that has hardly begun."""
+"""A run's curves: one line for each K, also for a short log."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def log(budgets, steps=range(10, 210, 10), every=100):
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """Plot a log and return the figure as it was saved."""
+    """Plot a log and return the saved figure."""
     figures = []
     savefig = Figure.savefig
 

@@ -1,4 +1,4 @@
-"""Loading, the order of batches, cropping to size."""
+"""Loading, order of batches, and cropping."""
 
 import json
 from pathlib import Path
@@ -122,7 +122,7 @@ class TestLoading:
         assert image[-3:].max() < 50
 
     def test_nothing_there(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="which is not there"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
             load_images(str(tmp_path / "absent"))
         (tmp_path / "other.parquet").write_bytes(b"")
         with pytest.raises(ValueError, match=r"parquet files named train\.parquet or train-0.* got other\.parquet"):
@@ -150,7 +150,7 @@ class TestLoading:
 
 
 class TestColumns:
-    """Which column is the image, and which the label."""
+    """Choice of the image and label columns."""
 
     def columns(self, images, labels):
         features = {name: datasets.Image() for name in images}
@@ -189,7 +189,7 @@ def shades(data):
 
 
 class TestSplits:
-    """A split is what lies under its name, and nothing else."""
+    """A split contains the files under its name, and no others."""
 
     @pytest.mark.parametrize("parent", ["plain", "my_test_data", "train [v1]"])
     def test_split_words_in_other_names_mean_nothing(self, tmp_path, parent):
@@ -292,7 +292,7 @@ class TestSplits:
 
 
 class TestSplittingOff:
-    """What is kept for choosing."""
+    """Held-out validation images."""
 
     @pytest.mark.parametrize("decoded", [True, False])
     @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ class TestResizedImages:
 
 
 class TestBatches:
-    """The device's memory and the worker processes deal the same images."""
+    """Device memory and worker processes give the same batches."""
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_loaded_batches_equal_resident_ones(self, workers):

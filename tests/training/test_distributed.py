@@ -1,4 +1,4 @@
-"""torch's DistributedDataParallel around the network: every process may draw its own number of queries."""
+"""DistributedDataParallel: every process may draw its own number of queries."""
 
 import pytest
 from support import run

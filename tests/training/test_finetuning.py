@@ -1,4 +1,4 @@
-"""Fine-tuning by transformers' Trainer and PEFT, as docs/finetuning.md has it."""
+"""Fine-tuning with transformers' Trainer and PEFT, as in docs/finetuning.md."""
 
 import copy
 import re
@@ -20,7 +20,7 @@ POINTS = [{}, {"num_active_queries": 5}, {"dqs_threshold": 0.8}]
 
 
 def draw_shapes(folder):
-    """An imagefolder of three classes that no photo has: shapes of any colour on a noisy ground."""
+    """Write an imagefolder of three classes: shapes of random colour on a noisy background."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 8)):
         for shape in SHAPES:
@@ -46,7 +46,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def story(place):
-    """What is defined once all blocks of the documentation have run; the first trainer and model keep their names."""
+    """The variables after each code block of the documentation."""
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "finetuning.md").read_text(), flags=re.DOTALL)
     assert len(blocks) == 4
     names, after = {}, []
@@ -61,7 +61,7 @@ def story(place):
 
 @pytest.fixture(scope="module")
 def batch(story):
-    """Held-out images as the model takes them, with labels."""
+    """A batch of held-out images with labels."""
     rows = story[0]["data"]["test"][:]
     return {"pixel_values": rows["pixel_values"], "labels": torch.tensor(rows["labels"])}
 
@@ -104,7 +104,7 @@ def test_saved_and_loaded_the_logits_are_the_same(story, tmp_path, batch):
 
 
 def fresh(**changes):
-    """The checkpoint with a head for the shapes, always the same one."""
+    """The checkpoint with a new head for the shapes, always with the same weights."""
     torch.manual_seed(1)
     return AutoModelForImageClassification.from_pretrained(
         papers_form(), id2label=dict(enumerate(SHAPES)), ignore_mismatched_sizes=True, **changes
@@ -130,7 +130,7 @@ def test_the_loss_falls(story, tmp_path):
 
 
 def test_accumulated_batches_are_one_batch(story, tmp_path):
-    """The Trainer divides by the number of batches only where the model does not claim to have done so."""
+    """The Trainer divides by the number of batches only if the model does not."""
     sgd = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 0, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
     whole, parts, before = fresh(), fresh(), fresh()
     train(whole, story, tmp_path, per_device_train_batch_size=8, **sgd)
@@ -202,7 +202,7 @@ def test_the_loss_comes_first_without_a_dict(batch):
 class TestLora:
     @pytest.fixture
     def adapted(self):
-        """With adapters that do something, which fresh ones do not."""
+        """A model with nonzero adapters; new adapters have no effect."""
         config = peft.LoraConfig(r=4, target_modules=TRUNK, modules_to_save=["head"], init_lora_weights=False)
         return peft.get_peft_model(fresh(), config).eval()
 

@@ -1,4 +1,4 @@
-"""A run that begins with a checkpoint: its weights, what is refused, and that the folder is asked for once."""
+"""Runs with initial weights: the weights, errors, and that the folder is read once."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ class TestWeights:
 
 
 def test_a_second_stage(tmp_path):
-    """It continues from the first stage's weights, without needing the folder again, and its card says so."""
+    """A second stage starts from the first stage's weights, resumes without the folder, and is described on the card."""
     first = train(stage(), tmp_path / "first", recipe_name="first.yaml")
     recipe = stage(initial_model=str(first), learning_rate=1e-12, min_learning_rate=0, warmup_learning_rate=0, seed=1)
     assert train(recipe, tmp_path / "second", max_minutes=1e-5) is None
@@ -87,18 +87,15 @@ def test_a_second_stage(tmp_path):
         torch.testing.assert_close(after.state_dict()[name], value, rtol=0, atol=1e-9, msg=name)
     facts = json.loads((second / "training.json").read_text())
     assert facts["earlier_training"]["recipe_name"] == "first.yaml"
-    line = next(line for line in training_lines(facts) if line.startswith("Began with"))
-    assert (
-        "the weights of first, trained by first.yaml: 4 steps of 16 images, budgets by the schedule uniform, seed 0"
-        in line
-    )
+    line = next(line for line in training_lines(facts) if line.startswith("Initial weights"))
+    assert "first, trained by first.yaml: 4 steps of 16 images, schedule uniform, seed 0" in line
 
 
 def test_a_hub_id_has_no_earlier_training():
     facts = json.loads(Path(papers_form(), "training.json").read_text())
     facts["recipe"]["initial_model"] = "somebody/network"
     facts.pop("earlier_training", None)
-    assert "Began with: the weights of network." in training_lines(facts)
+    assert "Initial weights: network." in training_lines(facts)
 
 
 def test_nothing_is_written_if_it_does_not_fit(tmp_path):

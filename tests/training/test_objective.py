@@ -1,4 +1,4 @@
-"""Losses: their formulas, who learns from whom, and micro-batches."""
+"""Losses: formulas, distillation targets, and micro-batches."""
 
 import pytest
 import timm
@@ -68,7 +68,7 @@ class TestObjective:
         torch.testing.assert_close(losses, torch.stack([torch.stack(each).mean(), torch.tensor(0.0)]))
 
     def test_classifiers_of_the_stem(self, images, targets):
-        """Each reads the pooled channels of its level and of those before; the gradient reaches the stem."""
+        """Each classifier reads the pooled channels of its own and earlier levels; the gradient reaches the stem."""
         stem = {"stem": "conv", "stem_widths": [[6, 8], [8], [12]], "level_starts": [1, 6], "level_widths": [4, 2]}
         model = VisualPerceiverForImageClassification(small_config(**stem, trunk_attention="block_causal"))
         objective = Objective(model, stem_weight=0.5)

@@ -1,4 +1,4 @@
-"""Recipes: those that ship are valid, and mistakes are named."""
+"""Recipes: the included ones are valid, and errors are reported."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Query schedules: what they promise about K, and that seed and step say everything."""
+"""Query schedules: the drawn K, and that they depend only on seed and step."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def ladder(Q):
 
 
 def budgets(passes, Q=64):
-    """The K of passes; a ladder's last budget, and one of a threshold, has all."""
+    """The K of passes; the last budget of a ladder, and a budget with a threshold, use all queries."""
     return [p.budget.kwargs.get("num_active_queries", Q) for p in passes]
 
 
@@ -207,7 +207,7 @@ def test_mistakes_are_named(queries, message):
 
 
 def test_macs_of_a_step():
-    """Passes that share an image share what reads it; the rest is counted for each."""
+    """Passes over the same image share the reading; the rest is counted for each pass."""
     config = VisualPerceiverConfig(num_labels=10)
     N, D = 64, 192
     for name in ("uniform", "stratified"):

@@ -1,4 +1,4 @@
-"""Streams: every image dealt once, the same after a stop, and images that cannot be used."""
+"""Streams: every image is used once, a resumed stream is identical, and bad images."""
 
 import io
 import itertools
@@ -31,7 +31,7 @@ def sample() -> datasets.Dataset:
 
 @pytest.fixture
 def shards(tmp_path, sample):
-    """Writes successive images of the sample to files of the given sizes; returns their folder."""
+    """Write successive images of the sample to files of the given sizes; return their folder."""
     table = sample.cast_column("img", datasets.Image())
 
     def write(*sizes):
@@ -45,7 +45,7 @@ def shards(tmp_path, sample):
 
 @pytest.fixture
 def write_examples(tmp_path):
-    """Writes one file of the given images and labels; returns its folder."""
+    """Write one file of the given images and labels; return its folder."""
 
     def write(images, labels):
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
@@ -62,7 +62,7 @@ def create_order(dataset, **fields):
 
 
 def dealt(order):
-    """The bytes of the images in the order they are dealt."""
+    """The bytes of the images in the order of the stream."""
     return [image.data for batch in order for image in batch]
 
 
@@ -159,7 +159,7 @@ class TestOrder:
 
 class TestDatasets:
     def test_nothing_there(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="which is not there"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
             load_stream(str(tmp_path / "absent"), "train")
         with pytest.raises(ValueError, match=r"Expected parquet files to stream from in .*, got none"):
             load_stream(str(tmp_path), "train")

@@ -1,4 +1,4 @@
-"""A teacher's cached answers: they are the teacher's, a run uses them, and a cache made with something else is refused."""
+"""The teacher cache: it holds the teacher's logits, a run uses them, and a cache that does not match is refused."""
 
 import json
 
@@ -132,7 +132,7 @@ class TestRuns:
             torch.testing.assert_close(b[name], value, rtol=0, atol=1e-5)
 
     def test_learn_from_the_answers(self, teacher, tmp_path):
-        """With a weight of 1 labels are not looked at, so labels that are all wrong change nothing."""
+        """With weight 1 the labels are ignored, so wrong labels change nothing."""
         losses = []
         for weight in (0.0, 1.0):
             recipe = student(teacher, tmp_path / "answers")

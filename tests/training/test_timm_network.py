@@ -1,4 +1,4 @@
-"""timm's networks trained by a recipe, to become teachers."""
+"""Training timm networks as teachers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Training runs: they learn, they resume as if never stopped, and processes share one batch."""
+"""Training runs: they learn, resumed runs are identical, and processes share a batch."""
 
 import json
 import os
@@ -290,7 +290,7 @@ def test_bf16_is_for_cpus_that_have_it(tmp_path, monkeypatch, has):
 
 
 class TestPieces:
-    """A run that stops in an orderly way, and goes on here or elsewhere."""
+    """Runs that stop cleanly and resume, also on another device."""
 
     SANDWICH = {"queries": {"schedule": "sandwich", "students": 2}, "students": {"teacher": "ema"}}
 
@@ -311,7 +311,7 @@ class TestPieces:
         assert_same_run(tmp_path / "whole", tmp_path / "pieces")
 
     def test_a_state_that_is_kept_apart(self, tmp_path, monkeypatch):
-        """As with DeepSpeed, which is not among the dependencies; by hand it was tried for real."""
+        """Stands in for DeepSpeed, which is not a dependency and was tested by hand."""
         recipe = small_recipe(ema_decay=None)
         train(recipe, tmp_path / "whole")
         monkeypatch.setattr(run_module, "keeps_state_apart", lambda accelerator: True)
@@ -542,7 +542,7 @@ class TestMistakes:
         ("error", "message"),
         [
             (torch.OutOfMemoryError("CUDA out of memory."), "a smaller micro_batch_size needs less"),
-            (RuntimeError("mkldnn failed\nat a.cpp"), "error: mkldnn failed (--debug shows where)"),
+            (RuntimeError("mkldnn failed\nat a.cpp"), "error: mkldnn failed (--debug shows the traceback)"),
         ],
         ids=["memory", "kernel"],
     )

@@ -1,7 +1,7 @@
-"""Makes upstream's test folders importable as `upstream_transformers` and `upstream_timm`.
+"""Make upstream's test folders importable as `upstream_transformers` and `upstream_timm`.
 
-Both are called `tests`, as ours is, so they get names of their own. Without the sources, which `run.py` fetches, the
-adapters are not collected.
+All are called `tests`, like ours, so they are renamed. The adapters are only collected if `run.py` has fetched the
+sources.
 """
 
 import os

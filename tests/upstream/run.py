@@ -1,6 +1,6 @@
-"""Runs the test suites of transformers and timm on this package's models.
+"""Run the test suites of transformers and timm on this package's models.
 
-Fetches the source distributions of the installed versions, whose tests the wheels leave out, then runs pytest on the
+The wheels contain no tests, so the source distributions of the installed versions are downloaded. Then pytest runs on the
 adapters beside this file. Paths in the pytest arguments are relative to this folder:
 
     python tests/upstream/run.py test_timm_models.py -k forward_fx

@@ -1,6 +1,6 @@
-"""timm's tests of any model on the registered Visual Perceivers.
+"""timm's model tests on the registered Visual Perceivers.
 
-Upstream parametrizes them over timm's own registry, so they are called here, one by one, with our names. Left out are:
+Upstream parametrizes them over timm's registry, so they are called here with our names. Left out:
 
 - TorchScript (`test_model_forward_torchscript`, `test_model_forward_fx_torchscript`): packed batches and the config are
   plain Python, which it cannot compile; torch.export and torch.compile are what the model supports.
@@ -24,7 +24,7 @@ small_models = pytest.mark.parametrize("name", list(ARCHITECTURES)[:3])
 
 @pytest.fixture
 def creates_with(monkeypatch):
-    """Gives upstream's `create_model` further arguments, or others, where a test leaves no room for them."""
+    """Pass other arguments to upstream's `create_model` where a test does not allow it."""
     create_model = upstream.create_model
 
     def apply(**ours):
@@ -35,9 +35,9 @@ def creates_with(monkeypatch):
 
 @pytest.fixture
 def latent_tokens(monkeypatch):
-    """Makes upstream's checks of feature maps fit tokens: (B, K, D), the only format, has no spatial axes.
+    """Adapt upstream's checks of feature maps to (B, K, D) tokens, which have no spatial axes.
 
-    The batch axis takes their place, of which every bound on a map's size holds.
+    The batch axis replaces them, as it satisfies every bound on a map's size.
     """
     create_model = upstream.create_model
 

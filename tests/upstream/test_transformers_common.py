@@ -21,7 +21,7 @@ for name, model_class in KINDS.items():
 
 
 class VisualPerceiverModelTester:
-    """Small configs and inputs, under the names by which upstream's tests ask for them."""
+    """Small configs and inputs, with the names that upstream's tests expect."""
 
     # Images, queries, patches and widths all differ in number, so that no mixed-up dimension goes unseen.
     batch_size = 5

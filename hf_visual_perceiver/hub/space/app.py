@@ -12,7 +12,7 @@ from hf_visual_perceiver.hub.space.draw import draw_curves, show_answer, show_me
 from hf_visual_perceiver.modeling.handler import MAX_PIXELS, open_image
 
 
-NO_IMAGE = "Drop a picture, take one with the camera, or click an example."
+NO_IMAGE = "Drop an image, take one with the camera, or click an example."
 LEAST_THRESHOLD = 0.3
 FILE_SIZE = "64mb"
 # In seconds: every ten minutes, uploaded files older than an hour are removed.
@@ -20,7 +20,7 @@ DELETE = (600, 3600)
 
 
 def build_app(demo: Demo) -> gr.Blocks:
-    """Build the page: an image and two knobs on the left, the result on the right.
+    """Build the page: an image and sliders for K and t on the left, the result on the right.
 
     Args:
         demo: The checkpoint.
@@ -72,7 +72,7 @@ def build_app(demo: Demo) -> gr.Blocks:
                     Q,
                     value=K,
                     step=1,
-                    label="K: queries asked",
+                    label="K: number of queries",
                     info=f"The first K of {Q}",
                     elem_id="queries",
                 )
@@ -81,8 +81,8 @@ def build_app(demo: Demo) -> gr.Blocks:
                     1,
                     value=threshold,
                     step=0.01,
-                    label="t: similarity allowed",
-                    info="1 drops none",
+                    label="t: similarity threshold",
+                    info="1 keeps all queries",
                     elem_id="threshold",
                 )
             with gr.Column(scale=3, min_width=560), gr.Tabs():
@@ -96,7 +96,7 @@ def build_app(demo: Demo) -> gr.Blocks:
             [image, queries, similarity],
             [result, curve],
             show_progress="hidden",
-            trigger_mode="always_last",  # while a knob moves, only its last position is computed
+            trigger_mode="always_last",  # while a slider moves, only its last position is computed
             concurrency_limit=1,  # concurrent runs would distort the measured times
             api_name="show",
         )
@@ -125,7 +125,7 @@ def launch(app: gr.Blocks, host: str | None = None, port: int | None = None) -> 
 def _reason(error: Exception) -> str:
     """The reason why a file cannot be shown, without its path on this machine."""
     if isinstance(error, OSError) or error.__cause__ is not None:
-        return "It is damaged, or no image that can be read here."
+        return "It is damaged, or not an image in a supported format."
     return str(error)
 
 
@@ -137,8 +137,8 @@ def _path(payload: Any) -> str | None:
 def _header(demo: Demo) -> str:
     Q = demo.config.num_queries
     return (
-        f'<div class="vp-header"><h1>Visual Perceiver: compute is a dial</h1><p>{Q} learned queries read an image; those that are '
-        "used go on through the network, and fewer are less work. K asks the first K of them. t drops, image by image, each that "
-        f"reads nearly what an earlier one reads (cosine above t). Model: {html.escape(demo.name)}. "
+        f'<div class="vp-header"><h1>Visual Perceiver: choose the compute per image</h1><p>The network reads an image with {Q} learned '
+        "queries; fewer queries cost less. K is the number of queries to use. t drops queries whose cosine similarity to an "
+        f"earlier one is above t. Model: {html.escape(demo.name)}. "
         f"Images of up to {MAX_PIXELS // 10**6} megapixels.</p></div>"
     )

@@ -57,23 +57,23 @@ def show_numbers(answer: Answer) -> str:
     used, Q, K = int(answer.active.sum()), len(answer.active), answer.num_active_queries
     share = answer.macs / answer.full_macs
     repetitions = "once" if answer.repetitions == 1 else f"median of {answer.repetitions}"
-    dropped = "" if answer.dqs_threshold is None else f", of which t drops {K - used}"
-    asked = f"all {Q} queries asked{dropped}" if K == Q else f"the first {K} asked{dropped}"
+    dropped = "" if answer.dqs_threshold is None else f", {K - used} dropped by t"
+    asked = f"all {Q} queries{dropped}" if K == Q else f"first {K} queries{dropped}"
     tiles = [
         ("Queries used", f"{used}", f"of {Q}", used / Q, asked),
         (
             "Multiply-accumulates",
             f"{100 * share:.0f}\u00a0%",
-            "of the full network's",
+            "of the full network",
             share,
             f"{answer.macs / 1e6:,.1f} of {answer.full_macs / 1e6:,.1f} million",
         ),
         (
             "Time",
             f"{100 * answer.relative_time:.0f}\u00a0%",
-            "of the full network's",
+            "of the full network",
             answer.relative_time,
-            f"of {1e3 * answer.full_seconds:,.1f} ms here, for one image; {repetitions}",
+            f"of {1e3 * answer.full_seconds:,.1f} ms for one image on this machine; {repetitions}",
         ),
     ]
     return f'<div class="vp-tiles">{"".join(_tile(*tile) for tile in tiles)}</div>'
@@ -119,7 +119,7 @@ def show_queries(picture: Picture, answer: Answer) -> str:
     items = "".join(f'<span><i class="{kind}"></i>{text}</span>' for kind, text in legend)
     view = _address(ImageOps.grayscale(picture.view).point(_squeeze))
     return (
-        f'<h3>What each of the {Q} queries reads</h3><p class="vp-legend">{items}</p>'
+        f'<h3>Attention maps of the {Q} queries</h3><p class="vp-legend">{items}</p>'
         f'<div class="vp-grid{dense}" style="--vp-columns:{columns};--vp-view:url({view})">{cells}</div>'
     )
 
@@ -131,9 +131,9 @@ def _cell(picture: Picture, answer: Answer, i: int) -> str:
     if i:
         nearest = int(answer.nearest[i])
         cosine = f"{picture.similarities[i, nearest]:.2f}"
-        title = f"Query {i + 1} is used. Of the earlier ones, it reads most like query {nearest + 1} (cosine {cosine})."
+        title = f"Query {i + 1} is used. The most similar earlier query is {nearest + 1} (cosine {cosine})."
         if not answer.active[i]:
-            title = f"Query {i + 1} is dropped: it reads nearly the same as query {nearest + 1} (cosine {cosine})."
+            title = f"Query {i + 1} is dropped: it is too similar to query {nearest + 1} (cosine {cosine})."
     if not answer.active[i]:
         return f'<div class="vp-query vp-dropped" title="{title}"><span>{i + 1}</span></div>'
     overlay = _address(attention_overlay(picture.attention[i]))
@@ -146,9 +146,9 @@ def show_pictures(picture: Picture, answer: Answer) -> str:
     width, height = picture.view.size
     return (
         f'<div class="vp-pictures"><figure><img src="{_address(picture.view)}" alt="">'
-        f"<figcaption>what the model sees: {width} by {height} pixels</figcaption></figure>"
+        f"<figcaption>model input, {width}x{height} pixels</figcaption></figure>"
         f'<figure class="vp-together" style="--vp-view:url({_address(ImageOps.grayscale(picture.view).point(_squeeze))})">'
-        f'<img src="{together}" alt=""><figcaption>what the used queries read, added up</figcaption></figure></div>'
+        f'<img src="{together}" alt=""><figcaption>mean attention of the used queries</figcaption></figure></div>'
     )
 
 
@@ -212,10 +212,10 @@ def draw_curves(evaluation: Evaluation) -> Curves:
 
 
 def show_tradeoff(demo: Demo, curves: Curves | None, answer: Answer | None) -> str:
-    """Render the second tab: the measured curves, with the current setting of the knobs."""
+    """Render the second tab: the measured curves, with the current setting."""
     if demo.evaluation is None or curves is None:
         return show_message(
-            "The accuracy of this checkpoint was not measured: its folder has no evaluation.json. "
+            "This checkpoint has no evaluation.json, so its accuracy is not known. "
             "`visual-perceiver evaluate --model FOLDER --write-card` writes one."
         )
     expected = None if answer is None else demo.expected(answer.num_active_queries, answer.dqs_threshold)
@@ -225,7 +225,7 @@ def show_tradeoff(demo: Demo, curves: Curves | None, answer: Answer | None) -> s
         f'<div class="vp-tradeoff"{accuracy}><div class="vp-figure">{curves.svg}{_marks(curves, answer, expected)}</svg></div>'
         f"<p>{html.escape(describe_setting(answer, expected))}</p>"
         f'<p class="vp-detail">Measured on {html.escape(str(conditions.get("dataset", "images")))} '
-        f"({html.escape(str(conditions.get('split', '')))}). Numbers at the points are K, or t with all queries asked.</p></div>"
+        f"({html.escape(str(conditions.get('split', '')))}). Numbers at the points are K, or t with all queries.</p></div>"
     )
 
 
@@ -255,14 +255,14 @@ def _marks(curves: Curves, answer: Answer | None, expected: Expected | None) -> 
 def describe_setting(answer: Answer | None, expected: Expected | None) -> str:
     """Describe the setting and its accuracy in words."""
     if answer is None:
-        return "With an image, the setting of the knobs and the image's own cost are marked."
+        return "Choose an image to mark the current setting and its cost."
     parts = [f"K = {answer.num_active_queries}"]
     parts += [] if answer.dqs_threshold is None else [f"t = {answer.dqs_threshold:g}"]
     setting = ", ".join(parts)
     if expected is None:
-        return f"At {setting} the accuracy was not measured, nor between two settings that were. The dashed line is what this image takes."
-    how = "measured" if expected.measured else "interpolated between the nearest two measured"
-    return f"At {setting} the accuracy is {100 * expected.accuracy:.1f} % ({how}), at {expected.macs / 1e6:.1f} million multiply-accumulates on average: the star. The dashed line is what this image takes."
+        return f"The accuracy at {setting} was not measured and cannot be interpolated. The dashed line marks the cost of this image."
+    how = "measured" if expected.measured else "interpolated between the two nearest measurements"
+    return f"The star marks {setting}: {100 * expected.accuracy:.1f} % accuracy at {expected.macs / 1e6:.1f} million multiply-accumulates on average ({how}). The dashed line marks the cost of this image."
 
 
 def _squeeze(grey: int) -> int:

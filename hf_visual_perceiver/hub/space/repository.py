@@ -56,7 +56,7 @@ def space_files(repo_id: str, revision: str, license: str = "apache-2.0") -> dic
         >>> "hf_visual_perceiver/hub/space/demo.py" in files
         True
     """
-    app = f'''"""Shows {repo_id}: what two knobs do to one image. Made by `visual-perceiver publish --space`."""
+    app = f'''"""Demo of {repo_id}. Written by `visual-perceiver publish --space`."""
 
 from {PACKAGE}.hub.space.app import build_app, launch
 from {PACKAGE}.hub.space.demo import Demo
@@ -81,7 +81,7 @@ def _readme(repo_id: str, license: str) -> str:
         "sdk_version": GRADIO,
         "python_version": PYTHON,
         "app_file": "app.py",
-        "short_description": "An image classifier whose compute is a dial",
+        "short_description": "Image classifier with adjustable compute",
         "license": license,
         "models": [repo_id],
         "tags": ["vision", "perceiver", "adaptive-computation", "dynamic-query-selection"],
@@ -89,9 +89,9 @@ def _readme(repo_id: str, license: str) -> str:
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---
 
-Shows [{repo_id}](https://huggingface.co/{repo_id}): an image and two knobs, and what they do to the answer and to its cost.
+Demo of [{repo_id}](https://huggingface.co/{repo_id}): sliders for K and t show how the answer and its cost change.
 
-`{PACKAGE}/` is the package that published it. The model's own code is not run.
+`{PACKAGE}/` contains the package that published the Space. The model's own code is not run.
 """
 
 
@@ -134,7 +134,7 @@ def check_space(space: str, private: bool, api: HfApi) -> None:
         ValueError: If the Space exists and shows something else, or is public although `private` is set.
         HubError: If the Hub cannot be reached.
     """
-    state = "Nothing was sent. The same command tries again."
+    state = "Nothing was sent. Run the same command to try again."
     with hub_step("logging in", state, api):
         api.whoami()
     with hub_step(f"looking at the Space {space}", state, api):
