@@ -334,7 +334,7 @@ def benchmark_table(rows: Sequence[BenchmarkRow], unit: str) -> Table:
         *(("p50 (ms)", "p95 (ms)") if percentiles else ("ms",)),
         "images/s",
         "relative",
-        "vs fixed K",
+        "vs fixed",
         "vs first form",
     )
     for header in (*headers, "of peak", "MB", "page faults"):
@@ -384,7 +384,7 @@ def plot_benchmark(rows: Sequence[BenchmarkRow], path: str | Path) -> None:
                     if (row.relative_to_fixed is not None) == selected and row.macs and row.relative_time
                 )
                 if chosen:
-                    label = f"{form}, with selection" if selected else form
+                    label = f"{form}, adaptive" if selected else form
                     axes.plot(*zip(*chosen, strict=True), style, color=f"C{number}", label=label, markersize=5)
         full = max(row.macs or 0 for row in of_size if row.form == of_size[0].form and row.relative_to_fixed is None)
         for row in rows:
