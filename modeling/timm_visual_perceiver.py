@@ -5,6 +5,7 @@ Importing this file registers the architectures. timm has no entry points, so th
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from .configuration_visual_perceiver import ARCHITECTURES, TIMM_ARGUMENTS, Visua
 from .elastic import check_pixel_values
 from .modeling_visual_perceiver import OptimizedVisualPerceiver
 from .visual_perceiver_layers import VisualPerceiverLayer, adapt_checkpoint_tensor, init_weights, resample_positions
-from .visual_perceiver_network import ActiveTokens, PerceiverNetwork
+from .visual_perceiver_network import ActiveTokens, DenseTokens, PerceiverNetwork
 
 
 try:  # newer timm models keep a record of their input size for export
@@ -270,7 +271,7 @@ class VisualPerceiver(nn.Module, PerceiverNetwork):
 
         Rows that are zero throughout are those of removed queries, and are not read.
         """
-        return self._classify(ActiveTokens(x, keep=x.ne(0).any(dim=-1)), pre_logits)
+        return self._classify(DenseTokens(x, keep=x.ne(0).any(dim=-1)), pre_logits)
 
     def forward(
         self, x: torch.Tensor, num_active_queries: int | torch.Tensor | None = None, dqs_threshold: float | None = None
@@ -351,8 +352,8 @@ class VisualPerceiver(nn.Module, PerceiverNetwork):
             x = layer(x, mask, layout, path_scales=path_scales[i])
             if i in take_indices:
                 tokens = self._norm_tokens(x) if norm else x
-                intermediates.append(ActiveTokens(tokens, active.keep, active.layout).dense())
-        final = ActiveTokens(x, active.keep, active.layout).dense()
+                intermediates.append(replace(active, tokens=tokens).dense())
+        final = replace(active, tokens=x).dense()
         if output_dict:
             features = {} if intermediates_only else {"image_features": final}
             return {"image_intermediates": intermediates, **features}

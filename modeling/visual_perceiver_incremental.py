@@ -7,7 +7,7 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from .visual_perceiver_layers import KeysAndValues
-from .visual_perceiver_network import ActiveTokens, PerceiverNetwork
+from .visual_perceiver_network import DenseTokens, PerceiverNetwork
 
 
 @dataclass
@@ -129,8 +129,8 @@ class IncrementalState:
             )
         if before < K:
             self.add(K)
-        pooled = parts.decode(ActiveTokens(self.processed))
-        active = parts.active_queries(ActiveTokens(self.processed))
+        pooled = parts.decode(DenseTokens(self.processed))
+        active = parts.active_queries(DenseTokens(self.processed))
         return VisualPerceiverImageClassifierOutput(logits=self.head(pooled), active_queries=active)
 
     def add(self, K: int) -> None:
@@ -144,7 +144,7 @@ class IncrementalState:
             y, _ = cross(self.keys_and_values, query=new)
             self.tokens = torch.cat([self.tokens, cross.finish(y, new)], dim=1)  # (B, K, D)
         if parts.config.trunk_attention == "full":
-            self.processed = parts.process(ActiveTokens(self.tokens)).tokens
+            self.processed = parts.process(DenseTokens(self.tokens)).tokens
             return
         # Queries of a block see all of it, so a block that was cut off begins anew.
         start = max(end for end in [0, *parts.config.block_ends] if end <= before)

@@ -5,8 +5,8 @@ Shapes: B images, K active queries, Q learned queries, D width, T tokens of a pa
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import nn
@@ -20,42 +20,70 @@ from .visual_perceiver_layers import VisualPerceiverCrossAttention, VisualPercei
 
 
 @dataclass(frozen=True)
-class ActiveTokens:
-    """The tokens on their way through the network, in one of three forms.
-
-    Dense: `tokens` (B, K, D), every image uses all K. Masked: `tokens` (B, K, D), `keep` (B, K) says which count.
-    Packed: `tokens` (T, D), `layout` says whose they are; the removed ones are gone.
-    """
+class DenseTokens:
+    """Tokens (B, K, D) on their way through the network; `keep`, (B, K) bool or None for all, marks those that count."""
 
     tokens: torch.Tensor
     keep: torch.Tensor | None = None
-    layout: PackedLayout | None = None
+    layout: ClassVar[None] = None
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """Of the keys that attention may read, (B, 1, 1, K); only the masked form needs one."""
-        return None if self.keep is None or self.layout is not None else self.keep[:, None, None, :]
+        """(B, 1, 1, K) bool, the keys that attention may read; None if it may read all."""
+        return None if self.keep is None else self.keep[:, None, None, :]
+
+    def kept(self) -> torch.Tensor:
+        """(B, K) bool, the queries that each image uses."""
+        x = self.tokens
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if self.keep is None else self.keep
 
     def dense(self) -> torch.Tensor:
         """(B, K, D), rows of removed queries zero."""
-        if self.layout is not None:
-            return self.layout.unpack(self.tokens)
         return self.tokens if self.keep is None else self.tokens * self.keep[..., None]
 
-    def packed(self, backend: str = "grouped") -> "ActiveTokens":
-        """The packed form of dense tokens, for a ragged backend; packed ones stay as they are."""
-        if self.layout is not None:
-            return self
-        assert self.keep is None, "the masked form is for reference and is not packed"
+    def only(self, keep: torch.Tensor) -> "DenseTokens":
+        """The tokens that `keep`, (B, K) bool, marks."""
+        return DenseTokens(self.tokens, keep)
+
+    def packed(self, backend: str) -> "PackedTokens":
+        """The packed form, for a ragged backend."""
+        assert self.keep is None, "masked tokens are a reference and are not packed"
         B, K, _ = self.tokens.shape
-        return ActiveTokens(self.tokens.flatten(0, 1), layout=PackedLayout.prefix(B, K, self.tokens.device, backend))
+        return PackedTokens(self.tokens.flatten(0, 1), PackedLayout.prefix(B, K, self.tokens.device, backend))
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Tokens (T, D) without the removed ones; the methods do what those of `DenseTokens` do."""
+
+    tokens: torch.Tensor
+    layout: PackedLayout
+    mask: ClassVar[None] = None
+
+    def kept(self) -> torch.Tensor:
+        keep = torch.zeros(self.layout.shape, dtype=torch.bool, device=self.tokens.device)
+        keep[self.layout.image, self.layout.query] = True
+        return keep
+
+    def dense(self) -> torch.Tensor:
+        return self.layout.unpack(self.tokens)
+
+    def only(self, keep: torch.Tensor) -> "PackedTokens":
+        layout = PackedLayout.from_mask(keep, self.layout.backend)
+        return PackedTokens(layout.pack(self.dense()), layout)
+
+    def packed(self, backend: str) -> "PackedTokens":
+        return self
 
     @staticmethod
-    def join(batches: Sequence["ActiveTokens"], backend: str = "grouped") -> "ActiveTokens":
-        """Several batches as one packed batch, their images one after the other."""
-        batches = [batch.packed(backend) for batch in batches]
-        layout = PackedLayout.join([batch.layout for batch in batches if batch.layout is not None])
-        return ActiveTokens(torch.cat([batch.tokens for batch in batches]), layout=layout)
+    def join(batches: Sequence["ActiveTokens"], backend: str) -> "PackedTokens":
+        """Pack several batches into one, whose images follow each other."""
+        packed = [batch.packed(backend) for batch in batches]
+        layout = PackedLayout.join([batch.layout for batch in packed])
+        return PackedTokens(torch.cat([batch.tokens for batch in packed]), layout)
+
+
+ActiveTokens: TypeAlias = DenseTokens | PackedTokens
 
 
 class PerceiverNetwork:
@@ -188,7 +216,7 @@ class PerceiverNetwork:
     def select(self, y: torch.Tensor, threshold: float | None, masked: bool = False) -> ActiveTokens:
         """Drop queries by their cross-attention outputs `y`, (B, K, D), and finish the block for those that stay."""
         if threshold is None:
-            return ActiveTokens(self.cross_attention.finish(y))
+            return DenseTokens(self.cross_attention.finish(y))
         keep = select_queries(y.detach(), threshold, self.config.dqs_reference)
         return self.keep_queries(y, keep, masked)
 
@@ -196,12 +224,9 @@ class PerceiverNetwork:
         """Finish the cross-attention block for the queries that `keep`, (B, K) bool, marks."""
         backend = self.ragged_backend_for(y)
         if masked or backend == "masked":
-            return ActiveTokens(self.cross_attention.finish(y), keep)
-        return self.packed(y, PackedLayout.from_mask(keep, backend), keep)
-
-    def packed(self, y: torch.Tensor, layout: PackedLayout, keep: torch.Tensor | None = None) -> ActiveTokens:
-        """Finish the cross-attention block for the queries of a layout."""
-        return ActiveTokens(self.cross_attention.finish(layout.pack(y), layout.query), keep, layout)
+            return DenseTokens(self.cross_attention.finish(y), keep)
+        layout = PackedLayout.from_mask(keep, backend)
+        return PackedTokens(self.cross_attention.finish(layout.pack(y), layout.query), layout)
 
     def draw_paths(self, active: ActiveTokens) -> Sequence[torch.Tensor | None]:
         """Stochastic depth (Huang et al. 2016): for each block, the weights of its two branches for each image.
@@ -229,7 +254,7 @@ class PerceiverNetwork:
         mask, layout = self.trunk_masks(active)
         for layer, path_scales in zip(self.layers, self.draw_paths(active), strict=True):
             x = layer(x, mask, layout, path_scales=path_scales, **record)
-        return ActiveTokens(x, active.keep, active.layout)
+        return replace(active, tokens=x)
 
     def trunk_masks(self, active: ActiveTokens) -> tuple[torch.Tensor | None, PackedLayout | None]:
         """What the blocks are told of who may read whom: a mask (B or 1, 1, K or 1, K) of dense tokens, a layout of packed ones."""
@@ -274,7 +299,7 @@ class PerceiverNetwork:
         y = self.read(pixel_values, max(K))
         if self.config.trunk_attention == "block_causal" and self.are_nested(passes, knobs):
             tokens = self.process(self.select(y, None)).tokens
-            return [self.decode(ActiveTokens(tokens[:, :k])) for k in K]
+            return [self.decode(DenseTokens(tokens[:, :k])) for k in K]
         thresholds = [None if k["dqs_threshold"] == math.inf else k["dqs_threshold"] for k in knobs]
         parts = zip(passes, K, thresholds, strict=True)
         batches = [self.select(y[p.images, :k], t) for p, k, t in parts]
@@ -282,7 +307,7 @@ class PerceiverNetwork:
         packed = y.is_cuda if packed is None else packed
         if not packed or len(batches) == 1 or backend == "masked":
             return [self.decode(self.process(batch)) for batch in batches]
-        pooled = self.decode(self.process(ActiveTokens.join(batches, backend)))
+        pooled = self.decode(self.process(PackedTokens.join(batches, backend)))
         return list(pooled.split([len(range(*p.images.indices(len(y)))) for p in passes]))
 
     def are_nested(self, passes: Sequence[Pass], knobs: Sequence[dict[str, Any]]) -> bool:
@@ -304,25 +329,13 @@ class PerceiverNetwork:
 
     def last_block(self, active: ActiveTokens) -> ActiveTokens:
         """The tokens of the last block of queries that each image uses."""
-        K = active.tokens.shape[1] if active.layout is None else active.layout.shape[1]
-        if active.layout is None and active.keep is None and isinstance(K, int):
-            return ActiveTokens(active.tokens[:, self.config.first_decoded(K) :])
-        keep, blocks = active.keep, self.query_block(active.tokens.device)[:K]
-        if active.layout is not None:
-            keep = torch.zeros(active.layout.shape, dtype=torch.bool, device=blocks.device)
-            keep[active.layout.image, active.layout.query] = True
-        elif keep is None:
-            keep = torch.ones(active.tokens.shape[:2], dtype=torch.bool, device=blocks.device)
-        last = torch.where(keep, blocks, -1).amax(1, keepdim=True)  # (B, 1)
-        keep = keep & (blocks == last)
-        if active.layout is None:
-            return ActiveTokens(active.tokens, keep)
-        layout = PackedLayout.from_mask(keep, active.layout.backend)
-        return ActiveTokens(layout.pack(active.layout.unpack(active.tokens)), keep, layout)
+        if isinstance(active, DenseTokens) and active.keep is None and isinstance(K := active.tokens.shape[1], int):
+            return DenseTokens(active.tokens[:, self.config.first_decoded(K) :])
+        keep = active.kept()  # (B, K)
+        blocks = torch.where(keep, self.query_block(keep.device)[: keep.shape[1]], -1)
+        return active.only(keep & (blocks == blocks.amax(1, keepdim=True)))
 
     def active_queries(self, active: ActiveTokens) -> torch.Tensor:
-        """(B, Q) bool: the queries that each image used."""
-        keep = active.keep
-        if keep is None:
-            keep = torch.ones(active.tokens.shape[:2], dtype=torch.bool, device=active.tokens.device)
+        """(B, Q) bool, the queries that each image uses."""
+        keep = active.kept()
         return F.pad(keep, (0, self.config.num_queries - keep.shape[1]))
