@@ -10,8 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
 from .elastic import Budget
-from .family_config import FamilyConfig
-from .layers import check_heads, check_positive
+from .family_config import FamilyConfig, check_heads
 from .query_selection import as_number  # noqa: F401  transformers 5.4 copies what this file imports alone
 
 
@@ -74,7 +73,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
     named: ClassVar[Mapping[str, Mapping[str, Any]]] = DVT_ARCHITECTURES
     modeling_module: ClassVar[str] = "modeling_dynamic_vision_transformer"
     class_prefix: ClassVar[str] = "DynamicVisionTransformer"
-    classifiers: ClassVar[str | tuple[str, ...]] = "heads"
+    classifiers: ClassVar[Any] = "heads"
 
     hidden_size: int = 64  # D
     num_hidden_layers: int = 8  # of each exit's transformer
@@ -102,7 +101,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         if self.patches is None:
             self.patches = [[8, 8, 0], [7, 5, 0], [4, 4, 0]]
         sizes = ("image_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        check_positive(self, *sizes, "intermediate_size", "reuse_hidden_size", "reuse_size")
+        self.check_positive(*sizes, "intermediate_size", "reuse_hidden_size", "reuse_size")
         check_heads(self.hidden_size, self.num_attention_heads)
         for patch in self.patches:
             if (
@@ -118,8 +117,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         sides = [side for side, _ in self.grids]
         if not sides or any(a > b for a, b in itertools.pairwise(sides)):
             raise ValueError(f"Expected `patches` of at least one exit, with grids that grow, got grids of {sides}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"Expected `hidden_act` to be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
+        self.check_choices(hidden_act=ACT2FN)
         self.resolve(max_exit=self.max_exit, exit_thresholds=self.exit_thresholds)
 
     @property

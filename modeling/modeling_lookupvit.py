@@ -1,4 +1,4 @@
-"""LookupViT (Koner et al. 2024): a few compressed tokens do the work, the full grid of tokens is looked up and updated cheaply.
+"""LookupViT (Koner et al. 2024): a ViT on a few compressed tokens, which read and update the full grid of tokens cheaply.
 
 Shapes: B images, N lookup tokens (patches), M compressed tokens, D width, H heads.
 """
@@ -128,7 +128,7 @@ class LookupViTLayer(GradientCheckpointingLayer):
         query, key, value = (split_heads(p, self.heads) for p in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         x = x + self.drop_path(self.proj(attend(query, key, value, dropout=dropout)[0]))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
-        # (B, H, N, M): the weights of the gathering, transposed; nothing is compared anew.
+        # (B, H, N, M): the scores of the gathering attention, transposed.
         weights = scores.transpose(2, 3).softmax(-1) if self.softmax_again else scores.softmax(-1).transpose(2, 3)
         y = weights @ split_heads(self.infuse_value(self.norm_infuse(x)), self.heads)
         lookup = lookup + self.drop_path(self.infuse_proj(y.transpose(1, 2).flatten(2)))
@@ -171,20 +171,17 @@ class LookupViTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        init_weights(module, self.config.initializer_range)
-
-
-def init_weights(module: nn.Module, std: float) -> None:
-    """ViT's initialisation; uses transformers' setters, which skip loaded weights."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        init.trunc_normal_(module.weight, std=std)
-        if module.bias is not None:
+        """ViT's initialisation; uses transformers' setters, which skip loaded weights."""
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
             init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        init.ones_(module.weight)
-        init.zeros_(module.bias)
-    elif isinstance(module, LookupViTEmbeddings):
-        init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, LookupViTEmbeddings):
+            init.trunc_normal_(module.position_embeddings, std=std)
 
 
 class LookupViTModel(LookupViTPreTrainedModel, LookupViTParts):
@@ -205,7 +202,7 @@ class LookupViTModel(LookupViTPreTrainedModel, LookupViTParts):
     def forward(
         self, pixel_values: torch.Tensor, compressed_size: int | tuple[int, int] | None = None, **kwargs: Any
     ) -> LookupViTModelOutput:
-        """The tokens at a grid of compressed ones.
+        """Compute the tokens with a grid of compressed tokens.
 
         Args:
             pixel_values: (B, C, S, S), normalised.
@@ -258,8 +255,8 @@ class LookupViTForImageClassification(LookupViTPreTrainedModel, ElasticModel):
         Args:
             pixel_values: (B, C, S, S), normalised.
             labels: (B,) class indices.
-            compressed_size: Side of the grid, (rows, columns), or a tensor (B,) of a side for each image, of which those
-                with equal grids run together. None is the config's, or the largest.
+            compressed_size: Side of the grid, (rows, columns), or a tensor (B,) with a side for each image; images of
+                equal grids run together. None is the config's, or the largest.
             **kwargs: transformers' `return_dict`.
 
         Raises:

@@ -5,13 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .configuration_dynamic_vision_transformer import DynamicVisionTransformerConfig
 from .layers import check_images
-from .modeling_dynamic_vision_transformer import DynamicVisionTransformerParts, init_weights
+from .modeling_dynamic_vision_transformer import DynamicVisionTransformerParts, DynamicVisionTransformerPreTrainedModel
 from .timm_family import TimmClassifier, register_architectures
 
 
-class DynamicVisionTransformer(TimmClassifier, DynamicVisionTransformerParts):
+class DynamicVisionTransformer(DynamicVisionTransformerParts, TimmClassifier):
     """Dynamic Vision Transformer with timm's interface.
 
     `forward_features` and `forward_head` are those of the last exit; `forward` takes `exit_thresholds` and `max_exit`.
@@ -23,10 +22,7 @@ class DynamicVisionTransformer(TimmClassifier, DynamicVisionTransformerParts):
         torch.Size([2, 10])
     """
 
-    config_class = DynamicVisionTransformerConfig
-    base_prefix = "dynamic_vision_transformer"
-    initialise = staticmethod(init_weights)
-    build_parts = DynamicVisionTransformerParts.build_parts
+    pretrained_class = DynamicVisionTransformerPreTrainedModel
 
     def build_heads(self) -> None:
         """A classifier for each exit."""
@@ -66,4 +62,4 @@ class DynamicVisionTransformer(TimmClassifier, DynamicVisionTransformerParts):
         return self.run(x, heads, given["max_exit"], given["exit_thresholds"])[0]
 
 
-register_architectures(__name__, DynamicVisionTransformer)
+register_architectures(DynamicVisionTransformer)

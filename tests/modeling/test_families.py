@@ -253,6 +253,20 @@ def test_bad_input(name, images):
                 type(model.config)(**{**model.config.to_diff_dict(), knob: value})
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_arguments_of_timm(name):
+    config_class = FAMILIES[name][0]
+    config = config_class(image_size=16, num_labels=5, **SMALL[name])
+    # Earlier versions saved class attributes among the arguments.
+    again = config_class.from_timm(**config.timm_model_args, num_classes=5, title="Of an earlier version")
+    assert again.to_dict() == config.to_dict()
+    assert "title" not in config.timm_model_args
+    with pytest.raises(TypeError, match=r"img_size.*got depht"):
+        config_class.from_timm(depht=3)
+    with pytest.raises(ValueError, match=r"square images, got `img_size` \[16, 32\]"):
+        config_class.from_timm(img_size=(16, 32))
+
+
 class TestDynamicVisionTransformer:
     @torch.no_grad()
     def test_images_that_stopped_enter_no_later_exit(self, images):
