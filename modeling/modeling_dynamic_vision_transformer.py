@@ -363,17 +363,13 @@ class DynamicVisionTransformerForImageClassification(DynamicVisionTransformerPre
         Raises:
             ValueError: If the images or a knob are not as described.
         """
-        config = self.config
-        knobs = config.resolve(
-            exit_thresholds=config.exit_thresholds if exit_thresholds is None else exit_thresholds,
-            max_exit=config.max_exit if max_exit is None else max_exit,
-        )
+        knobs = self.config.knobs_for(exit_thresholds=exit_thresholds, max_exit=max_exit)
         logits, exits, every = self.dynamic_vision_transformer.run(
             pixel_values, list(self.heads), knobs["max_exit"], knobs["exit_thresholds"]
         )
         loss = None
         if labels is not None:
-            losses = [self.loss_function(labels, answers, config) for answers in every or (logits,)]
+            losses = [self.loss_function(labels, answers, self.config) for answers in every or (logits,)]
             loss = torch.stack(losses).sum()
         return DynamicVisionTransformerImageClassifierOutput(
             loss=loss, logits=logits, exits=exits, exit_logits=every or None

@@ -232,9 +232,8 @@ class IterativePerceiverModel(IterativePerceiverPreTrainedModel, IterativePercei
         Raises:
             ValueError: If the images or a knob are not as described.
         """
-        given = {"num_active_queries": num_active_queries, "num_iterations": num_iterations}
-        knobs = {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
-        x = self.run(pixel_values, **self.config.resolve(**knobs))
+        knobs = self.config.knobs_for(num_active_queries=num_active_queries, num_iterations=num_iterations)
+        x = self.run(pixel_values, **knobs)
         used = torch.full((x.shape[0],), x.shape[1], device=x.device)
         return IterativePerceiverModelOutput(last_hidden_state=x, pooler_output=self.pool(x), used=used)
 

@@ -213,8 +213,7 @@ class LookupViTModel(LookupViTPreTrainedModel, LookupViTParts):
             ValueError: If the images or the grid are not as described.
         """
         check_images(pixel_values, self.config)
-        size = self.config.compressed_size if compressed_size is None else compressed_size
-        size = self.config.resolve(compressed_size=size)["compressed_size"]
+        size = self.config.knobs_for(compressed_size=compressed_size)["compressed_size"]
         if isinstance(size, torch.Tensor):
             raise ValueError(f"Expected one grid for all images, got {size.tolist()}; the classifier takes several.")
         x, lookup = self.run(pixel_values, size)
@@ -263,8 +262,7 @@ class LookupViTForImageClassification(LookupViTPreTrainedModel, ElasticModel):
             ValueError: If the images or a grid are not as described.
         """
         check_images(pixel_values, self.config)
-        size = self.config.compressed_size if compressed_size is None else compressed_size
-        size = self.config.resolve(compressed_size=size)["compressed_size"]
+        size = self.config.knobs_for(compressed_size=compressed_size)["compressed_size"]
         if isinstance(size, torch.Tensor):
             if len(size) != pixel_values.shape[0]:
                 raise ValueError(f"Expected `compressed_size` of {pixel_values.shape[0]} images, got {len(size)}.")

@@ -42,7 +42,7 @@ class DynamicVisionTransformer(DynamicVisionTransformerParts, TimmClassifier):
         """Tokens of the last exit, or of `max_exit`: (B, C, S, S) -> (B, T, D)."""
         check_images(x, self.config)
         reused = None
-        for stage in self.exits[: self.knobs_of(knobs)["max_exit"]]:
+        for stage in self.exits[: self.config.knobs_for(**knobs)["max_exit"]]:
             tokens, reused = stage(x, reused)
         return tokens
 
@@ -58,7 +58,7 @@ class DynamicVisionTransformer(DynamicVisionTransformerParts, TimmClassifier):
             **knobs: `exit_thresholds` and `max_exit`, as of `DynamicVisionTransformerForImageClassification`.
         """
         heads = [nn.Sequential(self.head_drop, head) for head in self.heads]
-        given = self.knobs_of(knobs)
+        given = self.config.knobs_for(**knobs)
         return self.run(x, heads, given["max_exit"], given["exit_thresholds"])[0]
 
 

@@ -121,12 +121,6 @@ class TimmClassifier(nn.Module):
         """Fit a checkpoint's tensor to this model; by default unchanged."""
         return value
 
-    def knobs_of(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Validate knobs and fill in the config's defaults."""
-        self.config.check_knobs(given)
-        stored = {name: getattr(self.config, name) for name in self.config.knobs.values()}
-        return self.config.resolve(**{**stored, **{n: v for n, v in given.items() if v is not None}})
-
 
 def register_architectures(model: type[TimmClassifier]) -> None:
     """Register a function for each named architecture of a model's family with timm."""

@@ -22,7 +22,7 @@ class IterativePerceiver(IterativePerceiverNetwork, TimmClassifier):
 
     def forward_features(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
         """The latents: (B, C, S, S) -> (B, K, D)."""
-        return self.run(x, **self.knobs_of(knobs))
+        return self.run(x, **self.config.knobs_for(**knobs))
 
 
 register_architectures(IterativePerceiver)

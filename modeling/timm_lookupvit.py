@@ -28,7 +28,7 @@ class LookupViT(LookupViTParts, TimmClassifier):
     def forward_features(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
         """Compressed tokens, then lookup tokens: (B, C, S, S) -> (B, M + N, D)."""
         check_images(x, self.config)
-        return torch.cat(self.run(x, self.knobs_of(knobs)["compressed_size"]), dim=1)
+        return torch.cat(self.run(x, self.config.knobs_for(**knobs)["compressed_size"]), dim=1)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool and classify: (B, M + N, D) -> (B, classes), or with `pre_logits` the mean compressed token (B, D)."""

@@ -22,7 +22,7 @@ class QnAViT(QnAViTParts, TimmClassifier):
 
     def forward_features(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
         """Positions of the last stage: (B, C, S, S) -> (B, N, D)."""
-        self.knobs_of(knobs)
+        self.config.knobs_for(**knobs)
         return self.run(x)
 
 

@@ -90,13 +90,13 @@ class VisualPerceiver(PerceiverNetwork, TimmClassifier):
             raise ValueError(f"Expected `patch_size` to stay {self.config.patch_size}, got {patch_size}.")
         if img_size is None:
             return
-        old = _grid(self.config.image_size, self.config.patch_size)
+        old = self.config.grid
         size = list(img_size) if isinstance(img_size, Sequence) else img_size
         new = VisualPerceiverConfig(image_size=size, patch_size=self.config.patch_size)  # validates
         self.config.image_size = new.image_size
         positions = self.embeddings.position_embeddings
         self.embeddings.position_embeddings = nn.Parameter(
-            resample_positions(positions.detach(), old, _grid(new.image_size, new.patch_size)),
+            resample_positions(positions.detach(), old, new.grid),
             requires_grad=positions.requires_grad,
         )
         if _input is not None:
@@ -249,12 +249,6 @@ def _check_pool(global_pool: str) -> str:
     if global_pool not in ("token", ""):
         raise ValueError(f"Expected `global_pool` to be 'token' or '', got {global_pool!r}.")
     return global_pool
-
-
-def _grid(image_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches."""
-    height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
-    return height // patch_size, width // patch_size
 
 
 register_architectures(VisualPerceiver)

@@ -257,24 +257,12 @@ class PackedLayout:
     def attend_grouped(
         self, attention: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """`attend` by groups."""
-        return attend_in_groups(self.groups, attention, query, key, value)
-
-
-def attend_in_groups(
-    groups: Sequence[AttentionGroup],
-    attention: Callable,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-) -> torch.Tensor:
-    """Attention within each image of a packed batch, a group at a time; see `PackedLayout.attend`."""
-    outputs = []
-    for group in groups:
-        if query.ndim == 3:
-            q, k, v = (group.dense(x) for x in (query, key, value))
-            outputs.append(group.packed(attention(q, k, v, group.mask)))
-        else:
+        """`attend`, a group at a time."""
+        outputs = []
+        for group in self.groups:
             k, v = group.dense(key), group.dense(value)
-            outputs.append(attention(query.expand(group.images, -1, -1, -1), k, v, group.mask))
-    return torch.cat(outputs)
+            if query.ndim == 3:
+                outputs.append(group.packed(attention(group.dense(query), k, v, group.mask)))
+            else:
+                outputs.append(attention(query.expand(group.images, -1, -1, -1), k, v, group.mask))
+        return torch.cat(outputs)

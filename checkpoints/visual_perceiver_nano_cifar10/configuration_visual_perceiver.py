@@ -303,10 +303,15 @@ class VisualPerceiverConfig(FamilyConfig):
         return [span for span in spans if span[1] < span[2]]
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.image_height_width
+        return height // self.patch_size, width // self.patch_size
+
+    @property
     def num_patches(self) -> int:
         """N, the number of input tokens."""
-        height, width = self.image_height_width
-        return (height // self.patch_size) * (width // self.patch_size)
+        return math.prod(self.grid)
 
     def budgets(self) -> list[Budget]:
         """K = 1, 2, 4, 8, ... and all queries.

@@ -419,13 +419,10 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
             pixel_values: (B, C, H, W), normalised.
             budget: Sets K; None is all queries.
         """
-        config = self.config
-        y, weights = self.visual_perceiver.look(
-            pixel_values, config.resolve(**(budget or Budget()).kwargs)["num_active_queries"]
-        )
+        K = self.config.resolve(**(budget or Budget()).kwargs)["num_active_queries"]
+        y, weights = self.visual_perceiver.look(pixel_values, K)
         assert weights is not None, "look needs them"
-        rows, columns = (side // config.patch_size for side in config.image_height_width)
-        return y, weights.mean(1).unflatten(-1, (rows, columns))  # (B, H, K, N) -> (B, K, h, w)
+        return y, weights.mean(1).unflatten(-1, self.config.grid)  # (B, H, K, N) -> (B, K, h, w)
 
     def start(self, pixel_values: torch.Tensor) -> IncrementalState:
         """Read images, to classify them with few queries and later with more by `state.extend(K)`.

@@ -142,9 +142,7 @@ class VisualPerceiverEmbeddings(nn.Module):
                 features, grid = self.levels[level - 1](features)
             positions: torch.Tensor = self.position_embeddings
             if interpolate_pos_encoding:
-                height, width = self.config.image_height_width
-                size = self.config.patch_size
-                positions = resample_positions(positions, (height // size, width // size), grid.shape[-2:])
+                positions = resample_positions(positions, self.config.grid, grid.shape[-2:])
             tokens.append(self.dropout(grid.flatten(2).transpose(1, 2) + positions))  # (B, D, h, w) -> (B, N, D)
         return tokens, features
 
@@ -177,15 +175,13 @@ def adapt_checkpoint_tensor(
         return value[: config.num_queries]
     if not name.endswith("embeddings.position_embeddings") or value.shape[1] == config.num_patches:
         return value
-    size = config.patch_size
-    rows, columns = [side // size for side in source] or [math.isqrt(value.shape[1])] * 2
+    rows, columns = [side // config.patch_size for side in source] or [math.isqrt(value.shape[1])] * 2
     if rows * columns != value.shape[1]:
         raise ValueError(
             f"Expected position embeddings of a {rows}x{columns} grid, as the checkpoint's input size says, "
             f"got {value.shape[1]} of them."
         )
-    height, width = config.image_height_width
-    return resample_positions(value, (rows, columns), (height // size, width // size))
+    return resample_positions(value, (rows, columns), config.grid)
 
 
 class VisualPerceiverMLP(nn.Module):
@@ -477,8 +473,7 @@ def init_weights(module: nn.Module, std: float) -> None:
     elif isinstance(module, VisualPerceiverEmbeddings):
         init.trunc_normal_(module.position_embeddings, std=std)
         if module.config.query_init == "spatial":
-            height, width = (side // module.config.patch_size for side in module.config.image_height_width)
-            init.copy_(module.position_embeddings, token_features(height, width, module.config.hidden_size))
+            init.copy_(module.position_embeddings, token_features(*module.config.grid, module.config.hidden_size))
     elif isinstance(module, VisualPerceiverSelfAttention) and module.config.attention_init == "mimetic":
         qkv, proj = mimetic_attention(module.config.hidden_size, module.num_heads)
         init.copy_(module.qkv.weight, qkv)
@@ -487,8 +482,8 @@ def init_weights(module: nn.Module, std: float) -> None:
         init.trunc_normal_(module.queries, std=std)
         D, reads_image = module.config.hidden_size, module.queries.shape[0] == module.config.num_queries
         if module.config.query_init == "spatial" and reads_image and not module.queries.is_meta:
-            grid = max(module.config.image_height_width) // module.config.patch_size
-            init.copy_(module.queries, module.queries.detach().cpu() + query_features(len(module.queries), grid, D))
+            regions = query_features(len(module.queries), max(module.config.grid), D)
+            init.copy_(module.queries, module.queries.detach().cpu() + regions)
             # Scores then compare positions.
             init.copy_(module.query.weight, torch.eye(D))
             weight = module.key_value.weight.detach().cpu().clone()
