@@ -76,14 +76,14 @@ class DynamicVisionTransformerConfig(FamilyConfig):
     classifiers: ClassVar[Any] = "heads"
 
     hidden_size: int = 64  # D
-    num_hidden_layers: int = 8  # of each exit's transformer
+    num_hidden_layers: int = 8  # in each exit's transformer
     num_attention_heads: int = 2
     intermediate_size: int = 256  # of the MLPs
     # For each exit the kernel, stride and padding of the convolution that makes its tokens.
     patches: list[list[int]] | None = None
     feature_reuse: bool = True  # later exits read the tokens of the one before
     relation_reuse: bool = True  # and the scores of its attention
-    reuse_hidden_size: int = 32  # u, of the MLP that prepares the tokens for reuse
+    reuse_hidden_size: int = 32  # u, width of the MLP that prepares the tokens for reuse
     reuse_size: int = 12  # e, channels of a reused token
     hidden_act: str = "gelu"
     qkv_bias: bool = True
@@ -128,7 +128,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
 
     @property
     def num_exits(self) -> int:
-        """E."""
+        """E, the number of exits."""
         return len(self.patches or [])
 
     def budgets(self) -> list[Budget]:
@@ -136,7 +136,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         return [*(Budget(max_exit=i) for i in range(1, self.num_exits)), Budget()]
 
     def count_passes(self, budgets: Sequence[Budget], shared: bool) -> float:
-        """One run to the last exit answers at those before it too."""
+        """As in `ElasticConfig`; one run to the last exit serves the earlier exits too."""
         if shared and not any(self.is_adaptive(budget) for budget in budgets):
             return max(self.count_macs(budget) for budget in budgets)
         return super().count_passes(budgets, shared)
@@ -155,7 +155,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         return any(t != math.inf for t in self.resolve(**budget.kwargs)["exit_thresholds"])
 
     def resolve(self, **knobs: Any) -> dict[str, Any]:
-        """Both knobs as `forward` takes them; thresholds left out are infinity, at which no image stops early.
+        """Validate both knobs; missing thresholds become infinity, at which no image stops early.
 
         Raises:
             ValueError: If a value is out of its range, or there is no such knob.
@@ -181,7 +181,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
     def count_macs(self, budget: Budget | None = None, output: Any = None) -> Any:
         """Multiply-accumulates of an image; see `ElasticConfig.count_macs`.
 
-        With thresholds and no `output`, of an image that goes on to the last exit.
+        With thresholds and without `output`, counts an image that goes to the last exit.
         """
         last = self.resolve(**(self.default_budget if budget is None else budget).kwargs)["max_exit"]
         after = [0]
@@ -190,7 +190,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         return after[last] if output is None else torch.tensor(after)[output.used.cpu()]
 
     def exit_macs(self, exit: int) -> int:
-        """Multiply-accumulates of one exit's transformer and classifier, and of what it reuses."""
+        """Multiply-accumulates of one exit's transformer, classifier and reuse of the exit before."""
         D, L, H, M = self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.intermediate_size
         kernel = (self.patches or [])[exit][0]
         N = self.grids[exit][0] * self.grids[exit][1]

@@ -152,7 +152,7 @@ class IterativePerceiverConfig(FamilyConfig):
         return [*(by_cost[macs] for macs in sorted(by_cost)), Budget()]
 
     def resolve(self, **knobs: Any) -> dict[str, Any]:
-        """Both knobs as `forward` takes them.
+        """Validate both knobs; missing ones become all latents and all iterations.
 
         Raises:
             ValueError: If a value is out of its range, or there is no such knob.

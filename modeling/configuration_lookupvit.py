@@ -72,8 +72,8 @@ class LookupViTConfig(FamilyConfig):
     num_hidden_layers: int = 5
     num_attention_heads: int = 3
     max_compressed_size: int = 8  # the largest grid of compressed tokens, rows or columns
-    mlp_ratio: float | int = 4  # p, of the compressed tokens' MLP
-    lookup_mlp_ratio: float | int = 0.5  # 1 / q, of the lookup tokens' MLP
+    mlp_ratio: float | int = 4  # p, relative width of the compressed tokens' MLP
+    lookup_mlp_ratio: float | int = 0.5  # 1 / q, relative width of the lookup tokens' MLP
     # Open: how compressed tokens write back. "transpose" uses the transposed weights of the gathering attention, as the article
     # says; "softmax" a softmax of its transposed scores, so that each lookup token receives an average.
     infusion: str = "transpose"
@@ -115,7 +115,7 @@ class LookupViTConfig(FamilyConfig):
         return [*(Budget(compressed_size=side) for side in sides), Budget()]
 
     def resolve(self, **knobs: Any) -> dict[str, Any]:
-        """The knob as `forward` takes it: a side, (rows, columns), or one side for each image.
+        """Validate the knob: a side, (rows, columns), or a side for each image; None is the largest grid.
 
         Raises:
             ValueError: If a value is out of its range, or there is no such knob.

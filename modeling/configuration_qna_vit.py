@@ -141,11 +141,11 @@ class QnAViTConfig(FamilyConfig):
         return (self.hidden_sizes or [])[-1]
 
     def budgets(self) -> list[Budget]:
-        """The network as it is."""
+        """The full network."""
         return [Budget()]
 
     def resolve(self, **knobs: Any) -> dict[str, Any]:
-        """Nothing.
+        """No knobs.
 
         Raises:
             ValueError: If a knob is given.

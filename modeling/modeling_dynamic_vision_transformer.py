@@ -21,9 +21,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_dynamic_vision_transformer import DynamicVisionTransformerConfig
-from .elastic import ElasticModel, Pass
+from .elastic import ElasticModel, Pass, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
-from .layers import MLP, DropPath, attend, check_images, drop_path_rates, split_heads
+from .layers import MLP, DropPath, attend, drop_path_rates, split_heads
 from .query_selection import as_number  # noqa: F401  likewise
 
 
@@ -220,7 +220,7 @@ class DynamicVisionTransformerParts:
         Returns:
             Logits (B, labels), exits (B,), and the logits of each exit if no image could stop early, else none.
         """
-        check_images(pixel_values, self.config)
+        check_pixel_values(pixel_values, self.config)
         x, reused, every = pixel_values, None, []
         early = any(t != math.inf for t in thresholds[: max_exit - 1])
         images = torch.arange(x.shape[0], device=x.device)
@@ -307,7 +307,7 @@ class DynamicVisionTransformerModel(DynamicVisionTransformerPreTrainedModel, Dyn
         Raises:
             ValueError: If the images or a knob are not as described.
         """
-        check_images(pixel_values, self.config)
+        check_pixel_values(pixel_values, self.config)
         last = self.config.max_exit if max_exit is None else max_exit
         knobs = self.config.resolve(max_exit=last, exit_thresholds=exit_thresholds)
         if any(t != math.inf for t in knobs["exit_thresholds"]):

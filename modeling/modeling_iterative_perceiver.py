@@ -16,9 +16,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_iterative_perceiver import IterativePerceiverConfig
-from .elastic import ElasticModel
+from .elastic import ElasticModel, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
-from .layers import MLP, attend, check_images, split_heads
+from .layers import MLP, attend, split_heads
 from .query_selection import as_number  # noqa: F401  likewise
 
 
@@ -149,7 +149,7 @@ class IterativePerceiverNetwork(nn.Module):
 
     def run(self, pixel_values: torch.Tensor, num_active_queries: int, num_iterations: int) -> torch.Tensor:
         """The first K latents after the first iterations: (B, C, S, S) -> (B, K, D)."""
-        check_images(pixel_values, self.config)
+        check_pixel_values(pixel_values, self.config)
         B, s = pixel_values.shape[0], self.config.num_self_attends_per_block
         pixels = pixel_values.to(self.latents.dtype).flatten(2).transpose(1, 2)  # (B, M, 3)
         inputs = torch.cat([pixels, self.positions.to(pixels.dtype).expand(B, -1, -1)], dim=-1)  # (B, M, C)

@@ -17,9 +17,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_lookupvit import LookupViTConfig
-from .elastic import ElasticModel
+from .elastic import ElasticModel, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
-from .layers import MLP, DropPath, attend, check_images, drop_path_rates, split_heads
+from .layers import MLP, DropPath, attend, drop_path_rates, split_heads
 from .query_selection import as_number  # noqa: F401  likewise
 
 
@@ -212,7 +212,7 @@ class LookupViTModel(LookupViTPreTrainedModel, LookupViTParts):
         Raises:
             ValueError: If the images or the grid are not as described.
         """
-        check_images(pixel_values, self.config)
+        check_pixel_values(pixel_values, self.config)
         size = self.config.knobs_for(compressed_size=compressed_size)["compressed_size"]
         if isinstance(size, torch.Tensor):
             raise ValueError(f"Expected one grid for all images, got {size.tolist()}; the classifier takes several.")
@@ -261,7 +261,7 @@ class LookupViTForImageClassification(LookupViTPreTrainedModel, ElasticModel):
         Raises:
             ValueError: If the images or a grid are not as described.
         """
-        check_images(pixel_values, self.config)
+        check_pixel_values(pixel_values, self.config)
         size = self.config.knobs_for(compressed_size=compressed_size)["compressed_size"]
         if isinstance(size, torch.Tensor):
             if len(size) != pixel_values.shape[0]:

@@ -17,9 +17,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_qna_vit import QnAViTConfig
-from .elastic import ElasticModel
+from .elastic import ElasticModel, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
-from .layers import MLP, DropPath, attend, check_images, drop_path_rates
+from .layers import MLP, DropPath, attend, drop_path_rates
 from .query_selection import without_autocast
 
 
@@ -188,7 +188,7 @@ class QnAViTParts:
 
     def run(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Positions of the last stage, normalised: (B, C, S, S) -> (B, N, D)."""
-        check_images(pixel_values, self.config)
+        check_pixel_values(pixel_values, self.config)
         x = self.stem(pixel_values).permute(0, 2, 3, 1)
         for layer in self.layers:
             x = layer(x)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layers import check_images
+from .elastic import check_pixel_values
 from .modeling_dynamic_vision_transformer import DynamicVisionTransformerParts, DynamicVisionTransformerPreTrainedModel
 from .timm_family import TimmClassifier, register_architectures
 
@@ -13,7 +13,7 @@ from .timm_family import TimmClassifier, register_architectures
 class DynamicVisionTransformer(DynamicVisionTransformerParts, TimmClassifier):
     """Dynamic Vision Transformer with timm's interface.
 
-    `forward_features` and `forward_head` are those of the last exit; `forward` takes `exit_thresholds` and `max_exit`.
+    `forward_features` and `forward_head` run the last exit; `forward` takes `exit_thresholds` and `max_exit`.
 
     Example:
         >>> import timm
@@ -40,7 +40,7 @@ class DynamicVisionTransformer(DynamicVisionTransformerParts, TimmClassifier):
 
     def forward_features(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
         """Tokens of the last exit, or of `max_exit`: (B, C, S, S) -> (B, T, D)."""
-        check_images(x, self.config)
+        check_pixel_values(x, self.config)
         reused = None
         for stage in self.exits[: self.config.knobs_for(**knobs)["max_exit"]]:
             tokens, reused = stage(x, reused)
@@ -55,7 +55,7 @@ class DynamicVisionTransformer(DynamicVisionTransformerParts, TimmClassifier):
 
         Args:
             x: Normalised images.
-            **knobs: `exit_thresholds` and `max_exit`, as of `DynamicVisionTransformerForImageClassification`.
+            **knobs: `exit_thresholds` and `max_exit`, as in `DynamicVisionTransformerForImageClassification.forward`.
         """
         heads = [nn.Sequential(self.head_drop, head) for head in self.heads]
         given = self.config.knobs_for(**knobs)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .layers import check_images
+from .elastic import check_pixel_values
 from .modeling_lookupvit import LookupViTParts, LookupViTPreTrainedModel
 from .timm_family import TimmClassifier, register_architectures
 
@@ -27,7 +27,7 @@ class LookupViT(LookupViTParts, TimmClassifier):
 
     def forward_features(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
         """Compressed tokens, then lookup tokens: (B, C, S, S) -> (B, M + N, D)."""
-        check_images(x, self.config)
+        check_pixel_values(x, self.config)
         return torch.cat(self.run(x, self.config.knobs_for(**knobs)["compressed_size"]), dim=1)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

@@ -247,7 +247,7 @@ class ElasticConfig:
         """Multiply-accumulates of an image's forward in a training step; training takes about three times as many.
 
         Args:
-            budgets: Budgets of the passes; adaptive ones count as if they saved nothing.
+            budgets: Budgets of the passes; the count ignores what adaptive ones save.
             shared: Whether every image runs at every budget; if not, equal shares of the images run at each.
         """
         total = sum(self.count_macs(budget) for budget in budgets)
@@ -318,7 +318,7 @@ def check_pixel_values(
     pixel_values: Any,
     config: Any,
     any_size: bool = False,
-    advice: str = "`interpolate_pos_encoding=True` takes other sizes, and so does a model loaded with `image_size=...`",
+    advice: str = "a model loaded with `image_size=...` takes other sizes",
 ) -> None:
     """Raise a `ValueError` unless `pixel_values` is a non-empty floating-point batch of the config's image size.
 

@@ -135,7 +135,8 @@ class VisualPerceiverEmbeddings(nn.Module):
         features = [] if first == 0 else list(x)
         for level in range(first, end):
             if level == 0:
-                check_pixel_values(x, self.config, any_size=interpolate_pos_encoding)
+                advice = "`interpolate_pos_encoding=True` takes other sizes, and so does a model loaded with `image_size=...`"
+                check_pixel_values(x, self.config, interpolate_pos_encoding, advice)
                 assert isinstance(x, torch.Tensor), "that was checked"
                 features, grid = self.patch_embeddings(x.to(self.patch_embeddings.projection.weight.dtype))
             else:

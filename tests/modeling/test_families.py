@@ -240,8 +240,14 @@ def test_the_code_that_travels_with_weights(name, images, tmp_path):
 @pytest.mark.parametrize("name", SMALL)
 def test_bad_input(name, images):
     model = small(name)
-    for pixels in (images[:, :1], images[..., :8], images[0], images[:0]):
-        with pytest.raises(ValueError, match="pixel_values"):
+    for pixels, message in (
+        (images[:, :1], "images of 3 channels, got 1"),
+        (images[..., :8], "images of size 16x16, got 16x8; a model loaded with `image_size=...`"),
+        (images[0], r"`pixel_values` of shape \(B, C, H, W\)"),
+        (images[:0], "at least one image"),
+        (images.int(), "floating-point"),
+    ):
+        with pytest.raises(ValueError, match=message):
             model(pixels)
     with pytest.raises(ValueError, match="knobs"):
         model.config.resolve(layers=3)
