@@ -122,12 +122,20 @@ class TimmClassifier(nn.Module):
         return value
 
 
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: TimmClassifier) -> dict[str, torch.Tensor]:
+    """Make a checkpoint fit `model`: without transformers' prefix, and with adapted tensors."""
+    prefix = f"{model.pretrained_class.base_model_prefix}."
+    named = ((name.removeprefix(prefix), value) for name, value in state_dict.items())
+    return {name: model.adapt_tensor(name, value) for name, value in named}
+
+
 def register_architectures(model: type[TimmClassifier]) -> None:
     """Register a function for each named architecture of a model's family with timm."""
-    module = sys.modules[model.__module__]
+    module: Any = sys.modules[model.__module__]
+    module.checkpoint_filter_fn = checkpoint_filter_fn  # timm looks for it there
     config_class: type[FamilyConfig] = model.pretrained_class.config_class
     configs = {name: config_class.from_architecture(name) for name in config_class.named}
-    module.default_cfgs = generate_default_cfgs({name: _default_cfg(config) for name, config in configs.items()})  # type: ignore[attr-defined]
+    module.default_cfgs = generate_default_cfgs({name: _default_cfg(config) for name, config in configs.items()})
     for name, config in configs.items():
         setattr(module, name, register_model(_entrypoint(model, name, config)))
 
@@ -142,17 +150,12 @@ def _entrypoint(model: type[TimmClassifier], name: str, config: Any) -> Callable
     # timm takes the sizes of images from `default_cfgs`.
     defaults = {key: value for key, value in config.timm_model_args.items() if key not in ("img_size", "in_chans")}
 
-    def adapt(state_dict: dict[str, torch.Tensor], network: TimmClassifier) -> dict[str, torch.Tensor]:
-        prefix = f"{model.pretrained_class.base_model_prefix}."
-        named = ((key.removeprefix(prefix), value) for key, value in state_dict.items())
-        return {key: network.adapt_tensor(key, value) for key, value in named}
-
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build_model_with_cfg(
             model,
             name,
             pretrained,
-            pretrained_filter_fn=adapt,
+            pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg=dict(model.feature_cfg),
             **{**defaults, **kwargs},
         )

@@ -137,8 +137,8 @@ class VisualPerceiverEmbeddings(nn.Module):
             if level == 0:
                 advice = "`interpolate_pos_encoding=True` takes other sizes, and so does a model loaded with `image_size=...`"
                 check_pixel_values(x, self.config, interpolate_pos_encoding, advice)
-                assert isinstance(x, torch.Tensor), "that was checked"
-                features, grid = self.patch_embeddings(x.to(self.patch_embeddings.projection.weight.dtype))
+                images: Any = x  # a tensor, or torch.fx's proxy of one
+                features, grid = self.patch_embeddings(images.to(self.patch_embeddings.projection.weight.dtype))
             else:
                 features, grid = self.levels[level - 1](features)
             positions: torch.Tensor = self.position_embeddings
@@ -372,14 +372,13 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
             query: (n,) the queries that read, instead of the first K.
             part: `"read"`, or `"finish"` or `"keys_and_values"` for the methods of these names.
         """
+        tokens: Any = inputs  # of the other parts a tensor, or torch.fx's proxy of one
         if part == "finish":
-            assert isinstance(inputs, torch.Tensor)
-            queries = self.queries[: inputs.shape[1]] if query is None else self.queries[query]
-            x = queries + self.dropout(self.proj(inputs))
+            queries = self.queries[: tokens.shape[1]] if query is None else self.queries[query]
+            x = queries + self.dropout(self.proj(tokens))
             return x + self.mlp(self.norm(x)), None
         if part == "keys_and_values":
-            assert isinstance(inputs, torch.Tensor)
-            return self._project(inputs)
+            return self._project(tokens)
         # A copy: a view of a parameter requires a gradient even under no_grad, on which torch's FLOP counter fails.
         queries = self.queries[:K].clone() if query is None else self.queries[query]
         queries = self.query(self.norm_queries(queries)).unflatten(-1, (self.num_heads, -1))  # (K, H, d)
@@ -391,10 +390,10 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
             return torch.cat([y for y, _ in parts], dim=1), weights
         return self._read(queries, inputs[0] if isinstance(inputs, list) else inputs, mask, layout, need_weights)
 
-    def _project(self, inputs: torch.Tensor) -> KeysAndValues:
+    def _project(self, inputs: torch.Tensor, packed: bool = False) -> KeysAndValues:
         """(B, N, D) -> 2 x (B, H, N, d), or packed (T, D) -> 2 x (T, H, d)."""
         key, value = self.split_heads(self.key_value(self.norm_inputs(inputs)), 2)  # (..., H, d)
-        return (key, value) if inputs.ndim == 2 else (key.transpose(1, 2), value.transpose(1, 2))
+        return (key, value) if packed else (key.transpose(1, 2), value.transpose(1, 2))
 
     def _read(
         self,
@@ -405,7 +404,7 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
         need_weights: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Let projected queries (1, H, K, d) read one level."""
-        key, value = self._project(inputs) if isinstance(inputs, torch.Tensor) else inputs
+        key, value = inputs if isinstance(inputs, tuple) else self._project(inputs, packed=layout is not None)
         if layout is not None:
             return self.attend_packed(queries, key, value, layout).flatten(-2), None
         # A view: the projected queries are not copied for each image.
