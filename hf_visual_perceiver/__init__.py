@@ -40,8 +40,8 @@ from hf_visual_perceiver.utils.bundled import bundled_checkpoint
 from hf_visual_perceiver.version import __version__  # noqa: F401
 
 
-register(Family(VisualPerceiverConfig, VisualPerceiverModel, VisualPerceiverForImageClassification, ARCHITECTURES))
 for config, model, classifier in (
+    (VisualPerceiverConfig, VisualPerceiverModel, VisualPerceiverForImageClassification),
     (DynamicVisionTransformerConfig, DynamicVisionTransformerModel, DynamicVisionTransformerForImageClassification),
     (LookupViTConfig, LookupViTModel, LookupViTForImageClassification),
     (IterativePerceiverConfig, IterativePerceiverModel, IterativePerceiverForImageClassification),

@@ -10,8 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
 from .elastic import Budget
-from .family_config import FamilyConfig
-from .layers import check_heads, check_positive
+from .family_config import FamilyConfig, check_heads
 from .query_selection import as_number  # noqa: F401  transformers 5.4 copies what this file imports alone
 
 
@@ -74,17 +73,17 @@ class DynamicVisionTransformerConfig(FamilyConfig):
     named: ClassVar[Mapping[str, Mapping[str, Any]]] = DVT_ARCHITECTURES
     modeling_module: ClassVar[str] = "modeling_dynamic_vision_transformer"
     class_prefix: ClassVar[str] = "DynamicVisionTransformer"
-    classifiers: ClassVar[str | tuple[str, ...]] = "heads"
+    classifiers: ClassVar[Any] = "heads"
 
     hidden_size: int = 64  # D
-    num_hidden_layers: int = 8  # of each exit's transformer
+    num_hidden_layers: int = 8  # in each exit's transformer
     num_attention_heads: int = 2
     intermediate_size: int = 256  # of the MLPs
     # For each exit the kernel, stride and padding of the convolution that makes its tokens.
     patches: list[list[int]] | None = None
     feature_reuse: bool = True  # later exits read the tokens of the one before
     relation_reuse: bool = True  # and the scores of its attention
-    reuse_hidden_size: int = 32  # u, of the MLP that prepares the tokens for reuse
+    reuse_hidden_size: int = 32  # u, width of the MLP that prepares the tokens for reuse
     reuse_size: int = 12  # e, channels of a reused token
     hidden_act: str = "gelu"
     qkv_bias: bool = True
@@ -102,7 +101,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         if self.patches is None:
             self.patches = [[8, 8, 0], [7, 5, 0], [4, 4, 0]]
         sizes = ("image_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        check_positive(self, *sizes, "intermediate_size", "reuse_hidden_size", "reuse_size")
+        self.check_positive(*sizes, "intermediate_size", "reuse_hidden_size", "reuse_size")
         check_heads(self.hidden_size, self.num_attention_heads)
         for patch in self.patches:
             if (
@@ -118,8 +117,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         sides = [side for side, _ in self.grids]
         if not sides or any(a > b for a, b in itertools.pairwise(sides)):
             raise ValueError(f"Expected `patches` of at least one exit, with grids that grow, got grids of {sides}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"Expected `hidden_act` to be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
+        self.check_choices(hidden_act=ACT2FN)
         self.resolve(max_exit=self.max_exit, exit_thresholds=self.exit_thresholds)
 
     @property
@@ -130,7 +128,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
 
     @property
     def num_exits(self) -> int:
-        """E."""
+        """E, the number of exits."""
         return len(self.patches or [])
 
     def budgets(self) -> list[Budget]:
@@ -138,7 +136,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         return [*(Budget(max_exit=i) for i in range(1, self.num_exits)), Budget()]
 
     def count_passes(self, budgets: Sequence[Budget], shared: bool) -> float:
-        """One run to the last exit answers at those before it too."""
+        """As in `ElasticConfig`; one run to the last exit serves the earlier exits too."""
         if shared and not any(self.is_adaptive(budget) for budget in budgets):
             return max(self.count_macs(budget) for budget in budgets)
         return super().count_passes(budgets, shared)
@@ -157,7 +155,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         return any(t != math.inf for t in self.resolve(**budget.kwargs)["exit_thresholds"])
 
     def resolve(self, **knobs: Any) -> dict[str, Any]:
-        """Both knobs as `forward` takes them; thresholds left out are infinity, at which no image stops early.
+        """Validate both knobs; missing thresholds become infinity, at which no image stops early.
 
         Raises:
             ValueError: If a value is out of its range, or there is no such knob.
@@ -183,7 +181,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
     def count_macs(self, budget: Budget | None = None, output: Any = None) -> Any:
         """Multiply-accumulates of an image; see `ElasticConfig.count_macs`.
 
-        With thresholds and no `output`, of an image that goes on to the last exit.
+        With thresholds and without `output`, counts an image that goes to the last exit.
         """
         last = self.resolve(**(self.default_budget if budget is None else budget).kwargs)["max_exit"]
         after = [0]
@@ -192,7 +190,7 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         return after[last] if output is None else torch.tensor(after)[output.used.cpu()]
 
     def exit_macs(self, exit: int) -> int:
-        """Multiply-accumulates of one exit's transformer and classifier, and of what it reuses."""
+        """Multiply-accumulates of one exit's transformer, classifier and reuse of the exit before."""
         D, L, H, M = self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.intermediate_size
         kernel = (self.patches or [])[exit][0]
         N = self.grids[exit][0] * self.grids[exit][1]

@@ -8,8 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
 from .elastic import Budget
-from .family_config import FamilyConfig
-from .layers import check_heads, check_positive
+from .family_config import FamilyConfig, check_heads
 from .query_selection import as_number
 
 
@@ -112,7 +111,7 @@ class IterativePerceiverConfig(FamilyConfig):
             "hidden_size",
             "num_attention_heads",
         )
-        check_positive(self, *sizes, "num_blocks", "num_self_attends_per_block", "num_cross_attends", "widening_factor")
+        self.check_positive(*sizes, "num_blocks", "num_self_attends_per_block", "num_cross_attends", "widening_factor")
         check_heads(self.hidden_size, self.num_attention_heads)
         if self.attention_channels % self.num_cross_attention_heads:
             raise ValueError(
@@ -123,10 +122,7 @@ class IterativePerceiverConfig(FamilyConfig):
             raise ValueError(
                 f"Expected `num_cross_attends` to divide `num_blocks` = {self.num_blocks}, got {self.num_cross_attends}."
             )
-        if self.decoder_type not in ("mean", "query"):
-            raise ValueError(f"Expected `decoder_type` to be 'mean' or 'query', got {self.decoder_type!r}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"Expected `hidden_act` to be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
+        self.check_choices(decoder_type=("mean", "query"), hidden_act=ACT2FN)
         self.resolve(num_active_queries=self.num_active_queries, num_iterations=self.num_iterations)
 
     @property
@@ -156,7 +152,7 @@ class IterativePerceiverConfig(FamilyConfig):
         return [*(by_cost[macs] for macs in sorted(by_cost)), Budget()]
 
     def resolve(self, **knobs: Any) -> dict[str, Any]:
-        """Both knobs as `forward` takes them.
+        """Validate both knobs; missing ones become all latents and all iterations.
 
         Raises:
             ValueError: If a value is out of its range, or there is no such knob.

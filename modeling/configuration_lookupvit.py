@@ -8,8 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
 from .elastic import Budget
-from .family_config import FamilyConfig
-from .layers import check_heads, check_positive
+from .family_config import FamilyConfig, check_heads
 from .query_selection import as_number
 
 
@@ -40,7 +39,7 @@ LOOKUPVIT_ARCHITECTURES: dict[str, dict[str, Any]] = {
 class LookupViTConfig(FamilyConfig):
     """Configuration of LookupViT (Koner et al. 2024): a ViT on a small grid of compressed tokens, beside the full grid.
 
-    The article has no code; fields marked "open" are choices that it leaves to the reader.
+    The article has no code; fields marked "open" are choices that it leaves open.
 
     Raises:
         ValueError: If a value is out of its range or two values do not fit together.
@@ -65,18 +64,18 @@ class LookupViTConfig(FamilyConfig):
     named: ClassVar[Mapping[str, Mapping[str, Any]]] = LOOKUPVIT_ARCHITECTURES
     modeling_module: ClassVar[str] = "modeling_lookupvit"
     class_prefix: ClassVar[str] = "LookupViT"
-    first_conv: ClassVar[str | None] = "embeddings.projection"
-    classifiers: ClassVar[str | tuple[str, ...]] = ("head", "lookup_head")
+    first_conv: ClassVar[Any] = "embeddings.projection"
+    classifiers: ClassVar[Any] = ("head", "lookup_head")
 
     patch_size: int = 4
     hidden_size: int = 96  # D
     num_hidden_layers: int = 5
     num_attention_heads: int = 3
     max_compressed_size: int = 8  # the largest grid of compressed tokens, rows or columns
-    mlp_ratio: float | int = 4  # p, of the compressed tokens' MLP
-    lookup_mlp_ratio: float | int = 0.5  # 1 / q, of the lookup tokens' MLP
-    # Open: how compressed tokens write back. "transpose" is the weights of the gathering attention, transposed, as the article
-    # says; "softmax" a softmax of its transposed scores, so that what each lookup token receives is an average.
+    mlp_ratio: float | int = 4  # p, relative width of the compressed tokens' MLP
+    lookup_mlp_ratio: float | int = 0.5  # 1 / q, relative width of the lookup tokens' MLP
+    # Open: how compressed tokens write back. "transpose" uses the transposed weights of the gathering attention, as the article
+    # says; "softmax" a softmax of its transposed scores, so that each lookup token receives an average.
     infusion: str = "transpose"
     classify_with: str = "both"  # at inference: "both" classifiers, averaged, or the "compressed" tokens' alone
     hidden_act: str = "gelu"
@@ -91,7 +90,7 @@ class LookupViTConfig(FamilyConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         sizes = ("image_size", "num_channels", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        check_positive(self, *sizes, "max_compressed_size")
+        self.check_positive(*sizes, "max_compressed_size")
         check_heads(self.hidden_size, self.num_attention_heads)
         if self.image_size % self.patch_size:
             raise ValueError(
@@ -102,12 +101,7 @@ class LookupViTConfig(FamilyConfig):
                 f"Expected `max_compressed_size` to be at most {self.image_size // self.patch_size}, the grid of patches, "
                 f"got {self.max_compressed_size}."
             )
-        if self.infusion not in ("transpose", "softmax"):
-            raise ValueError(f"Expected `infusion` to be 'transpose' or 'softmax', got {self.infusion!r}.")
-        if self.classify_with not in ("both", "compressed"):
-            raise ValueError(f"Expected `classify_with` to be 'both' or 'compressed', got {self.classify_with!r}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"Expected `hidden_act` to be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
+        self.check_choices(infusion=("transpose", "softmax"), classify_with=("both", "compressed"), hidden_act=ACT2FN)
         self.resolve(compressed_size=self.compressed_size)
 
     @property
@@ -121,7 +115,7 @@ class LookupViTConfig(FamilyConfig):
         return [*(Budget(compressed_size=side) for side in sides), Budget()]
 
     def resolve(self, **knobs: Any) -> dict[str, Any]:
-        """The knob as `forward` takes it: a side, (rows, columns), or one side for each image.
+        """Validate the knob: a side, (rows, columns), or a side for each image; None is the largest grid.
 
         Raises:
             ValueError: If a value is out of its range, or there is no such knob.

@@ -8,8 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
 from .elastic import Budget
-from .family_config import FamilyConfig
-from .layers import check_heads, check_positive
+from .family_config import FamilyConfig, check_heads
 from .query_selection import as_number  # noqa: F401  transformers 5.4 copies what this file imports alone
 
 
@@ -74,7 +73,7 @@ class QnAViTConfig(FamilyConfig):
     named: ClassVar[Mapping[str, Mapping[str, Any]]] = QNA_ARCHITECTURES
     modeling_module: ClassVar[str] = "modeling_qna_vit"
     class_prefix: ClassVar[str] = "QnAViT"
-    first_conv: ClassVar[str | None] = "stem"
+    first_conv: ClassVar[Any] = "stem"
 
     stem_stride: int = 2  # kernel and stride of the first convolution
     # For each stage its width, the numbers of local self-attention blocks and of QnA blocks after them, and their heads.
@@ -105,15 +104,14 @@ class QnAViTConfig(FamilyConfig):
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        check_positive(self, "image_size", "num_channels", "stem_stride", "kernel_size", "num_queries", "mlp_ratio")
+        self.check_positive("image_size", "num_channels", "stem_stride", "kernel_size", "num_queries", "mlp_ratio")
         stages = len(self.stages)
         for name in defaults:
             if len(getattr(self, name)) != stages:
                 raise ValueError(f"Expected {stages} of `{name}`, one for each stage, got {getattr(self, name)}.")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"Expected `kernel_size` to be odd, got {self.kernel_size}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"Expected `hidden_act` to be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
+        self.check_choices(hidden_act=ACT2FN)
         if self.image_size % (self.stem_stride * 2 ** (stages - 1)):
             raise ValueError(
                 f"Expected `image_size` to be a multiple of {self.stem_stride * 2 ** (stages - 1)}, got {self.image_size}."
@@ -143,11 +141,11 @@ class QnAViTConfig(FamilyConfig):
         return (self.hidden_sizes or [])[-1]
 
     def budgets(self) -> list[Budget]:
-        """The network as it is."""
+        """The full network."""
         return [Budget()]
 
     def resolve(self, **knobs: Any) -> dict[str, Any]:
-        """Nothing.
+        """No knobs.
 
         Raises:
             ValueError: If a knob is given.

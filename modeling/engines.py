@@ -1,4 +1,4 @@
-"""Engines for inference: the network's own modules here, and by name others that a package adds."""
+"""Engines for inference: PyTorch here, and ONNX Runtime, which the package hf_visual_perceiver adds by name."""
 
 import copy
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from .query_selection import without_autocast
 
 
 class PlainPerceiver:
-    """Logits of images by the network's own modules, from a snapshot of its weights, in any dtype and on any device.
+    """Classifies images with a copy of the network's modules, in any dtype and on any device.
 
     Batch norms are folded into the convolutions before them.
 
@@ -39,8 +39,8 @@ class PlainPerceiver:
 
         Args:
             pixel_values: (B, C, H, W), normalised, of the config's size.
-            K: Use the first K queries, of all images or of each, (B,).
-            threshold: Drop those of them that are more similar than this to an earlier one.
+            K: Use the first K queries; an integer, or (B,) with a K for each image.
+            threshold: Drop queries that are more similar than this to an earlier one; None keeps all.
         """
         parts = self.parts
         with without_autocast(self.device):  # the engine has a dtype of its own
@@ -50,22 +50,21 @@ class PlainPerceiver:
             return self.head(pooled.to(parameter.dtype)), parts.active_queries(active)
 
 
-# What makes an engine for `optimize_for_inference` from a network and its head; importing hf_visual_perceiver adds
-# "onnxruntime".
+# Name -> what makes an engine from a network and its head. Importing hf_visual_perceiver adds "onnxruntime".
 ENGINES: dict[str, Callable[..., Any]] = {"torch": PlainPerceiver}
 
 
 def create_engine(
     parts: Any, head: nn.Module, backend: str | None = None, dtype: torch.dtype | None = None, **settings: Any
 ) -> Any:
-    """An engine by name; None is onnxruntime where that can compute what is asked for, else torch.
+    """Create an engine by name; None is onnxruntime where it supports the dtype and device, else torch.
 
     Args:
         parts: The network: a `PerceiverNetwork` with a decoder.
         head: The classifier.
         backend: One of `ENGINES`.
         dtype: Dtype to compute in; None is the network's.
-        settings: Settings of onnxruntime; those that are None are left out.
+        **settings: Settings of onnxruntime; None leaves one out.
 
     Raises:
         ValueError: If there is no such engine, or it does not take a setting.
@@ -94,7 +93,7 @@ def create_engine(
 
 @torch.no_grad()
 def fold_batch_norms(module: nn.Module) -> None:
-    """Fold the batch norm of each `ConvBlock` into its convolution, in place; for inference alone."""
+    """Fold the batch norm of each `ConvBlock` into its convolution, in place; for inference only."""
     for block in module.modules():
         if isinstance(block, ConvBlock) and isinstance(block.norm, nn.BatchNorm2d):
             block.conv = fuse_conv_bn_eval(block.conv.eval(), block.norm.eval())

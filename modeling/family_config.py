@@ -1,6 +1,7 @@
-"""What configs of this package's families share: images, labels, and the fields that timm reads from the same config.json."""
+"""The base of all families' configs: their architectures, what timm reads from config.json, and checks of values."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -11,22 +12,27 @@ from .elastic import Budget, ElasticConfig
 
 @strict
 class FamilyConfig(ElasticConfig, PreTrainedConfig):
-    """Base of a family's config. timm's constructor takes the family's fields by their own names.
+    """Base of a family's config. One config.json serves transformers and timm.
 
     Attributes:
-        named: timm name -> what differs from the config's defaults.
+        named: timm name -> fields that differ from the config's defaults.
         modeling_module: Name of the family's modeling file, for remote code.
-        class_prefix: What the names of the family's classes begin with.
-        first_conv: Name of the convolution that reads the image's channels, or None.
-        classifiers: Names of the classifiers in timm's model.
+        class_prefix: Prefix of the names of the family's classes.
+        square: Whether images must be square.
+        timm_names: Field -> argument of timm's `create_model`, where the two names differ.
     """
 
+    # config.json has these keys for timm; `to_dict` derives them from the fields.
     timm_keys: ClassVar[tuple[str, ...]] = ("architecture", "model_args", "num_classes", "num_features")
     named: ClassVar[Mapping[str, Mapping[str, Any]]]
     modeling_module: ClassVar[str]
     class_prefix: ClassVar[str]
-    first_conv: ClassVar[str | None] = None  # type: ignore[assignment]
-    classifiers: ClassVar[str | tuple[str, ...]] = "head"
+    square: ClassVar[bool] = True
+    timm_names: ClassVar[Mapping[str, str]] = {
+        "image_size": "img_size",
+        "num_channels": "in_chans",
+        "num_labels": "num_classes",
+    }
 
     image_size: int = 32  # pixels of a side
     num_channels: int = 3
@@ -39,13 +45,12 @@ class FamilyConfig(ElasticConfig, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def own_fields(cls) -> list[str]:
-        """Names of the fields that the family adds to transformers' and these."""
-        return [name for name in cls.__dataclass_fields__ if name not in FamilyConfig.__dataclass_fields__]
-
-    @classmethod
     def from_architecture(cls, name: str, **kwargs: Any) -> Any:
-        """Config of one of the named architectures, with fields overridden by `kwargs`.
+        """Create the config of a named architecture.
+
+        Args:
+            name: timm's name of the architecture.
+            **kwargs: Fields that override those of the architecture.
 
         Raises:
             ValueError: If there is no such architecture.
@@ -54,15 +59,43 @@ class FamilyConfig(ElasticConfig, PreTrainedConfig):
             raise ValueError(f"Expected an architecture among {', '.join(cls.named)}, got {name!r}.")
         return cls(**{**cls.named[name], **kwargs})
 
+    @classmethod
+    def from_timm(cls, **arguments: Any) -> Any:
+        """Create the config that arguments of timm's `create_model` describe; the inverse of `timm_model_args`.
+
+        Raises:
+            TypeError: If there is no such argument.
+            ValueError: If a value is out of its range.
+        """
+        names = (*cls.own_fields(), "image_size", "num_channels", "num_labels")
+        known = {cls.timm_names.get(name, name): name for name in names}
+        # `model_args` of earlier versions also hold class attributes, such as `title`.
+        if unknown := sorted(arguments.keys() - known.keys() - cls.__dataclass_fields__.keys()):
+            raise TypeError(f"Expected arguments among {', '.join(known)}, got {', '.join(unknown)}.")
+        values = {known[name]: _as_list(value) for name, value in arguments.items() if name in known}
+        size = values.get("image_size")
+        if isinstance(size, list):
+            if cls.square and len(set(size)) != 1:
+                raise ValueError(f"Expected square images, got `img_size` {size}.")
+            values["image_size"] = size[0] if len(set(size)) == 1 else size
+        return cls(**values)
+
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """Names of the fields that the family adds to those of this class."""
+        return [field.name for field in fields(cls) if field.name not in FamilyConfig.__dataclass_fields__]
+
     @property
     def architecture(self) -> str:
-        """The timm name of this architecture, or of the first; `timm_model_args` holds all that matters."""
-        fits = [name for name, fields in self.named.items() if all(getattr(self, k) == v for k, v in fields.items())]
-        # The most specific one; every config fits an architecture of defaults alone.
-        return max(fits or self.named, key=lambda name: len(self.named[name]))
+        """timm's name of the nearest architecture; `timm_model_args` has everything that matters."""
+        scores = {
+            name: sum(1 if getattr(self, field) == value else -1 for field, value in own.items())
+            for name, own in self.named.items()
+        }
+        return max(scores, key=lambda name: scores[name])
 
     def is_adaptive(self, budget: Budget) -> bool:
-        """Whether each image takes what it needs."""
+        """Whether images may use different amounts of computation at this budget."""
         return False
 
     @property
@@ -72,17 +105,12 @@ class FamilyConfig(ElasticConfig, PreTrainedConfig):
 
     @property
     def timm_model_args(self) -> dict[str, Any]:
-        """The arguments that make timm's `create_model` build this very model."""
-        fields = {name: getattr(self, name) for name in self.own_fields()}
-        return {"img_size": self.image_size, "in_chans": self.num_channels, **fields}
-
-    @property
-    def timm_pretrained_cfg(self) -> dict[str, Any]:
-        """timm's `pretrained_cfg` of a checkpoint with this config."""
-        return {**super().timm_pretrained_cfg, "classifier": self.classifiers}
+        """The arguments with which timm's `create_model` builds a model of this config."""
+        names = ("image_size", "num_channels", *self.own_fields())
+        return {self.timm_names.get(name, name): getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything transformers and timm need to rebuild the model, as plain values."""
+        """Everything that transformers and timm need to rebuild the model, as plain values."""
         output = super().to_dict()
         output.update(
             architecture=self.architecture,
@@ -90,11 +118,11 @@ class FamilyConfig(ElasticConfig, PreTrainedConfig):
             num_classes=self.num_labels,
             num_features=self.hidden_size,
             pretrained_cfg=self.timm_pretrained_cfg,
-            # With `pretrained_cfg` in the file, transformers looks here for the processor's class.
+            # If the file has `pretrained_cfg`, transformers reads the processor's class from here.
             image_processor_type="ViTImageProcessor",
         )
         if output.get("auto_map"):
-            # transformers adds only the class being saved; the other must load from the same folder too.
+            # transformers adds only the class that is saved, but both must load from the folder.
             prefix = f"{self.modeling_module}.{self.class_prefix}"
             output["auto_map"] |= {
                 "AutoModel": f"{prefix}Model",
@@ -102,12 +130,46 @@ class FamilyConfig(ElasticConfig, PreTrainedConfig):
             }
         return output
 
-    def check_knobs(self, knobs: Mapping[str, Any]) -> None:
-        """Raise a `ValueError` for names that are not those of knobs."""
-        if unknown := knobs.keys() - set(self.knobs.values()):
+    def knobs_for(self, **given: Any) -> dict[str, Any]:
+        """Validate arguments of `forward`; knobs that are missing or None have the config's defaults.
+
+        Raises:
+            ValueError: If a value is out of its range, or there is no such knob.
+        """
+        stored = {name: getattr(self, name) for name in self.knobs.values()}
+        return self.resolve(**{**stored, **{name: value for name, value in given.items() if value is not None}})
+
+    def check_knobs(self, knobs: Iterable[str]) -> None:
+        """Raise a `ValueError` unless all of these are names of knobs."""
+        if unknown := set(knobs) - set(self.knobs.values()):
             raise ValueError(
                 f"Expected knobs among {', '.join(self.knobs.values())}, got {', '.join(sorted(unknown))}."
             )
+
+    def check_positive(self, *names: str) -> None:
+        """Raise a `ValueError` unless these fields are at least 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected `{name}` to be at least 1, got {getattr(self, name)}.")
+
+    def check_choices(self, **choices: Collection[str]) -> None:
+        """Raise a `ValueError` unless each field has one of its values."""
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                expected = (
+                    " or ".join(map(repr, allowed)) if isinstance(allowed, tuple) else f"one of {', '.join(allowed)}"
+                )
+                raise ValueError(f"Expected `{name}` to be {expected}, got {getattr(self, name)!r}.")
+
+
+def check_heads(hidden_size: int, heads: int, name: str = "num_attention_heads") -> None:
+    """Raise a `ValueError` unless the number of heads divides the width."""
+    if hidden_size % heads:
+        raise ValueError(f"Expected `hidden_size` to be a multiple of `{name}`, got {hidden_size} and {heads}.")
+
+
+def _as_list(value: Any) -> Any:
+    return [_as_list(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 __all__ = ["FamilyConfig"]

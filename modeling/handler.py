@@ -4,8 +4,8 @@ The endpoint loads this file by its path and calls `EndpointHandler(folder)` onc
 
     {"inputs": "<an image in base64>", "parameters": {"num_active_queries": 16, "dqs_threshold": 0.8, "top_k": 3}}
 
-It opens no file besides the folder's and no socket: images come in the request, never by address. On a CPU that has the packages
-hf_visual_perceiver and onnxruntime, ONNX Runtime computes the same answers sooner.
+The handler opens no files outside the folder and no sockets: images come in the request, never as addresses. On a CPU with the
+packages hf_visual_perceiver and onnxruntime, ONNX Runtime computes the same answers faster.
 """
 
 import base64
@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 
-# 100 MB once decoded. A small file can hold a huge image, so its size is looked at before it is decoded.
+# 100 MB after decoding. A small file can hold a huge image, so the size is checked before decoding.
 MAX_PIXELS = 2**25
 # The largest numbers of 1 to 4 bytes; the last is signed, as Pillow's integers are.
 WHOLE_BYTES = (2**8 - 1, 2**16 - 1, 2**24 - 1, 2**31 - 1)
@@ -43,7 +43,7 @@ class EndpointHandler:
     def __init__(self, path: str = ""):
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"Expected the folder of a checkpoint, got {str(path)!r}.")
-        # The endpoint already runs this file, which is the folder's own code: trusting its neighbours adds nothing.
+        # The endpoint already runs this file of the folder, so trusting the other files adds no risk.
         model = AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True, use_safetensors=True)
         self.processor = AutoImageProcessor.from_pretrained(path)
         self.model = model.eval().cuda() if torch.cuda.is_available() else on_cpu(model.eval(), path)
@@ -84,7 +84,7 @@ class EndpointHandler:
 
 
 def on_cpu(model: Any, path: str) -> Any:
-    """The folder's network in ONNX Runtime, if that is installed and gives the model's answer; otherwise the model.
+    """The network in ONNX Runtime if that is installed and its logits agree with the model's; otherwise the model.
 
     Args:
         model: The model, loaded by the folder's code.
@@ -98,7 +98,7 @@ def on_cpu(model: Any, path: str) -> Any:
         image = torch.linspace(-1, 1, model.config.num_channels * height * width).reshape(1, -1, height, width)
         with torch.inference_mode():
             logits, expected = fast(image).logits, model(image.to(model.dtype)).logits.float()
-        # The package may be of another version than the folder's code, which says what the weights mean.
+        # The package's version may differ from that of the folder's code, to which the weights belong.
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     except (ImportError, ValueError, AssertionError) as error:
         logging.getLogger(__name__).info("Answers come from PyTorch: %s", error)
@@ -107,7 +107,7 @@ def on_cpu(model: Any, path: str) -> Any:
 
 
 def read_parameters(parameters: dict[str, Any], knobs: list[str]) -> tuple[dict[str, Any], int]:
-    """Knobs and `top_k` of a request. Parameters in an address's query are text, so text that is a number is taken.
+    """Knobs and `top_k` of a request. Numbers may be text, as parameters in an address are.
 
     Example:
         >>> read_parameters({"dqs_threshold": "0.8"}, ["num_active_queries", "dqs_threshold"])
@@ -140,7 +140,7 @@ def open_image(image: Any) -> Image.Image:
     A JPEG of more than `MAX_PIXELS` pixels is reduced to a half, a quarter or an eighth of its sides while it is decoded.
 
     Raises:
-        ValueError: If it is no image, is damaged, has more than `MAX_PIXELS` pixels, or `to_rgb` refuses it.
+        ValueError: If the image cannot be read, has more than `MAX_PIXELS` pixels, or has values that `to_rgb` does not take.
     """
     if isinstance(image, str):
         try:
@@ -179,7 +179,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()
     ranges = {"I": WHOLE_BYTES, "F": (1, *WHOLE_BYTES)}.get(image.mode, (65535,))
     white = next((most for most in ranges if high <= most), None)
-    if white is None or not low >= 0:  # neither holds of NaN
+    if white is None or not low >= 0:  # NaN fails both
         raise ValueError(
             f"Expected values from 0 to {ranges[-1]:,} in a grey image of mode {image.mode}, got {low:g} to {high:g}."
         )
@@ -194,7 +194,7 @@ def _read(file: BinaryIO) -> Image.Image:
         divisors = (d for d in (1, 2, 4, 8) if math.ceil(width / d) * math.ceil(height / d) <= MAX_PIXELS)
         divisor = next(divisors, 1)
         if divisor > 1:
-            image.draft(None, (width // divisor, height // divisor))  # does nothing to other formats than JPEG
+            image.draft(None, (width // divisor, height // divisor))  # affects JPEG only
         return _decode(image)
 
 
@@ -213,7 +213,7 @@ def _reading() -> Iterator[None]:
         yield
     except Image.DecompressionBombError:
         raise _too_large("more than Pillow opens") from None
-    except Exception as error:  # Pillow has one of nearly every kind for broken bytes
+    except Exception as error:  # Pillow raises nearly every kind of exception for broken bytes
         raise ValueError(f"damaged, or no image: {error}") from error
 
 

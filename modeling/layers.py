@@ -1,7 +1,5 @@
 """Layers that several families share."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -74,29 +72,3 @@ def attend(
 def drop_path_rates(highest: float, layers: int) -> list[float]:
     """The probability of stochastic depth in each layer, growing linearly from 0."""
     return [highest * i / max(layers - 1, 1) for i in range(layers)]
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raise a `ValueError` unless these fields of a config are at least 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"Expected `{name}` to be at least 1, got {getattr(config, name)}.")
-
-
-def check_heads(hidden_size: int, heads: int, name: str = "num_attention_heads") -> None:
-    """Raise a `ValueError` unless the heads divide the width."""
-    if hidden_size % heads:
-        raise ValueError(f"Expected `hidden_size` to be a multiple of `{name}`, got {hidden_size} and {heads}.")
-
-
-def check_images(pixel_values: torch.Tensor, config: Any) -> None:
-    """Raise a `ValueError` unless these are images of the config's size: (B, C, S, S), at least one."""
-    expected = (config.num_channels, *config.image_height_width)
-    if (
-        pixel_values is None
-        or pixel_values.ndim != 4
-        or tuple(pixel_values.shape[1:]) != expected
-        or not pixel_values.shape[0]
-    ):
-        given = None if pixel_values is None else tuple(pixel_values.shape)
-        raise ValueError(f"Expected `pixel_values` of shape (B, {', '.join(map(str, expected))}), got {given}.")

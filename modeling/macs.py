@@ -38,7 +38,7 @@ def count_macs(config: Any, num_active_queries: int | None = None, num_candidate
 
 
 def count_token_macs(config: Any, levels: int = 1) -> int:
-    """The part of `count_macs` that makes tokens of an image: the patches' linear, or some levels of the stem, projected."""
+    """The part of `count_macs` that makes tokens from an image: the patches' linear, or levels of the stem with projections."""
     N, D = config.num_patches, config.hidden_size
     if config.stem == "patch":
         return N * config.num_channels * config.patch_size**2 * D
@@ -51,7 +51,7 @@ def count_token_macs(config: Any, levels: int = 1) -> int:
 
 
 def count_trunk_macs(config: Any, num_active_queries: int) -> int:
-    """The part of `count_macs` after the cross-attention block, which alone runs anew for each further K on an image."""
+    """The part of `count_macs` after the cross-attention block; another K on the same image repeats only this part."""
     K, D, M = num_active_queries, config.hidden_size, config.intermediate_size
     mlp = 2 * D * M
     trunk = config.num_hidden_layers * (K * (4 * D**2 + mlp) + 2 * K**2 * D)
@@ -59,7 +59,7 @@ def count_trunk_macs(config: Any, num_active_queries: int) -> int:
 
 
 def count_extension_macs(config: Any, start: int, num_active_queries: int) -> int:
-    """As `count_trunk_macs`, for a block-causal trunk that goes on from the first `start` queries."""
+    """`count_trunk_macs` of a block-causal trunk that has already processed the first `start` queries."""
     K, D, M = num_active_queries, config.hidden_size, config.intermediate_size
     new = K - start
     trunk = config.num_hidden_layers * (new * (4 * D**2 + 2 * D * M) + 2 * new * K * D)
@@ -67,7 +67,7 @@ def count_extension_macs(config: Any, start: int, num_active_queries: int) -> in
 
 
 def count_decoder_macs(config: Any, num_active_queries: int) -> int:
-    """The part of `count_macs` after the blocks: the decoder, which reads K tokens or those of the last block, and the head."""
+    """The part of `count_macs` after the blocks: the decoder, which reads K tokens or the last block, and the head."""
     K, D, M = num_active_queries, config.hidden_size, config.intermediate_size
     K -= config.first_decoded(K)
     return K * 2 * D**2 + 2 * D**2 + 2 * K * D + 2 * D * M + D * len(config.label_names)

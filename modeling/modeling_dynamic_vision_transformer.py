@@ -1,7 +1,7 @@
 """The Dynamic Vision Transformer (Wang et al. 2021, "Not All Images are Worth 16x16 Words"): early exits that grow finer.
 
-An image goes through a transformer of few tokens; if that is not sure, through another one of more tokens, which reuses the
-tokens and the attention scores of the one before; and so on. Images that are done leave the batch.
+An image goes through a transformer of few tokens. If that is not sure of its answer, the image goes through the next one, of
+more tokens, which reuses the tokens and the attention scores of the one before. Images that are done leave the batch.
 
 Shapes: B images, E exits, T tokens of an exit (its grid and a class token), D width, H heads, L layers.
 """
@@ -21,9 +21,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_dynamic_vision_transformer import DynamicVisionTransformerConfig
-from .elastic import ElasticModel, Pass
+from .elastic import ElasticModel, Pass, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
-from .layers import MLP, DropPath, attend, check_images, drop_path_rates, split_heads
+from .layers import MLP, DropPath, attend, drop_path_rates, split_heads
 from .query_selection import as_number  # noqa: F401  likewise
 
 
@@ -79,7 +79,7 @@ def enlarge(x: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torc
 
 @dataclass(frozen=True)
 class Reused:
-    """What an exit leaves to the next.
+    """What an exit passes to the next one.
 
     Attributes:
         tokens: (B, T, D) after the last layer, before the final norm.
@@ -94,7 +94,7 @@ class Reused:
 
 
 class RelationReuse(nn.Module):
-    """Attention scores of an exit, made ready to be added to those of the next: (B, L H, T', T') -> (B, L H, T, T)."""
+    """Maps attention scores of an exit to scores that the next one adds to its own: (B, L H, T', T') -> (B, L H, T, T)."""
 
     def __init__(self, maps: int, old: tuple[int, int], new: tuple[int, int]):
         super().__init__()
@@ -111,7 +111,7 @@ class RelationReuse(nn.Module):
 
 
 class FeatureReuse(nn.Module):
-    """Tokens of an exit, made ready for a layer of the next: (B, T', D) -> (B, T, e), zero for the class token."""
+    """Maps tokens of an exit to inputs of a layer of the next: (B, T', D) -> (B, T, e), zero for the class token."""
 
     def __init__(self, config: DynamicVisionTransformerConfig, old: tuple[int, int], new: tuple[int, int]):
         super().__init__()
@@ -163,13 +163,13 @@ class DynamicVisionTransformerLayer(GradientCheckpointingLayer):
 
 
 class DynamicVisionTransformerExit(nn.Module):
-    """One exit's transformer: images (B, C, S, S), and what the exit before leaves, to tokens (B, T, D)."""
+    """One exit's transformer: images (B, C, S, S), and what the exit before passes on, to tokens (B, T, D)."""
 
     def __init__(self, config: DynamicVisionTransformerConfig, exit: int):
         super().__init__()
         D, (rows, columns) = config.hidden_size, config.grids[exit]
         kernel, stride, padding = (config.patches or [])[exit]
-        self.leaves = exit + 1 < config.num_exits  # something to the next one
+        self.leaves = exit + 1 < config.num_exits  # whether the next exit reuses something
         self.projection = nn.Conv2d(config.num_channels, D, kernel, stride, padding)
         self.class_token = nn.Parameter(torch.empty(1, 1, D))
         self.position_embeddings = nn.Parameter(torch.empty(1, rows * columns + 1, D))
@@ -220,7 +220,7 @@ class DynamicVisionTransformerParts:
         Returns:
             Logits (B, labels), exits (B,), and the logits of each exit if no image could stop early, else none.
         """
-        check_images(pixel_values, self.config)
+        check_pixel_values(pixel_values, self.config)
         x, reused, every = pixel_values, None, []
         early = any(t != math.inf for t in thresholds[: max_exit - 1])
         images = torch.arange(x.shape[0], device=x.device)
@@ -260,21 +260,18 @@ class DynamicVisionTransformerPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        init_weights(module, self.config.initializer_range)
-
-
-def init_weights(module: nn.Module, std: float) -> None:
-    """DeiT's initialisation; uses transformers' setters, which skip loaded weights."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        init.trunc_normal_(module.weight, std=std)
-        if module.bias is not None:
+        """DeiT's initialisation; uses transformers' setters, which skip loaded weights."""
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
             init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        init.ones_(module.weight)
-        init.zeros_(module.bias)
-    elif isinstance(module, DynamicVisionTransformerExit):
-        init.trunc_normal_(module.class_token, std=std)
-        init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, DynamicVisionTransformerExit):
+            init.trunc_normal_(module.class_token, std=std)
+            init.trunc_normal_(module.position_embeddings, std=std)
 
 
 class DynamicVisionTransformerModel(DynamicVisionTransformerPreTrainedModel, DynamicVisionTransformerParts):
@@ -310,7 +307,7 @@ class DynamicVisionTransformerModel(DynamicVisionTransformerPreTrainedModel, Dyn
         Raises:
             ValueError: If the images or a knob are not as described.
         """
-        check_images(pixel_values, self.config)
+        check_pixel_values(pixel_values, self.config)
         last = self.config.max_exit if max_exit is None else max_exit
         knobs = self.config.resolve(max_exit=last, exit_thresholds=exit_thresholds)
         if any(t != math.inf for t in knobs["exit_thresholds"]):
@@ -353,7 +350,7 @@ class DynamicVisionTransformerForImageClassification(DynamicVisionTransformerPre
         max_exit: int | None = None,
         **kwargs: Any,
     ) -> DynamicVisionTransformerImageClassifierOutput:
-        """Classify images, each at the first exit that is sure enough of it.
+        """Classify images, each at the first exit that is sure enough.
 
         Args:
             pixel_values: (B, C, S, S), normalised.
@@ -366,24 +363,20 @@ class DynamicVisionTransformerForImageClassification(DynamicVisionTransformerPre
         Raises:
             ValueError: If the images or a knob are not as described.
         """
-        config = self.config
-        knobs = config.resolve(
-            exit_thresholds=config.exit_thresholds if exit_thresholds is None else exit_thresholds,
-            max_exit=config.max_exit if max_exit is None else max_exit,
-        )
+        knobs = self.config.knobs_for(exit_thresholds=exit_thresholds, max_exit=max_exit)
         logits, exits, every = self.dynamic_vision_transformer.run(
             pixel_values, list(self.heads), knobs["max_exit"], knobs["exit_thresholds"]
         )
         loss = None
         if labels is not None:
-            losses = [self.loss_function(labels, answers, config) for answers in every or (logits,)]
+            losses = [self.loss_function(labels, answers, self.config) for answers in every or (logits,)]
             loss = torch.stack(losses).sum()
         return DynamicVisionTransformerImageClassifierOutput(
             loss=loss, logits=logits, exits=exits, exit_logits=every or None
         )
 
     def forward_budgets(self, pixel_values: torch.Tensor, passes: Sequence[Pass]) -> list[torch.Tensor]:
-        """The logits (n, labels) of each pass's n images; passes over the whole batch that stop nowhere early share one run."""
+        """The logits (n, labels) of each pass's n images; passes over the whole batch without thresholds share one run."""
         knobs = [self.config.resolve(**p.budget.kwargs) for p in passes]
         shared = all(set(k["exit_thresholds"]) <= {math.inf} for k in knobs)
         if not shared or any(p.images != slice(None) for p in passes):

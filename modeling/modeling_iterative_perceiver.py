@@ -16,9 +16,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_iterative_perceiver import IterativePerceiverConfig
-from .elastic import ElasticModel
+from .elastic import ElasticModel, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
-from .layers import MLP, attend, check_images, split_heads
+from .layers import MLP, attend, split_heads
 from .query_selection import as_number  # noqa: F401  likewise
 
 
@@ -149,11 +149,11 @@ class IterativePerceiverNetwork(nn.Module):
 
     def run(self, pixel_values: torch.Tensor, num_active_queries: int, num_iterations: int) -> torch.Tensor:
         """The first K latents after the first iterations: (B, C, S, S) -> (B, K, D)."""
-        check_images(pixel_values, self.config)
+        check_pixel_values(pixel_values, self.config)
         B, s = pixel_values.shape[0], self.config.num_self_attends_per_block
         pixels = pixel_values.to(self.latents.dtype).flatten(2).transpose(1, 2)  # (B, M, 3)
         inputs = torch.cat([pixels, self.positions.to(pixels.dtype).expand(B, -1, -1)], dim=-1)  # (B, M, C)
-        # A copy, as of an expanded parameter torch's FLOP counter cannot take the gradient away.
+        # A copy: torch's FLOP counter fails on an expanded parameter.
         x, reads = self.latents[:num_active_queries].clone().expand(B, -1, -1), 0
         for i in range(num_iterations):
             if self.config.reads_at(i):
@@ -184,22 +184,19 @@ class IterativePerceiverPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        init_weights(module, self.config.initializer_range)
-
-
-def init_weights(module: nn.Module, std: float) -> None:
-    """transformers' choice for its Perceiver, normal everywhere; uses its setters, which skip loaded weights."""
-    if isinstance(module, nn.Linear):
-        init.normal_(module.weight, std=std)
-        init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        init.ones_(module.weight)
-        init.zeros_(module.bias)
-    elif isinstance(module, IterativePerceiverNetwork):
-        init.trunc_normal_(module.latents, std=std)
-        init.copy_(module.positions, module.computed_positions(module.config))
-        if module.config.decoder_type == "query":
-            init.trunc_normal_(module.output_query, std=std)
+        """Normal weights, as in transformers' Perceiver; uses transformers' setters, which skip loaded weights."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, IterativePerceiverNetwork):
+            init.trunc_normal_(module.latents, std=std)
+            init.copy_(module.positions, module.computed_positions(module.config))
+            if module.config.decoder_type == "query":
+                init.trunc_normal_(module.output_query, std=std)
 
 
 class IterativePerceiverModel(IterativePerceiverPreTrainedModel, IterativePerceiverNetwork):
@@ -229,15 +226,14 @@ class IterativePerceiverModel(IterativePerceiverPreTrainedModel, IterativePercei
         Args:
             pixel_values: (B, C, S, S), normalised.
             num_active_queries: Use the first K latents; None is the config's value, or all.
-            num_iterations: Stop after so many; None is the config's value, or all.
+            num_iterations: Number of iterations; None is the config's value, or all.
             **kwargs: transformers' `return_dict`.
 
         Raises:
             ValueError: If the images or a knob are not as described.
         """
-        given = {"num_active_queries": num_active_queries, "num_iterations": num_iterations}
-        knobs = {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
-        x = self.run(pixel_values, **self.config.resolve(**knobs))
+        knobs = self.config.knobs_for(num_active_queries=num_active_queries, num_iterations=num_iterations)
+        x = self.run(pixel_values, **knobs)
         used = torch.full((x.shape[0],), x.shape[1], device=x.device)
         return IterativePerceiverModelOutput(last_hidden_state=x, pooler_output=self.pool(x), used=used)
 
@@ -292,16 +288,15 @@ class IterativePerceiverForImageClassification(IterativePerceiverPreTrainedModel
 
     @classmethod
     def from_transformers(cls, model: Any) -> "IterativePerceiverForImageClassification":
-        """The network of transformers' `PerceiverForImageClassificationFourier`, with its weights.
+        """Convert transformers' `PerceiverForImageClassificationFourier`, with its weights.
 
-        DeepMind's published weights (deepmind/vision-perceiver-fourier) come in that form. transformers' own attention dropout
-        is left out; it plays no part in evaluation.
+        DeepMind's published weights (deepmind/vision-perceiver-fourier) come in that form. The attention dropout is left out, which changes nothing in evaluation.
 
         Args:
             model: A `PerceiverForImageClassificationFourier`.
 
         Raises:
-            ValueError: If it is another kind of model, or of settings that this family does not have.
+            ValueError: If the model is of another kind, or has settings that this family lacks.
         """
         c, preprocessor = model.config, getattr(getattr(model, "perceiver", None), "input_preprocessor", None)
         embedding: Any = getattr(preprocessor, "position_embeddings", None)

@@ -1,4 +1,4 @@
-"""LookupViT (Koner et al. 2024): a few compressed tokens do the work, the full grid of tokens is looked up and updated cheaply.
+"""LookupViT (Koner et al. 2024): a ViT on a few compressed tokens, which read and update the full grid of tokens cheaply.
 
 Shapes: B images, N lookup tokens (patches), M compressed tokens, D width, H heads.
 """
@@ -17,9 +17,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_lookupvit import LookupViTConfig
-from .elastic import ElasticModel
+from .elastic import ElasticModel, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
-from .layers import MLP, DropPath, attend, check_images, drop_path_rates, split_heads
+from .layers import MLP, DropPath, attend, drop_path_rates, split_heads
 from .query_selection import as_number  # noqa: F401  likewise
 
 
@@ -128,7 +128,7 @@ class LookupViTLayer(GradientCheckpointingLayer):
         query, key, value = (split_heads(p, self.heads) for p in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         x = x + self.drop_path(self.proj(attend(query, key, value, dropout=dropout)[0]))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
-        # (B, H, N, M): the weights of the gathering, transposed; nothing is compared anew.
+        # (B, H, N, M): the scores of the gathering attention, transposed.
         weights = scores.transpose(2, 3).softmax(-1) if self.softmax_again else scores.softmax(-1).transpose(2, 3)
         y = weights @ split_heads(self.infuse_value(self.norm_infuse(x)), self.heads)
         lookup = lookup + self.drop_path(self.infuse_proj(y.transpose(1, 2).flatten(2)))
@@ -171,20 +171,17 @@ class LookupViTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        init_weights(module, self.config.initializer_range)
-
-
-def init_weights(module: nn.Module, std: float) -> None:
-    """ViT's initialisation; uses transformers' setters, which skip loaded weights."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        init.trunc_normal_(module.weight, std=std)
-        if module.bias is not None:
+        """ViT's initialisation; uses transformers' setters, which skip loaded weights."""
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
             init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        init.ones_(module.weight)
-        init.zeros_(module.bias)
-    elif isinstance(module, LookupViTEmbeddings):
-        init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, LookupViTEmbeddings):
+            init.trunc_normal_(module.position_embeddings, std=std)
 
 
 class LookupViTModel(LookupViTPreTrainedModel, LookupViTParts):
@@ -205,7 +202,7 @@ class LookupViTModel(LookupViTPreTrainedModel, LookupViTParts):
     def forward(
         self, pixel_values: torch.Tensor, compressed_size: int | tuple[int, int] | None = None, **kwargs: Any
     ) -> LookupViTModelOutput:
-        """The tokens at a grid of compressed ones.
+        """Compute the tokens with a grid of compressed tokens.
 
         Args:
             pixel_values: (B, C, S, S), normalised.
@@ -215,9 +212,8 @@ class LookupViTModel(LookupViTPreTrainedModel, LookupViTParts):
         Raises:
             ValueError: If the images or the grid are not as described.
         """
-        check_images(pixel_values, self.config)
-        size = self.config.compressed_size if compressed_size is None else compressed_size
-        size = self.config.resolve(compressed_size=size)["compressed_size"]
+        check_pixel_values(pixel_values, self.config)
+        size = self.config.knobs_for(compressed_size=compressed_size)["compressed_size"]
         if isinstance(size, torch.Tensor):
             raise ValueError(f"Expected one grid for all images, got {size.tolist()}; the classifier takes several.")
         x, lookup = self.run(pixel_values, size)
@@ -258,16 +254,15 @@ class LookupViTForImageClassification(LookupViTPreTrainedModel, ElasticModel):
         Args:
             pixel_values: (B, C, S, S), normalised.
             labels: (B,) class indices.
-            compressed_size: Side of the grid, (rows, columns), or a tensor (B,) of a side for each image, of which those
-                with equal grids run together. None is the config's, or the largest.
+            compressed_size: Side of the grid, (rows, columns), or a tensor (B,) with a side for each image; images of
+                equal grids run together. None is the config's, or the largest.
             **kwargs: transformers' `return_dict`.
 
         Raises:
             ValueError: If the images or a grid are not as described.
         """
-        check_images(pixel_values, self.config)
-        size = self.config.compressed_size if compressed_size is None else compressed_size
-        size = self.config.resolve(compressed_size=size)["compressed_size"]
+        check_pixel_values(pixel_values, self.config)
+        size = self.config.knobs_for(compressed_size=compressed_size)["compressed_size"]
         if isinstance(size, torch.Tensor):
             if len(size) != pixel_values.shape[0]:
                 raise ValueError(f"Expected `compressed_size` of {pixel_values.shape[0]} images, got {len(size)}.")

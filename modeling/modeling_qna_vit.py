@@ -1,4 +1,4 @@
-"""QnA-ViT (Arar et al. 2022): local attention whose queries are learned, so that windows cost as little as a convolution.
+"""QnA-ViT (Arar et al. 2022): local attention with learned queries, whose windows cost as little as a convolution.
 
 Shapes: B images, (S, S) positions, C channels in and F out, n queries, h heads, d = F / h, k x k windows.
 """
@@ -17,9 +17,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_qna_vit import QnAViTConfig
-from .elastic import ElasticModel
+from .elastic import ElasticModel, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
-from .layers import MLP, DropPath, attend, check_images, drop_path_rates
+from .layers import MLP, DropPath, attend, drop_path_rates
 from .query_selection import without_autocast
 
 
@@ -82,8 +82,8 @@ class QnALayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         d = self.queries.shape[1] // self.heads
         scores, value = self.scores(x).permute(0, 3, 1, 2), self.value(x).permute(0, 3, 1, 2)
-        # In float32, and relative to the image's largest score, which cancels in the quotient: half precision would overflow.
-        # Scores far below it are clamped, so that no window's sum vanishes.
+        # Half precision would overflow, so this runs in float32 and subtracts the image's largest score, which cancels in the
+        # quotient. Scores far below it are clamped, so that no window's sum vanishes.
         with without_autocast(x.device):
             scores, values = scores.float(), value.float()
             weights = (scores - scores.amax((2, 3), keepdim=True)).clamp(min=-60.0).exp()  # (B, n h, S, S)
@@ -97,7 +97,7 @@ class QnALayer(nn.Module):
         return self.proj(y.permute(0, 2, 3, 1).to(value.dtype))
 
     def convolve(self, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-        """A depthwise convolution with a (k^2, channels) kernel; what lies outside the image is left out of the sums."""
+        """A depthwise convolution with a (k^2, channels) kernel; places outside of the image add nothing."""
         weight = kernel.t().reshape(-1, 1, self.k, self.k)
         return F.conv2d(x, weight, stride=self.stride, padding=self.k // 2, groups=x.shape[1])
 
@@ -117,7 +117,7 @@ class QnABlock(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.attention(self.norm1(x))
-        if self.skip is not None:  # stochastic depth leaves the change of resolution alone
+        if self.skip is not None:  # stochastic depth does not drop a change of resolution
             x, change = self.skip(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), y
         else:
             change = self.drop_path(y)
@@ -188,7 +188,7 @@ class QnAViTParts:
 
     def run(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Positions of the last stage, normalised: (B, C, S, S) -> (B, N, D)."""
-        check_images(pixel_values, self.config)
+        check_pixel_values(pixel_values, self.config)
         x = self.stem(pixel_values).permute(0, 2, 3, 1)
         for layer in self.layers:
             x = layer(x)
@@ -208,26 +208,23 @@ class QnAViTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        init_weights(module, self.config.initializer_range)
-
-
-def init_weights(module: nn.Module, std: float) -> None:
-    """The authors' initialisation; uses transformers' setters, which skip loaded weights."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        fan_in = module.weight[0].numel()
-        init.trunc_normal_(module.weight, std=fan_in**-0.5)
-        if module.bias is not None:
+        """The authors' initialisation; uses transformers' setters, which skip loaded weights."""
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            fan_in = module.weight[0].numel()
+            init.trunc_normal_(module.weight, std=fan_in**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
             init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        init.ones_(module.weight)
-        init.zeros_(module.bias)
-    elif isinstance(module, QnALayer):
-        init.trunc_normal_(module.queries, std=(module.queries.shape[1] // module.heads) ** -0.5)
-        init.zeros_(module.relative_bias)
-        init.normal_(module.scale, std=std)
-    elif isinstance(module, LocalBlock):
-        init.zeros_(module.relative_bias)
-        init.copy_(module.index, module.computed_index(module.window))
+        elif isinstance(module, QnALayer):
+            init.trunc_normal_(module.queries, std=(module.queries.shape[1] // module.heads) ** -0.5)
+            init.zeros_(module.relative_bias)
+            init.normal_(module.scale, std=std)
+        elif isinstance(module, LocalBlock):
+            init.zeros_(module.relative_bias)
+            init.copy_(module.index, module.computed_index(module.window))
 
 
 class QnAViTModel(QnAViTPreTrainedModel, QnAViTParts):

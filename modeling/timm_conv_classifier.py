@@ -1,6 +1,6 @@
 """Small convolutional classifiers for timm: the conv stem with a linear head, and CIFAR's ResNets.
 
-They are what a Visual Perceiver with a stem has to be compared with, and quick teachers. Importing this file registers them.
+They are baselines for a Visual Perceiver with a stem, and quick teachers. Importing this file registers them with timm.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ __all__ = ["CifarResNet", "ConvStemClassifier"]
 class ConvStemClassifier(nn.Module):
     """A `ConvStem`, pooling and a linear classifier: (B, C, H, W) -> (B, classes).
 
-    Its `stem` has the same parameters as that of a Visual Perceiver with these widths, which can begin with it.
+    Its `stem` has the parameters of the stem of a Visual Perceiver with these widths, which can load it.
 
     Example:
         >>> import timm

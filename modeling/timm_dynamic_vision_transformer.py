@@ -5,16 +5,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .configuration_dynamic_vision_transformer import DynamicVisionTransformerConfig
-from .layers import check_images
-from .modeling_dynamic_vision_transformer import DynamicVisionTransformerParts, init_weights
+from .elastic import check_pixel_values
+from .modeling_dynamic_vision_transformer import DynamicVisionTransformerParts, DynamicVisionTransformerPreTrainedModel
 from .timm_family import TimmClassifier, register_architectures
 
 
-class DynamicVisionTransformer(TimmClassifier, DynamicVisionTransformerParts):
+class DynamicVisionTransformer(DynamicVisionTransformerParts, TimmClassifier):
     """Dynamic Vision Transformer with timm's interface.
 
-    `forward_features` and `forward_head` are those of the last exit; `forward` takes `exit_thresholds` and `max_exit`.
+    `forward_features` and `forward_head` run the last exit; `forward` takes `exit_thresholds` and `max_exit`.
 
     Example:
         >>> import timm
@@ -23,10 +22,7 @@ class DynamicVisionTransformer(TimmClassifier, DynamicVisionTransformerParts):
         torch.Size([2, 10])
     """
 
-    config_class = DynamicVisionTransformerConfig
-    base_prefix = "dynamic_vision_transformer"
-    initialise = staticmethod(init_weights)
-    build_parts = DynamicVisionTransformerParts.build_parts
+    pretrained_class = DynamicVisionTransformerPreTrainedModel
 
     def build_heads(self) -> None:
         """A classifier for each exit."""
@@ -44,9 +40,9 @@ class DynamicVisionTransformer(TimmClassifier, DynamicVisionTransformerParts):
 
     def forward_features(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
         """Tokens of the last exit, or of `max_exit`: (B, C, S, S) -> (B, T, D)."""
-        check_images(x, self.config)
+        check_pixel_values(x, self.config)
         reused = None
-        for stage in self.exits[: self.knobs_of(knobs)["max_exit"]]:
+        for stage in self.exits[: self.config.knobs_for(**knobs)["max_exit"]]:
             tokens, reused = stage(x, reused)
         return tokens
 
@@ -59,11 +55,11 @@ class DynamicVisionTransformer(TimmClassifier, DynamicVisionTransformerParts):
 
         Args:
             x: Normalised images.
-            **knobs: `exit_thresholds` and `max_exit`, as of `DynamicVisionTransformerForImageClassification`.
+            **knobs: `exit_thresholds` and `max_exit`, as in `DynamicVisionTransformerForImageClassification.forward`.
         """
         heads = [nn.Sequential(self.head_drop, head) for head in self.heads]
-        given = self.knobs_of(knobs)
+        given = self.config.knobs_for(**knobs)
         return self.run(x, heads, given["max_exit"], given["exit_thresholds"])[0]
 
 
-register_architectures(__name__, DynamicVisionTransformer)
+register_architectures(DynamicVisionTransformer)

@@ -1,11 +1,13 @@
-"""timm's verbs on the families' networks, and their registration."""
+"""The base of the families' timm models, and the registration of their architectures."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import use_fused_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -17,38 +19,43 @@ from .family_config import FamilyConfig
 class TimmClassifier(nn.Module):
     """A family's network as a timm model; parameters and names are those of its `ForImageClassification`.
 
-    A subclass mixes in the family's parts and says what `forward_features` and `forward_head` do.
+    A subclass mixes in the family's parts, before this class, and implements `forward_features`.
 
     Args:
-        config: The family's; timm's names of its fields are understood by `create`.
         drop_rate: Dropout before the classifier.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        **arguments: `img_size`, `in_chans`, `num_classes` and what the family's config has; see `FamilyConfig.timm_names`.
+
+    Raises:
+        TypeError: If there is no such argument.
+        ValueError: If a value is out of its range.
     """
 
-    config_class: type[FamilyConfig]
-    base_prefix: str  # of parameter names in transformers' classifier
-    initialise: Callable[..., None]  # as `init_weights` of the family
+    pretrained_class: Any  # transformers' base class of the family
+    build_parts: Callable[[Any], None]  # the mixin's
+    forward_features: Callable[..., torch.Tensor]  # (B, C, H, W) and knobs -> tokens (B, n, D)
+    feature_cfg: Mapping[str, Any] = {}  # timm's settings of `features_only`
 
-    def __init__(self, drop_rate: float = 0.0, **fields: Any):
+    def __init__(
+        self,
+        drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ):
         super().__init__()
-        names = {"img_size": "image_size", "in_chans": "num_channels", "num_classes": "num_labels"}
-        size = fields.get("img_size")
-        if isinstance(size, (tuple, list)):  # as timm passes it
-            if len(set(size)) != 1:
-                raise ValueError(f"Expected square images, got `img_size` {tuple(size)}.")
-            fields["img_size"] = size[0]
-        config: Any = self.config_class(**{names.get(name, name): value for name, value in fields.items()})
-        config._attn_implementation = "sdpa"
+        config: Any = self.pretrained_class.config_class.from_timm(**arguments)
+        config._attn_implementation = "sdpa" if use_fused_attn() else "eager"
         self.config = config
         self.in_chans, self.num_classes = config.num_channels, config.num_labels
         self.num_features = self.head_hidden_size = self.embed_dim = config.hidden_size
-        self.head_drop = nn.Dropout(drop_rate)
-        self.build_parts(config)
-        self.build_heads()
+        with torch.device(device) if device is not None else nullcontext():
+            self.build_parts(config)
+            self.head_drop = nn.Dropout(drop_rate)
+            self.build_heads()
+        self.to(dtype=dtype)
         self.init_weights()
-
-    def build_parts(self, config: Any) -> None:
-        """Create the family's submodules."""
-        raise NotImplementedError
 
     def build_heads(self) -> None:
         """Create the classifiers for `num_classes`."""
@@ -56,12 +63,16 @@ class TimmClassifier(nn.Module):
 
     def new_head(self, width: int | None = None) -> nn.Module:
         """A classifier, or the identity without classes."""
-        return nn.Linear(width or self.num_features, self.num_classes) if self.num_classes > 0 else nn.Identity()
+        like, classes = next(self.parameters()), self.num_classes
+        if classes == 0:
+            return nn.Identity().train(self.training)
+        head = nn.Linear(width or self.num_features, classes, device=like.device, dtype=like.dtype)
+        return head.train(self.training)
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Initialise every parameter anew, as transformers does for this model."""
-        self.apply(partial(type(self).initialise, std=self.config.initializer_range))
+        self.apply(partial(self.pretrained_class._init_weights, self))
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -72,10 +83,8 @@ class TimmClassifier(nn.Module):
         """Give the model new classifiers."""
         if global_pool not in (None, "token", "avg"):
             raise ValueError(f"Expected `global_pool` to stay as it is, got {global_pool!r}.")
-        like = next(self.parameters())
         self.num_classes = self.config.num_labels = num_classes
         self.build_heads()
-        self.to(device=like.device, dtype=like.dtype)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -95,10 +104,6 @@ class TimmClassifier(nn.Module):
                 layer.gradient_checkpointing = enable
                 layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
 
-    def forward_features(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
-        """Tokens before the classifier, (B, n, D)."""
-        raise NotImplementedError
-
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool and classify tokens: (B, n, D) -> (B, classes), or (B, D) with `pre_logits`."""
         x = self.head_drop(self.pool(x))
@@ -112,42 +117,51 @@ class TimmClassifier(nn.Module):
         """Classify images at a budget: (B, C, H, W) -> (B, classes)."""
         return self.forward_head(self.forward_features(x, **knobs))
 
-    def knobs_of(self, given: dict[str, Any]) -> dict[str, Any]:
-        """All knobs, those that are not given at the config's default."""
-        self.config.check_knobs(given)
-        stored = {name: getattr(self.config, name) for name in self.config.knobs.values()}
-        return self.config.resolve(**{**stored, **{n: v for n, v in given.items() if v is not None}})
+    def adapt_tensor(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Fit a checkpoint's tensor to this model; by default unchanged."""
+        return value
 
 
-def register_architectures(module: str, model: type[TimmClassifier]) -> None:
-    """Register a function for each named architecture of a family with timm.
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: TimmClassifier) -> dict[str, torch.Tensor]:
+    """Make a checkpoint fit `model`: without transformers' prefix, and with adapted tensors."""
+    prefix = f"{model.pretrained_class.base_model_prefix}."
+    named = ((name.removeprefix(prefix), value) for name, value in state_dict.items())
+    return {name: model.adapt_tensor(name, value) for name, value in named}
 
-    Args:
-        module: `__name__` of the family's timm file.
-        model: Its model class.
-    """
-    space, config_class = sys.modules[module], model.config_class
 
-    def default_cfg(name: str) -> dict[str, Any]:
-        config = config_class.from_architecture(name)
-        labels = 10 if config.image_size <= 64 else 1000
-        cfg = config_class.from_architecture(name, num_labels=labels).timm_pretrained_cfg
-        return {"url": "", "pool_size": None, "license": "apache-2.0", **cfg, "input_size": tuple(cfg["input_size"])}
+def register_architectures(model: type[TimmClassifier]) -> None:
+    """Register a function for each named architecture of a model's family with timm."""
+    module: Any = sys.modules[model.__module__]
+    module.checkpoint_filter_fn = checkpoint_filter_fn  # timm looks for it there
+    config_class: type[FamilyConfig] = model.pretrained_class.config_class
+    configs = {name: config_class.from_architecture(name) for name in config_class.named}
+    module.default_cfgs = generate_default_cfgs({name: _default_cfg(config) for name, config in configs.items()})
+    for name, config in configs.items():
+        setattr(module, name, register_model(_entrypoint(model, name, config)))
 
-    def strip_prefix(state_dict: dict[str, torch.Tensor], network: nn.Module) -> dict[str, torch.Tensor]:
-        return {name.removeprefix(f"{model.base_prefix}."): value for name, value in state_dict.items()}
 
-    space.default_cfgs = generate_default_cfgs({name: default_cfg(name) for name in config_class.named})  # type: ignore[attr-defined]
-    for name, fields in config_class.named.items():
+def _default_cfg(config: Any) -> dict[str, Any]:
+    config.num_labels = 10 if max(config.image_height_width) <= 64 else 1000
+    cfg = config.timm_pretrained_cfg
+    return {"url": "", "pool_size": None, "license": "apache-2.0", **cfg, "input_size": tuple(cfg["input_size"])}
 
-        def create(pretrained: bool = False, *, _name: str = name, _fields: Any = fields, **kwargs: Any) -> nn.Module:
-            names = {"image_size": "img_size", "num_channels": "in_chans"}
-            arguments = {names.get(field, field): value for field, value in _fields.items()}
-            return build_model_with_cfg(
-                model, _name, pretrained, pretrained_filter_fn=strip_prefix, **{**arguments, **kwargs}
-            )
 
-        create.__name__ = create.__qualname__ = name
-        create.__module__ = module
-        create.__doc__ = f"{config_class.class_prefix} `{name}`."
-        setattr(space, name, register_model(create))
+def _entrypoint(model: type[TimmClassifier], name: str, config: Any) -> Callable[..., nn.Module]:
+    # timm takes the sizes of images from `default_cfgs`.
+    defaults = {key: value for key, value in config.timm_model_args.items() if key not in ("img_size", "in_chans")}
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(
+            model,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(model.feature_cfg),
+            **{**defaults, **kwargs},
+        )
+
+    height, width = config.image_height_width
+    create.__name__ = create.__qualname__ = name
+    create.__module__ = model.__module__
+    create.__doc__ = f"{config.title} of {config.summary}, for {height}x{width} images."
+    return create

@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 
-from .configuration_iterative_perceiver import IterativePerceiverConfig
-from .modeling_iterative_perceiver import IterativePerceiverNetwork, init_weights
+from .modeling_iterative_perceiver import IterativePerceiverNetwork, IterativePerceiverPreTrainedModel
 from .timm_family import TimmClassifier, register_architectures
 
 
-class IterativePerceiver(TimmClassifier, IterativePerceiverNetwork):
+class IterativePerceiver(IterativePerceiverNetwork, TimmClassifier):
     """Perceiver with timm's interface.
 
     Example:
@@ -19,15 +18,11 @@ class IterativePerceiver(TimmClassifier, IterativePerceiverNetwork):
         torch.Size([2, 10])
     """
 
-    config_class = IterativePerceiverConfig
-    base_prefix = "iterative_perceiver"
-    initialise = staticmethod(init_weights)
-    build_parts = IterativePerceiverNetwork.build_parts
-    pool = IterativePerceiverNetwork.pool
+    pretrained_class = IterativePerceiverPreTrainedModel
 
     def forward_features(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
         """The latents: (B, C, S, S) -> (B, K, D)."""
-        return self.run(x, **self.knobs_of(knobs))
+        return self.run(x, **self.config.knobs_for(**knobs))
 
 
-register_architectures(__name__, IterativePerceiver)
+register_architectures(IterativePerceiver)

@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 
-from .configuration_lookupvit import LookupViTConfig
-from .layers import check_images
-from .modeling_lookupvit import LookupViTParts, init_weights
+from .elastic import check_pixel_values
+from .modeling_lookupvit import LookupViTParts, LookupViTPreTrainedModel
 from .timm_family import TimmClassifier, register_architectures
 
 
-class LookupViT(TimmClassifier, LookupViTParts):
+class LookupViT(LookupViTParts, TimmClassifier):
     """LookupViT with timm's interface; `forward_features` gives the compressed tokens, then the lookup tokens.
 
     Example:
@@ -20,10 +19,7 @@ class LookupViT(TimmClassifier, LookupViTParts):
         torch.Size([2, 10])
     """
 
-    config_class = LookupViTConfig
-    base_prefix = "lookupvit"
-    initialise = staticmethod(init_weights)
-    build_parts = LookupViTParts.build_parts
+    pretrained_class = LookupViTPreTrainedModel
 
     def build_heads(self) -> None:
         """A classifier for each kind of tokens."""
@@ -31,8 +27,8 @@ class LookupViT(TimmClassifier, LookupViTParts):
 
     def forward_features(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
         """Compressed tokens, then lookup tokens: (B, C, S, S) -> (B, M + N, D)."""
-        check_images(x, self.config)
-        return torch.cat(self.run(x, self.knobs_of(knobs)["compressed_size"]), dim=1)
+        check_pixel_values(x, self.config)
+        return torch.cat(self.run(x, self.config.knobs_for(**knobs)["compressed_size"]), dim=1)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool and classify: (B, M + N, D) -> (B, classes), or with `pre_logits` the mean compressed token (B, D)."""
@@ -43,4 +39,4 @@ class LookupViT(TimmClassifier, LookupViTParts):
         return (self.head(first) + self.lookup_head(second)) / 2
 
 
-register_architectures(__name__, LookupViT)
+register_architectures(LookupViT)

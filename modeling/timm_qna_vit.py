@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 
-from .configuration_qna_vit import QnAViTConfig
-from .modeling_qna_vit import QnAViTParts, init_weights
+from .modeling_qna_vit import QnAViTParts, QnAViTPreTrainedModel
 from .timm_family import TimmClassifier, register_architectures
 
 
-class QnAViT(TimmClassifier, QnAViTParts):
+class QnAViT(QnAViTParts, TimmClassifier):
     """QnA-ViT with timm's interface.
 
     Example:
@@ -19,15 +18,12 @@ class QnAViT(TimmClassifier, QnAViTParts):
         torch.Size([2, 10])
     """
 
-    config_class = QnAViTConfig
-    base_prefix = "qna_vit"
-    initialise = staticmethod(init_weights)
-    build_parts = QnAViTParts.build_parts
+    pretrained_class = QnAViTPreTrainedModel
 
     def forward_features(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
         """Positions of the last stage: (B, C, S, S) -> (B, N, D)."""
-        self.knobs_of(knobs)
+        self.config.knobs_for(**knobs)
         return self.run(x)
 
 
-register_architectures(__name__, QnAViT)
+register_architectures(QnAViT)

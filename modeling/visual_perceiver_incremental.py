@@ -1,4 +1,4 @@
-"""Outputs of the Visual Perceiver, and answers that go on with more queries."""
+"""Outputs of the Visual Perceiver, and its incremental inference."""
 
 from dataclasses import dataclass, replace
 
@@ -7,7 +7,7 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from .visual_perceiver_layers import KeysAndValues
-from .visual_perceiver_network import ActiveTokens, PerceiverNetwork
+from .visual_perceiver_network import DenseTokens, PerceiverNetwork
 
 
 @dataclass
@@ -66,17 +66,17 @@ class VisualPerceiverImageClassifierOutput(ModelOutput):
 
 @dataclass
 class IncrementalState:
-    """Images that have been answered with some queries, and can be with more.
+    """Images that were classified with some queries, and can be classified again with more.
 
-    With a block-causal trunk going on repeats nothing but queries of a block that was not complete. With the paper's, in
-    which all queries see each other, the image is read once and the trunk runs anew.
+    A block-causal trunk repeats only the queries of an incomplete block. The paper's trunk, in which all queries see each
+    other, repeats all of them; the image is read once.
 
     Attributes:
         parts: The network.
         head: The classifier.
-        keys_and_values: Keys and values of the images' tokens, each (B, H, N, d), as the queries of the level read them.
-        level: Level of the stem that has been computed.
-        features: Those of that level, (B, C, h, w) of several resolutions, from which the next goes on.
+        keys_and_values: Keys and values of the images' tokens at this level, each (B, H, N, d).
+        level: The last level of the stem that was computed.
+        features: Features of that level, (B, C, h, w) of several resolutions, which the next level reads.
         tokens: (B, K, D) after the cross-attention block.
         past: Keys and values of the K tokens in each block of the trunk, each (B, H, K, d); empty with the paper's trunk.
         processed: (B, K, D) tokens after the trunk.
@@ -114,27 +114,27 @@ class IncrementalState:
 
     @torch.no_grad()
     def extend(self, num_active_queries: int | None = None) -> VisualPerceiverImageClassifierOutput:
-        """Answer with the first K queries, or all, going on from those that there are.
+        """Classify with the first K queries, or all, of which the earlier ones are not repeated.
 
         Raises:
-            ValueError: If K is out of its range or smaller than before, or the weights have changed since.
+            ValueError: If K is out of its range or smaller than before, or the weights have changed.
         """
         parts, before = self.parts, self.num_active_queries
         K = parts.config.resolve(num_active_queries=num_active_queries)["num_active_queries"]
         if before > K:
-            raise ValueError(f"Expected at least the {before} queries that there are, got {K}.")
+            raise ValueError(f"Expected at least the {before} queries of the last call, got {K}.")
         if weight_versions(parts) != self.versions:
             raise ValueError(
-                "Expected the weights that read the images, got others: the model has changed; start anew."
+                "Expected the weights that read the images, got others: the model has changed; call `start` again."
             )
         if before < K:
             self.add(K)
-        pooled = parts.decode(ActiveTokens(self.processed))
-        active = parts.active_queries(ActiveTokens(self.processed))
+        pooled = parts.decode(DenseTokens(self.processed))
+        active = parts.active_queries(DenseTokens(self.processed))
         return VisualPerceiverImageClassifierOutput(logits=self.head(pooled), active_queries=active)
 
     def add(self, K: int) -> None:
-        """Compute the tokens of the queries that are missing to the first K."""
+        """Compute the missing tokens of the first K queries."""
         parts, cross, before = self.parts, self.parts.cross_attention, self.num_active_queries
         for level, first, end in parts.config.query_spans(before, K):
             if level > self.level:
@@ -144,9 +144,9 @@ class IncrementalState:
             y, _ = cross(self.keys_and_values, query=new)
             self.tokens = torch.cat([self.tokens, cross.finish(y, new)], dim=1)  # (B, K, D)
         if parts.config.trunk_attention == "full":
-            self.processed = parts.process(ActiveTokens(self.tokens)).tokens
+            self.processed = parts.process(DenseTokens(self.tokens)).tokens
             return
-        # Queries of a block see all of it, so a block that was cut off begins anew.
+        # Queries see all of their block, so an incomplete block is repeated.
         start = max(end for end in [0, *parts.config.block_ends] if end <= before)
         blocks = parts.query_block(self.tokens.device)
         mask = (blocks[start:K, None] >= blocks[:K])[None, None]  # (1, 1, n, K)
@@ -157,7 +157,7 @@ class IncrementalState:
         self.processed = torch.cat([self.processed[:, :start], x], dim=1)
 
     def __getitem__(self, images: torch.Tensor) -> "IncrementalState":
-        """The state of some of the images: (B,) bool or indices."""
+        """The state of some of the images, given as (B,) bool or as indices."""
         return replace(
             self,
             keys_and_values=(self.keys_and_values[0][images], self.keys_and_values[1][images]),
@@ -169,9 +169,9 @@ class IncrementalState:
 
 
 def weight_versions(parts: PerceiverNetwork) -> tuple[tuple[int, int], ...]:
-    """What changes when a weight does: its identity, and how often it was written to.
+    """The identity of each weight, and the number of writes to it; they change when the weights do.
 
-    Offloaded weights, which are new tensors each time they are used, are left out.
+    Offloaded weights are left out, as they are new tensors at each use.
     """
     assert isinstance(parts, nn.Module)
     return tuple((id(p), 0 if p.is_inference() else p._version) for p in parts.parameters() if not p.is_meta)

@@ -1,15 +1,13 @@
 """The loss of a training step: it combines several passes over one batch."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import accumulate
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_visual_perceiver.modeling import Pass, VisualPerceiverConfig
-from hf_visual_perceiver.modeling.conv_stem import level_channels
+from hf_visual_perceiver.modeling import Pass
 from hf_visual_perceiver.training.factory import Network
 from hf_visual_perceiver.training.recipe import StudentLoss, TeacherLoss
 
@@ -42,7 +40,9 @@ class Objective(nn.Module):
         super().__init__()
         self.network = network
         self.stem_weight = stem_weight
-        self.stem_classifiers = StemClassifiers(network.config) if stem_weight > 0 else None
+        self.stem_classifiers: StemClassifiers | None = None
+        if stem_weight > 0:
+            self.stem_classifiers = StemClassifiers(network.stem_channels, network.config.num_labels)
         self.students = students or StudentLoss()
         self.teacher = teacher
 
@@ -71,7 +71,7 @@ class Objective(nn.Module):
         """
         capturing: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
         if self.stem_classifiers is not None:
-            capturing = captured_features(self.network)
+            capturing = self.network.captured_features()
         with capturing as features:
             all_logits = [logits.float() for logits in self.network.forward_budgets(pixel_values, passes)]
         learners = list(zip(passes, all_logits, strict=True))
@@ -117,30 +117,19 @@ class StemClassifiers(nn.Module):
     (Lee et al. 2015, "Deeply-Supervised Nets"). They are not part of the trained model.
 
     Args:
-        config: Config of a Visual Perceiver with a convolutional stem.
+        channels: Channels of the stem's features at each level, ascending.
+        labels: Number of classes.
     """
 
-    def __init__(self, config: VisualPerceiverConfig):
+    def __init__(self, channels: Sequence[int], labels: int):
         super().__init__()
-        added = [level[-1] for level in level_channels(config.stem_widths or [], config.level_widths or [])]
-        self.channels = list(accumulate(added))
-        self.heads = nn.ModuleList(nn.Linear(channels, config.num_labels) for channels in self.channels)
+        self.channels = channels
+        self.heads = nn.ModuleList(nn.Linear(count, labels) for count in channels)
 
     def forward(self, features: torch.Tensor) -> list[torch.Tensor]:
         pooled = features.mean((2, 3))
         known = [channels for channels in self.channels if channels <= pooled.shape[1]]
         return [head(pooled[:, :channels]) for head, channels in zip(self.heads, known, strict=False)]
-
-
-@contextmanager
-def captured_features(network: Network) -> Iterator[list[torch.Tensor]]:
-    """Collect a Visual Perceiver's stem outputs while the context is open: (B, C, h, w) of the computed levels."""
-    features: list[torch.Tensor] = []
-    hook = network.visual_perceiver.embeddings.register_forward_hook(lambda *call: features.append(call[-1][1][-1]))
-    try:
-        yield features
-    finally:
-        hook.remove()
 
 
 def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

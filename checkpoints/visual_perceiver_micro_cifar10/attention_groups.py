@@ -1,7 +1,7 @@
-"""Which images of a packed batch attend together: those of one length as a dense block, or near ones padded to the longest.
+"""Groups of images of a packed batch that attend in one call: images of one length, or of similar lengths with padding.
 
-A call of an attention kernel costs a fixed time, so many small groups are slow; a padded token is work for nothing, and a
-mask slows the kernel down. Where to cut the sorted lengths so that the sum is least is a shortest path.
+Each call of an attention kernel has a fixed cost, so many small groups are slow. Padding wastes work, and its mask slows
+the kernel down. The cheapest way to cut the sorted lengths into groups is a shortest path.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ import torch
 
 @dataclass(frozen=True)
 class GroupCost:
-    """What attention within a group costs, in units of a token of an unpadded group.
+    """The cost of attention within a group; the unit is one token of an unpadded group.
 
     Attributes:
-        call: Cost of a call, however small.
-        padded_call: Cost of a call with a mask, with what brings tokens to their padded places and back.
-        padded_token: Cost of each place in such a group.
+        call: Fixed cost of a call.
+        padded_call: Fixed cost of a call with a mask, which includes moving tokens to their padded places and back.
+        padded_token: Cost of each place of a padded group.
     """
 
     call: float
@@ -26,13 +26,14 @@ class GroupCost:
     padded_token: float
 
     def of(self, images: int, length: int, equal: bool) -> float:
-        """Of a group of images that are all `length` long, or up to it."""
+        """The cost of a group of images that all have `length` tokens (`equal`), or at most `length`."""
         places = images * length
         return self.call + places if equal else self.padded_call + self.padded_token * places
 
 
-# Devices that are not here never pad: on a CPU, where a call costs as much as 30 tokens, a padded one 40 and a padded token 1.6, the
-# cuts of least cost were no faster than equal lengths alone. On a GPU a call is dear beside a token; these are assumptions.
+# Other devices never pad. On a CPU a call costs as much as 30 tokens, a padded call 40 and a padded token 1.6, and the
+# cheapest groups were no faster than groups of one length. On a GPU a call costs far more than a token; these values are
+# assumptions.
 COSTS = {"cuda": GroupCost(call=2000, padded_call=4000, padded_token=1.5)}
 
 
@@ -46,7 +47,7 @@ class AttentionGroup:
         images: n.
         length: L, tokens of the longest.
         rows: (n L,) the token at each place of the padded block; None if all are L long.
-        places: (tokens,) the place of each token in the padded block; None likewise.
+        places: (tokens,) the place of each token in the padded block; None if all are L long.
         mask: (n, 1, 1 or L, L) bool, which places may be read; None if all may.
     """
 
@@ -75,19 +76,19 @@ class AttentionGroup:
         return replace(self, mask=mask if self.mask is None else mask & self.mask)
 
     def moved(self, tokens: int) -> "AttentionGroup":
-        """The group in a batch that has so many tokens before it."""
+        """The group with `tokens` more tokens before it."""
         return replace(self, first=self.first + tokens, rows=None if self.rows is None else self.rows + tokens)
 
 
 def attention_groups(
     lengths: torch.Tensor, known: Sequence[int], cost: GroupCost | None = None
 ) -> tuple[AttentionGroup, ...]:
-    """Cut a packed batch into groups: of equal lengths, or where padding can pay, those that cost least on its device.
+    """Cut a packed batch into groups of one length, or on devices in `COSTS` into the cheapest groups.
 
     Args:
         lengths: (B,) tokens of each image, ascending.
-        known: The same, on the host.
-        cost: Cost of attention; None takes the device's entry in `COSTS`.
+        known: The same numbers as Python's integers.
+        cost: Cost of attention; None is the device's entry in `COSTS`.
     """
     values, counts = zip(*((length, len(list(run))) for length, run in groupby(known)), strict=True)
     cost = cost or COSTS.get(lengths.device.type)
@@ -113,7 +114,7 @@ def boundaries(values: Sequence[int], counts: Sequence[int], cost: GroupCost) ->
         >>> boundaries([1, 2, 3, 40], [1, 1, 1, 1], cost)
         [3, 4]
     """
-    best, cut = [0.0], [0]  # of the first j lengths: the least cost, and where their last group begins
+    best, cut = [0.0], [0]  # for the first j lengths: the least cost, and the start of the last group
     for j in range(1, len(values) + 1):
         options, images = [], 0
         for i in range(j - 1, -1, -1):
@@ -129,11 +130,11 @@ def boundaries(values: Sequence[int], counts: Sequence[int], cost: GroupCost) ->
 
 
 def padded(group: AttentionGroup, lengths: torch.Tensor) -> AttentionGroup:
-    """The group with what it takes to pad images of these `lengths`, (n,), all of it computed without the host."""
+    """The group with rows, places and mask for images of these `lengths`, (n,); the host does not wait for the device."""
     place = torch.arange(group.length, device=lengths.device)
     mask = place < lengths[:, None]  # (n, L)
     start = group.first + lengths.cumsum(0) - lengths
-    # Places that hold nothing repeat the image's last token: any will do, as no query may read them.
+    # Empty places repeat the image's last token; no query reads them.
     rows = start[:, None] + torch.minimum(place, lengths[:, None] - 1)
     return replace(
         group, rows=rows.flatten(), places=marked(mask.flatten(), group.tokens)[:, 0], mask=mask[:, None, None]
@@ -141,7 +142,7 @@ def padded(group: AttentionGroup, lengths: torch.Tensor) -> AttentionGroup:
 
 
 def marked(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """`mask.nonzero()`, of which there are `count`: knowing it, the host need not wait for a GPU to say."""
+    """`mask.nonzero()` with a known number of rows, so that the host does not wait for the GPU."""
     return torch.nonzero_static(mask, size=count) if mask.is_cuda else mask.nonzero()
 
 

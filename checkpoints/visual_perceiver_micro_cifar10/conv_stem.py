@@ -15,7 +15,7 @@ DOWNSAMPLINGS = ("pool", "stride")
 class ConvBlock(nn.Module):
     """A 3x3 convolution, batch norm and an activation, with a shortcut around them if `residual`.
 
-    (B, C_in, h, w) -> (B, C_out, h / stride, w / stride). The shortcut begins at the input unless another is given.
+    (B, C_in, h, w) -> (B, C_out, h / stride, w / stride). The shortcut adds the input, or `shortcut` if given.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, residual: bool = False, act: str = "gelu"):
@@ -80,8 +80,8 @@ class ConvStem(nn.Module):
         return self.features_of(x)[-1]
 
     def features_of(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """What each convolution but the first reads, and last what the stem makes; `StemLevel` goes on from it."""
-        # Channels last is the order in which CPUs convolve fastest, and in which tokens are read afterwards.
+        """The inputs of all convolutions but the first, and then the output; a `StemLevel` reads them."""
+        # CPUs convolve fastest with channels last, and the tokens are read in this order.
         x = x.contiguous(memory_format=torch.channels_last)
         results = []
         for i, stage in enumerate(self.stages):
@@ -94,18 +94,17 @@ class ConvStem(nn.Module):
 
 
 class StemLevel(nn.Module):
-    """A level of a stem: further channels for all its convolutions but the first, and a projection to tokens.
+    """A level of a stem: further channels for all convolutions but the first, and a projection to tokens.
 
-    The convolutions of a level read the channels of all levels up to it and of no later one, so that a level repeats nothing
-    of those before it. The first convolution is shared, and each level is a whole network of one more width, as columns of
-    progressive networks are (Rusu et al. 2016).
+    All levels share the first convolution. The others read the channels of their own and of earlier levels, so that no
+    level repeats the work of another, as in progressive networks (Rusu et al. 2016).
 
     Args:
         widths: `stem_widths`.
         added: `level_widths` up to this level.
         hidden_size: D of the tokens.
-        downsample: As of the stem.
-        residual: As of the stem; a shortcut goes around a convolution for the channels of this level.
+        downsample: As in `ConvStem`.
+        residual: As in `ConvStem`, for the channels of this level.
         act: Activation, a name in transformers' ACT2FN.
     """
 
@@ -130,14 +129,14 @@ class StemLevel(nn.Module):
             stride = 2 if begins[k] and not self.pooled[k] else 1
             shortcut = residual and k > 0 and width == new[k - 1] and stride == 1
             self.blocks.append(ConvBlock(channels, width, stride, shortcut, act))
-        # Of the features that the level goes on from: channels, and how many times finer than tokens they are.
+        # Channels of the features that the level reads, and how many times finer than the tokens they are.
         strides = [2 if begin and not pooled else 1 for begin, pooled in zip(begins, self.pooled, strict=True)]
         finer = [2 ** (len(widths) - 2 - i + stride) for i, stride in zip(stages, strides, strict=True)]
         self.inputs: list[tuple[int, int]] = list(zip(before, [*finer, 1], strict=True))
         self.projection = nn.Conv2d(before[-1] + new[-1], hidden_size, kernel_size=1)
 
     def forward(self, features: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """From the features of the level before, as of `ConvStem.features_of`, to those of this one and tokens (B, D, h, w)."""
+        """Map the features of the level before, as in `ConvStem.features_of`, to those of this level and tokens (B, D, h, w)."""
         shared, *others = features
         x, joined = self.blocks[0](shared), [shared]
         for k, before in enumerate(others, start=1):
@@ -150,7 +149,7 @@ class StemLevel(nn.Module):
 
 
 def level_channels(widths: Sequence[Sequence[int]], added: Sequence[int]) -> list[list[int]]:
-    """For each level the channels of its convolutions but the first.
+    """For each level, the channels of all convolutions but the first.
 
     Example:
         >>> level_channels([[16, 24], [48]], [8])
@@ -177,7 +176,7 @@ def stem_macs(in_channels: int, widths: Sequence[Sequence[int]], height: int, wi
 
 
 def level_macs(widths: Sequence[Sequence[int]], added: Sequence[int], height: int, width: int) -> tuple[int, int]:
-    """Multiply-accumulates of the last `StemLevel` without its projection, for one image, and the channels that it projects.
+    """Multiply-accumulates of the last `StemLevel` for one image without its projection, and the channels that it projects.
 
     Example:
         >>> level_macs([[16, 24], [48]], [8], 32, 32)

@@ -1,9 +1,10 @@
-"""What every family of models here has in common: a budget, given to `forward` as keywords, decides what an image costs."""
+"""The protocol of all families: a budget, given to `forward` as keywords, decides what an image costs."""
 
 import ast
 import copy
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -18,13 +19,13 @@ IMAGENET_STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.22
 
 
 class Budget:
-    """How much a model may compute: values of the keywords of `forward` that are its knobs.
+    """How much a model may compute: values of the knobs, which are keywords of `forward`.
 
-    Frozen, hashable, printable. A knob that is not given is at everything that the network has, also where the config
-    stores another default, so `Budget()` is the full network.
+    A knob that is not given has its largest value, whatever default the config stores, so `Budget()` is the full network.
+    Budgets are frozen and hashable.
 
     Args:
-        **knobs: Names and values; one that is None is as if it had not been given.
+        **knobs: Names and values; None leaves a knob out.
 
     Example:
         >>> budget = Budget(num_active_queries=16, dqs_threshold=0.8)
@@ -49,7 +50,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str, short_names: Mapping[str, str] | None = None) -> "Budget":
-        """The inverse of `str`.
+        """Read a budget from text; the inverse of `str`.
 
         Args:
             text: Such as "num_active_queries=16, dqs_threshold=0.8"; empty is the full network.
@@ -78,7 +79,7 @@ class Budget:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in self._knobs}
 
     def short(self, short_names: Mapping[str, str]) -> str:
-        """As `str`, with the family's short names; `"full"` for the full network.
+        """The text of `str` with the family's short names; `"full"` for the full network.
 
         Example:
             >>> Budget(num_active_queries=16).short({"K": "num_active_queries"})
@@ -120,14 +121,16 @@ def _text(value: Any) -> str:
 
 
 class ElasticConfig:
-    """What the config of an elastic model adds to transformers'.
+    """What the package needs of an elastic model's config; a mixin.
 
     Attributes:
-        unit: What the images of a batch use different numbers of, such as "queries": see `used` of the outputs.
+        unit: What `used` of the outputs counts, such as "queries".
         knobs: The keywords of `forward` that make a budget, by their short names.
-        title: What the family is called, in the singular.
-        about: What the knobs do, and where the family is from, in a sentence or two.
+        title: Name of the family, in the singular.
+        about: What the knobs do, and the paper, in a sentence or two.
         citation: BibTeX.
+        first_conv: Name of the convolution that reads the image's channels, which timm adapts to other numbers of them.
+        classifiers: Name or names of the classifiers in timm's model.
     """
 
     unit: ClassVar[str]
@@ -135,32 +138,34 @@ class ElasticConfig:
     title: ClassVar[str] = "Image classifier"
     about: ClassVar[str] = ""
     citation: ClassVar[str] = ""
+    first_conv: ClassVar[Any] = None
+    classifiers: ClassVar[Any] = "head"
     image_size: Any
     num_channels: int
     id2label: Any
     pretrained_cfg: Any
 
     def budgets(self) -> list[Budget]:
-        """Budgets that stand for all, ascending in cost; the last is the full network."""
+        """A selection of budgets, ascending in cost; the last is the full network."""
         raise NotImplementedError
 
     def ladder(self) -> list[Budget]:
-        """All budgets at which every image costs alike, ascending in cost, in the steps that training draws from."""
+        """The budgets at which all images cost the same, ascending in cost; training draws from them."""
         return self.budgets()
 
     def adaptive_budgets(self) -> list[Budget]:
-        """Budgets that stand for those at which each image takes what it needs; none if there are none."""
+        """A selection of the budgets at which images cost different amounts; empty if there are none."""
         return []
 
     def is_adaptive(self, budget: Budget) -> bool:
-        """Whether each image takes what it needs, because the budget is none of those at which all cost alike."""
+        """Whether images may cost different amounts at this budget, which is then not in `ladder`."""
         return self.resolve(**budget.kwargs) not in [self.resolve(**fixed.kwargs) for fixed in self.ladder()]
 
     def candidates(self, knobs: Sequence[str] = ()) -> list[Budget]:
-        """What calibration tries: budgets that set these knobs, and the full network.
+        """The budgets that calibration tries: those that set these knobs, and the full network.
 
         Args:
-            knobs: Names or short names; none is the first that the family has.
+            knobs: Names or short names; empty is the family's first knob.
 
         Raises:
             ValueError: If there are no such budgets.
@@ -174,7 +179,7 @@ class ElasticConfig:
         return [*found, Budget()]
 
     def knob_names(self, knobs: Sequence[str] = ()) -> list[str]:
-        """The names of knobs that may be short; none is the first that the family has.
+        """Full names of knobs that are given by name or short name; none given is the family's first knob.
 
         Raises:
             ValueError: If there is no such knob.
@@ -187,7 +192,7 @@ class ElasticConfig:
         return names
 
     def resolve(self, **knobs: Any) -> dict[str, Any]:
-        """All knobs as `forward` takes them; those that are not given, or None, are at everything that there is.
+        """Validate knobs, and give those that are missing or None their largest values.
 
         Raises:
             ValueError: If a value is out of its range, or a name is not a knob's.
@@ -199,20 +204,20 @@ class ElasticConfig:
 
         Args:
             budget: None is the default that the config stores.
-            output: What the model returned for a batch with this budget, for what each of its images really cost.
+            output: The model's output for a batch at this budget, to count what each image used.
 
         Returns:
-            An int, of an image that uses all that the budget allows; with `output` (B,) int64.
+            An int for an image that uses all that the budget allows; with `output`, (B,) int64.
         """
         raise NotImplementedError
 
     @property
     def default_budget(self) -> Budget:
-        """What `forward` does when it is not told."""
+        """The budget of `forward` without knobs."""
         return Budget(**{name: getattr(self, name) for name in self.knobs.values()})
 
     def parse_budget(self, text: str) -> Budget:
-        """The budget that a text such as "K=16, t=0.8" means for this family; "full" is the full network.
+        """Read a budget from text such as "K=16, t=0.8"; "full" is the full network.
 
         Raises:
             ValueError: If it is not of this form, or does not fit this config.
@@ -222,11 +227,11 @@ class ElasticConfig:
         return budget
 
     def budget_for(self, macs: float, **knobs: Any) -> Budget:
-        """The largest of `ladder` that costs at most this share of the full network, or the cheapest.
+        """The largest budget of `ladder` that costs at most this share of the full network, or the cheapest.
 
         Args:
-            macs: In (0, 1].
-            **knobs: Values that the budget also has, such as a threshold; images count as if it spared nothing.
+            macs: Share of multiply-accumulates, in (0, 1].
+            **knobs: Further knobs of the budget, such as a threshold; the count ignores what they save.
 
         Raises:
             ValueError: If the share is not in (0, 1].
@@ -242,19 +247,19 @@ class ElasticConfig:
         """Multiply-accumulates of an image's forward in a training step; training takes about three times as many.
 
         Args:
-            budgets: Budgets of the passes; adaptive ones count as if they saved nothing.
-            shared: Every image makes every pass; if not, each makes one, and as many make each.
+            budgets: Budgets of the passes; the count ignores what adaptive ones save.
+            shared: Whether every image runs at every budget; if not, equal shares of the images run at each.
         """
         total = sum(self.count_macs(budget) for budget in budgets)
         return total if shared else total / len(budgets)
 
     @property
     def nested_steps(self) -> list[int] | None:
-        """Steps of `ladder`, counted from 1, at all of which one pass at the largest answers; None if there are none."""
+        """Steps of `ladder`, from 1, whose logits one pass at the largest returns together; None if there are none."""
         return None
 
     def count_stages(self, budgets: Sequence[Budget]) -> list[int]:
-        """Multiply-accumulates of an image that is answered at each of these budgets in turn, up to each of them."""
+        """Multiply-accumulates of an image that runs at these budgets in turn, summed up to each of them."""
         return list(accumulate(self.count_macs(budget) for budget in budgets))
 
     @property
@@ -284,11 +289,6 @@ class ElasticConfig:
         return [names[i] for i in indices]
 
     @property
-    def first_conv(self) -> str:
-        """Name of the module that reads the image's channels, which timm adapts to others."""
-        return ""
-
-    @property
     def timm_pretrained_cfg(self) -> dict[str, Any]:
         """timm's `pretrained_cfg` of a checkpoint with this config."""
         height, width = self.image_height_width
@@ -300,7 +300,7 @@ class ElasticConfig:
             num_classes=len(self.id2label),
             fixed_input_size=True,
             first_conv=self.first_conv,
-            classifier="head",
+            classifier=self.classifiers,
         )
         labels = self.label_names
         if labels != [f"LABEL_{i}" for i in range(len(labels))]:
@@ -309,7 +309,7 @@ class ElasticConfig:
 
 
 def default_preprocessing(image_size: int) -> dict[str, Any]:
-    """How an image becomes `pixel_values`, in timm's terms: whole image, bicubic, normalised per channel."""
+    """Preprocessing in timm's terms: the whole image, resized bicubically and normalised per channel."""
     statistics = CIFAR_STATISTICS if image_size <= 64 else IMAGENET_STATISTICS
     return {**statistics, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
 
@@ -318,11 +318,11 @@ def check_pixel_values(
     pixel_values: Any,
     config: Any,
     any_size: bool = False,
-    advice: str = "`interpolate_pos_encoding=True` takes other sizes, and so does a model loaded with `image_size=...`",
+    advice: str = "a model loaded with `image_size=...` takes other sizes",
 ) -> None:
     """Raise a `ValueError` unless `pixel_values` is a non-empty floating-point batch of the config's image size.
 
-    With `any_size`, every multiple of the patch size will do. `advice` is for whoever has images of another size.
+    `any_size` allows every multiple of the patch size. `advice` ends the message for images of another size.
     """
     if pixel_values is None or pixel_values.ndim != 4:
         given = None if pixel_values is None else tuple(pixel_values.shape)
@@ -353,7 +353,7 @@ class Pass:
 
     Attributes:
         budget: What the images may use.
-        images: Which of the batch; all by default.
+        images: The images of the batch that run; all by default.
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -362,14 +362,14 @@ class Pass:
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """A classifier as something to trace.
+    """A classifier to trace for another runtime.
 
     Attributes:
         module: Maps `pixel_values` and the inputs, in their order, to the outputs.
-        inputs: Knobs that stay inputs, by name, with a value of each.
-        fixed: Knobs that are fixed, and their values.
-        outputs: Names: the logits (B, labels), and what each image used, (B,) or a mark (B, n) for each that it used.
-        facts: What else a caller has to know, as plain values.
+        inputs: Knobs that are inputs of the graph, and example values.
+        fixed: Knobs that are constants of the graph, and their values.
+        outputs: Names of the logits (B, labels), and of what each image used: its number (B,), or marks (B, n) bool.
+        facts: Further facts for callers, as plain values.
     """
 
     module: torch.nn.Module
@@ -392,22 +392,22 @@ class FixedGraph(torch.nn.Module):
 
 
 def reference_model(model: Any) -> Any:
-    """A copy of a model as it computes in PyTorch, in float32 on the CPU."""
+    """A copy of a model, in float32 on the CPU."""
     return copy.deepcopy(model).float().cpu().eval()
 
 
 class ElasticModel:
-    """What an elastic classifier adds to transformers'."""
+    """What the package needs of an elastic classifier; a mixin."""
 
     config: Any
     __call__: Callable[..., Any]
-    # Whether several passes of a training step go through the network as one batch; None is where that is faster. A hint.
+    # Whether the passes of a training step should run as one packed batch; None lets the network choose.
     packs_passes: bool | None = None
-    # Whether parameters have no part at some budgets, so that they get no gradient.
+    # Whether some budgets leave parameters unused, which then get no gradient.
     skips_parameters: Any = False
 
     def forward_budgets(self, pixel_values: torch.Tensor, passes: Sequence[Pass]) -> list[torch.Tensor]:
-        """The logits (n, labels) of each pass's n images, in one step of training; families share what work they can.
+        """The logits (n, labels) of each pass's n images; a family may share work between passes.
 
         Args:
             pixel_values: (B, C, H, W), normalised.
@@ -417,10 +417,10 @@ class ElasticModel:
         return [self(pixel_values[p.images], **resolve(**p.budget.kwargs)).logits for p in passes]
 
     def as_graph(self, budget: Budget | None = None) -> GraphPlan:
-        """What to trace for another runtime: by default this model at one budget, which is fixed in the graph.
+        """What to trace for another runtime; by default this model at one fixed budget.
 
         Args:
-            budget: What to fix; None fixes as little as can be, else the config's default.
+            budget: The fixed budget; None fixes as few knobs as the family can, or all at the config's default.
 
         Raises:
             ValueError: If a graph cannot have the budget.
@@ -433,17 +433,30 @@ class ElasticModel:
         return GraphPlan(FixedGraph(reference_model(self).requires_grad_(False), knobs), fixed=knobs)
 
     def check_budgets(self, pixel_values: torch.Tensor) -> list[Budget]:
-        """Budgets at which other forms of this model should answer alike on some images, other rounding or not."""
+        """Budgets at which exported forms of this model must agree with it on these images, whatever the rounding."""
         return [*self.config.budgets(), *self.config.adaptive_budgets()]
 
     def blocks(self) -> Iterable[torch.nn.Module]:
-        """The modules of which many are alike, for compiling and checkpointing."""
+        """The repeated modules, for compiling and checkpointing."""
         return []
+
+    @property
+    def stem_channels(self) -> list[int]:
+        """Channels of the stem's features at each of its levels, ascending; empty without a convolutional stem."""
+        return []
+
+    def captured_features(self) -> AbstractContextManager[list[torch.Tensor]]:
+        """Collect the features of a convolutional stem, (B, C, h, w) per forward pass, while the context is open.
+
+        Raises:
+            ValueError: If the network has no convolutional stem.
+        """
+        raise ValueError(f"Expected a network with a convolutional stem, got {type(self).__name__}.")
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of models.
+    """A family of models.
 
     Attributes:
         config: Its configuration, with `model_type`.
@@ -467,7 +480,7 @@ FAMILIES: dict[str, Family] = {}
 
 
 def family_of(architecture: str) -> Family:
-    """The family that a named architecture is of.
+    """The family of a named architecture.
 
     Raises:
         ValueError: If there is no architecture of this name.
@@ -488,7 +501,7 @@ def register(family: Family) -> None:
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, family.model, exist_ok=True)
     AutoModelForImageClassification.register(config, family.classifier, exist_ok=True)
-    # So that `save_pretrained` puts the code beside the weights, and a folder loads where this package is not installed.
+    # `save_pretrained` then copies the code beside the weights, so that a folder loads without this package.
     config.register_for_auto_class()
     model, classifier = family.model, family.classifier
     model.register_for_auto_class("AutoModel")

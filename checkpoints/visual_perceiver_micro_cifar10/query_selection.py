@@ -10,9 +10,9 @@ import torch
 def select_queries(tokens: torch.Tensor, threshold: float, reference: str = "all") -> torch.Tensor:
     """Keep, per image, the queries whose token is not too similar to that of an earlier query.
 
-    Query i goes when cos(y_i, y_j) > threshold for some j < i. The paper's formula does not say whether j may itself
-    have been removed: `reference="all"` reads it literally (every earlier query counts), `"kept"` is the greedy rule
-    (only queries that stay count) and keeps a superset of what `"all"` keeps.
+    Query i is removed if cos(y_i, y_j) > threshold for some j < i. The paper's formula does not say whether j may itself
+    be removed: `reference="all"` compares with every earlier query, `"kept"` only with those that stay, and keeps a superset
+    of what `"all"` keeps.
 
     Similarities are computed in float32 whatever the dtype or autocast (on GPUs by TF32 where
     `torch.set_float32_matmul_precision` allows it, which can tip a similarity within 1e-3 of the threshold). A zero
@@ -48,7 +48,7 @@ def select_queries(tokens: torch.Tensor, threshold: float, reference: str = "all
 
 
 def keep_dissimilar(too_similar: torch.Tensor, reference: str) -> torch.Tensor:
-    """The rule of `select_queries` on what is too similar to what: (B, K, K) bool -> (B, K) bool."""
+    """The rule of `select_queries`: which pairs are too similar, (B, K, K) bool -> which queries stay, (B, K) bool."""
     K = too_similar.shape[1]
     # A boolean triangle: zeroing the upper half of the similarities would fail for negative thresholds.
     earlier = torch.ones(K, K, dtype=torch.bool, device=too_similar.device).tril(diagonal=-1)
@@ -77,7 +77,7 @@ def cosine_similarities(tokens: torch.Tensor) -> torch.Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context in which operations on this device keep the dtype of their arguments."""
-    # Meta tensors know no autocast, and torch refuses to switch it off.
+    # torch refuses to switch off autocast for meta tensors, which have none.
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
@@ -94,7 +94,7 @@ def checked_threshold(threshold: Any) -> float:
 
 
 def as_number(value: Any) -> Any:
-    """A tensor or NumPy array of one element as Python's number; everything else as it is.
+    """Convert a tensor or NumPy array of one element to Python's number; return everything else unchanged.
 
     Example:
         >>> as_number(torch.tensor([3])), as_number(0.5)

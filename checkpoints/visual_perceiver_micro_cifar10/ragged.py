@@ -1,12 +1,12 @@
 """Packed batches: images that keep different numbers of tokens, laid end to end without padding.
 
-Linears, norms and MLPs see one (T, D) tensor, T being the number of tokens that all images keep together. Attention alone
-has to know whose each token is, and does it by one of two backends (docs/inference.md says more):
+Linears, norms and MLPs process one (T, D) tensor; T is the number of tokens that all images keep. Only attention needs to
+know the image of each token. It has two backends (see docs/inference.md):
 
-- "varlen": one kernel for all images, told where each begins. On CUDA, in half precision.
-- "grouped": images sorted by length, so that neighbours form dense blocks for an ordinary attention. Everywhere.
+- "varlen": one kernel for all images, which takes the first token of each. On CUDA, in half precision.
+- "grouped": images are sorted by length, so that runs of them form dense blocks for ordinary attention. Everywhere.
 
-A third, "masked", packs nothing: it keeps the dense batch and hides the removed tokens, for export and as the reference.
+A third backend, "masked", does not pack: it keeps the dense batch and masks removed tokens, for export and as a reference.
 """
 
 import itertools
@@ -18,11 +18,11 @@ import torch
 from .attention_groups import AttentionGroup, attention_groups, marked
 
 
-BACKENDS = ("varlen", "grouped", "masked")  # "auto" takes the first that can
+BACKENDS = ("varlen", "grouped", "masked")  # "auto" takes the first one available
 
 
 def torch_varlen_attention() -> Callable | None:
-    """torch's attention for packed batches, None where this torch is too old. The import takes seconds, so it comes late."""
+    """torch's attention for packed batches; None if this torch is too old. The import takes seconds, so it is made here."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -31,15 +31,15 @@ def torch_varlen_attention() -> Callable | None:
 
 
 def varlen_needs(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float, implementation: str) -> str:
-    """What is missing for variable-length attention, in words; empty if nothing is.
+    """The requirement of variable-length attention that is not met, in words; empty if all are.
 
     Args:
         device: Device of the tokens.
-        dtype: That attention computes in.
+        dtype: Dtype of the attention.
         head_dim: d.
         dropout: Dropout of the attention weights.
-        implementation: transformers' name of the attention: `"sdpa"` means torch's own kernel, one with "flash" in it
-            that package's.
+        implementation: transformers' name of the attention: `"sdpa"` is torch's kernel, a name with "flash" is that of a
+            flash attention package.
     """
     flash = "flash" in implementation
     if device.type != "cuda":
@@ -67,10 +67,10 @@ def resolve_backend(
     dropout: float = 0.0,
     implementation: str = "sdpa",
 ) -> str:
-    """The backend that `requested` means here: itself, or for `"auto"` the best there is. For the rest see `varlen_needs`.
+    """The requested backend, or for `"auto"` the best one available; the other arguments are those of `varlen_needs`.
 
     Raises:
-        ValueError: If there is no such backend, or not here.
+        ValueError: If there is no such backend, or it is not available.
 
     Example:
         >>> resolve_backend("auto", torch.device("cpu"), torch.float32)
@@ -96,16 +96,14 @@ def check_backend(name: str) -> None:
 
 
 def check_values(tokens: torch.Tensor) -> None:
-    """Raise a `ValueError` for tokens without values, whose number after selection nobody knows."""
+    """Raise a `ValueError` for meta tensors, which have no values to select by."""
     if tokens.is_meta:
-        raise ValueError(
-            "Expected tokens with values, by which `dqs_threshold` selects, got meta tensors; without it they will do."
-        )
+        raise ValueError("Expected tokens with values, which `dqs_threshold` needs, got meta tensors.")
 
 
 @dataclass  # not frozen: torch 2.8's compiler makes constants of a frozen one's fields
 class PackedLayout:
-    """Where each token of a packed batch comes from.
+    """The image and the query of each token of a packed batch.
 
     Attributes:
         shape: (B, K) of the dense batch.
@@ -113,9 +111,9 @@ class PackedLayout:
         query: (T,) the query of each token, ascending within an image.
         backend: Attention backend, `"grouped"` or `"varlen"`.
         order: (B,) the image at each position of the packed order; None is the order of the batch.
-        offsets: (B + 1,) int32, where each image begins in the packed order, and T; only `"varlen"` has them. More for
-            rows in excess, see `from_mask`.
-        groups: Runs of images that attend together; only `"grouped"` has them.
+        offsets: (B + 1,) int32, the first token of each image in packed order, and T; None unless `"varlen"`. Longer if
+            `from_mask` rounds T up.
+        groups: Runs of images that attend in one call; empty unless `"grouped"`.
 
     Example:
         >>> keep = torch.tensor([[True, True, False], [True, False, False]])
@@ -133,12 +131,12 @@ class PackedLayout:
     groups: tuple[AttentionGroup, ...] = ()
 
     @classmethod
-    @torch.compiler.disable  # the lengths as Python's integers would be constants to a compiler, and each batch has others
+    @torch.compiler.disable  # a compiler would make constants of this batch's lengths
     def from_mask(cls, keep: torch.Tensor, backend: str = "grouped", round_to: int = 1) -> "PackedLayout":
         """Lay out the tokens that `keep`, (B, K) bool, marks. Every image must keep at least one.
 
-        With `"varlen"`, T is rounded up to a multiple of `round_to`. The rows in excess repeat a token, as if of images
-        after the last one, which attend to themselves; nothing reads them, but `unpack` cannot be used.
+        With `"varlen"`, T is rounded up to a multiple of `round_to`. The extra rows repeat a token and count as further images;
+        nothing reads them, but `unpack` cannot be used.
         """
         check_values(keep)
         B, K = keep.shape
@@ -146,7 +144,7 @@ class PackedLayout:
         if backend == "grouped":
             lengths, order = lengths.sort(stable=True)
             keep = keep[order]
-        # The only time that the host waits for the device: it has to know T, and groups have to know their shapes.
+        # Only here does the host wait for the device: T and the shapes of groups depend on the lengths.
         known = lengths.tolist()
         if min(known) == 0:
             raise ValueError("Expected every image to keep at least one query, got an image that keeps none.")
@@ -175,7 +173,7 @@ class PackedLayout:
 
     @classmethod
     def join(cls, layouts: Sequence["PackedLayout"]) -> "PackedLayout":
-        """One layout of several batches of the same backend, one after the other; nothing is sorted anew."""
+        """Join the layouts of several batches of one backend; images keep their order."""
         images = [0, *itertools.accumulate(layout.shape[0] for layout in layouts)]
         tokens = [0, *itertools.accumulate(layout.num_tokens for layout in layouts)]
         parts = list(zip(layouts, images, tokens, strict=False))
@@ -199,7 +197,7 @@ class PackedLayout:
         )
 
     def causal(self, blocks: torch.Tensor) -> "PackedLayout":
-        """The layout for attention in which a query reads those of its own and of earlier blocks.
+        """The layout for attention in which a query reads the queries of its own and of earlier blocks.
 
         Args:
             blocks: (Q,) the block of each query.
@@ -209,7 +207,7 @@ class PackedLayout:
 
     @property
     def num_tokens(self) -> int:
-        """T, known without asking the device."""
+        """T; the host does not wait for the device."""
         return self.image.shape[0]
 
     @property
@@ -235,7 +233,7 @@ class PackedLayout:
 
         Args:
             attention: Attention of dense blocks, for groups: maps query (n, H, L_q, d), key and value (n, H, L, d) and a mask
-                (n, 1, 1, L) or None to (n, L_q, H, d). For variable lengths, see `varlen_attention`.
+                (n, 1, 1, L) or None to (n, L_q, H, d). For variable lengths, see `MultiHeadAttention.attend_varlen`.
             query: (T, H, d) for self-attention, or (1, H, 1, d), the same for every image.
             key: (T, H, d).
             value: (T, H, d).
@@ -253,30 +251,18 @@ class PackedLayout:
         assert self.offsets is not None
         return attention(query, key, value, ones, self.offsets[: B + 1], 1, K)[:, None]
 
-    # The compiler would unroll the loop for the groups of this batch, and the next batch has others. It must not see how
-    # many they are, so it is the layout that it hands over.
+    # The compiler would unroll the loop for the groups of this batch. It must not see their number either, so this method
+    # takes the whole layout.
     @torch.compiler.disable
     def attend_grouped(
         self, attention: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """`attend` by groups."""
-        return attend_in_groups(self.groups, attention, query, key, value)
-
-
-def attend_in_groups(
-    groups: Sequence[AttentionGroup],
-    attention: Callable,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-) -> torch.Tensor:
-    """Attention within each image of a packed batch, a group at a time; see `PackedLayout.attend`."""
-    outputs = []
-    for group in groups:
-        if query.ndim == 3:
-            q, k, v = (group.dense(x) for x in (query, key, value))
-            outputs.append(group.packed(attention(q, k, v, group.mask)))
-        else:
+        """`attend`, a group at a time."""
+        outputs = []
+        for group in self.groups:
             k, v = group.dense(key), group.dense(value)
-            outputs.append(attention(query.expand(group.images, -1, -1, -1), k, v, group.mask))
-    return torch.cat(outputs)
+            if query.ndim == 3:
+                outputs.append(group.packed(attention(group.dense(query), k, v, group.mask)))
+            else:
+                outputs.append(attention(query.expand(group.images, -1, -1, -1), k, v, group.mask))
+        return torch.cat(outputs)

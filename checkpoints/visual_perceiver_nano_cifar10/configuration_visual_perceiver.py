@@ -1,4 +1,4 @@
-"""Configuration of the Visual Perceiver, and the named architectures that transformers and timm share."""
+"""Configuration of the Visual Perceiver, and its named architectures."""
 
 import math
 import operator
@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
-from transformers.configuration_utils import PreTrainedConfig
 
 from .conv_stem import check_stem
-from .elastic import Budget, ElasticConfig
+from .elastic import Budget
+from .family_config import FamilyConfig, check_heads
 from .macs import count_decoder_macs, count_extension_macs, count_macs, count_trunk_macs
 from .query_selection import as_number, checked_threshold
 
@@ -48,7 +48,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "patch_size": 8,
         "level_starts": [1, 2, 4, 8, 16],
         "level_widths": [12, 8, 12, 16, 8],
-        "hidden_act": "relu",  # which takes CPUs far less time than GELU
+        "hidden_act": "relu",  # faster than GELU on CPUs
         "trunk_attention": "block_causal",
         "decoder_reads": "last_block",
     },
@@ -77,42 +77,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 
-# timm's constructor argument -> config field. `num_classes` is not among them: timm reads it from the top level.
-TIMM_ARGUMENTS = {
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "in_chans": "num_channels",
-    "embed_dim": "hidden_size",
-    "depth": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_queries": "num_queries",
-    "num_cross_heads": "num_cross_attention_heads",
-    "act_layer": "hidden_act",
-    "qkv_bias": "qkv_bias",
-    "stem": "stem",
-    "stem_widths": "stem_widths",
-    "stem_downsample": "stem_downsample",
-    "stem_residual": "stem_residual",
-    "level_starts": "level_starts",
-    "level_widths": "level_widths",
-    "trunk_attention": "trunk_attention",
-    "query_blocks": "query_blocks",
-    "decoder_reads": "decoder_reads",
-    "query_init": "query_init",
-    "attention_init": "attention_init",
-    "norm_eps": "layer_norm_eps",
-    "num_active_queries": "num_active_queries",
-    "dqs_threshold": "dqs_threshold",
-    "dqs_reference": "dqs_reference",
-}
-
 
 @strict
-class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
+class VisualPerceiverConfig(FamilyConfig):
     """Configuration of a Visual Perceiver; the defaults are the paper's CIFAR-10 model (section 3).
-
-    The saved config.json serves transformers and timm alike: besides these fields it holds timm's `architecture`,
-    `model_args`, `num_classes`, `num_features` and `pretrained_cfg`, derived anew at each save.
 
     Raises:
         ValueError: If a value is out of its range or two values do not fit together.
@@ -138,46 +106,57 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
   booktitle={CVPR Workshops},
   year={2022}
 }"""
-    # Written to config.json for timm, and rebuilt from the fields below.
-    timm_keys: ClassVar[tuple[str, ...]] = ("architecture", "model_args", "num_classes", "num_features")
+    named: ClassVar[Mapping[str, Mapping[str, Any]]] = ARCHITECTURES
+    modeling_module: ClassVar[str] = "modeling_visual_perceiver"
+    class_prefix: ClassVar[str] = "VisualPerceiver"
+    square: ClassVar[bool] = False
+    timm_names: ClassVar[Mapping[str, str]] = {
+        **FamilyConfig.timm_names,
+        "hidden_size": "embed_dim",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "num_heads",
+        "num_cross_attention_heads": "num_cross_heads",
+        "hidden_act": "act_layer",
+        "layer_norm_eps": "norm_eps",
+        "hidden_dropout_prob": "proj_drop_rate",
+        "attention_probs_dropout_prob": "attn_drop_rate",
+    }
     # transformers' Trainer hands every other output to `compute_metrics`, which expects the logits.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["active_queries"]
 
-    image_size: int | list[int] | tuple[int, int] = 32  # pixels, or (height, width)
+    image_size: int | list[int] | tuple[int, int] = 32  # type: ignore[assignment]  # pixels, or (height, width)
     patch_size: int = 4  # pixels
-    num_channels: int = 3
     hidden_size: int = 192  # D
     num_hidden_layers: int = 12  # self-attention blocks between cross-attention and decoder
-    num_attention_heads: int = 3  # of the blocks and of the decoder
+    num_attention_heads: int = 3  # in the blocks and the decoder
     intermediate_size: int = 768  # width of every MLP
     num_queries: int = 64  # Q
-    num_cross_attention_heads: int = 1  # of the cross-attention; the paper's maps need one
-    # What makes tokens of an image: "patch", the paper's linear map of patches, or "conv", stages of 3x3 convolutions with
-    # batch norm and a 1x1 projection. `stem_widths` holds the output channels of each stage's convolutions; each stage has
-    # half the resolution of the one before, so patch_size = 2 ** (stages - 1).
+    num_cross_attention_heads: int = 1  # the paper's attention maps need one
+    # How an image becomes tokens: "patch", the paper's linear map of patches, or "conv", stages of 3x3 convolutions with batch
+    # norm and a 1x1 projection. `stem_widths` has the output channels of each stage's convolutions. Each stage halves the
+    # resolution, so patch_size = 2 ** (stages - 1).
     stem: str = "patch"
     stem_widths: list[list[int]] | None = None
     stem_downsample: str = "pool"  # between stages: "pool" (max pooling), or "stride" of the next convolution
     stem_residual: bool = False  # a shortcut around each convolution that keeps its channels and resolution
-    # Levels of a convolutional stem, so that an image is looked at harder when more queries ask. Queries from `level_starts[i]`
-    # on read a stem whose second convolution has `level_widths[i]` more channels, and the later ones in proportion; the first is
-    # shared: see `StemLevel`. None is one level.
+    # Levels of a convolutional stem: queries from `level_starts[i]` on read a stem whose second convolution has
+    # `level_widths[i]` more channels, and later ones in proportion; see `StemLevel`. None is one level.
     level_starts: list[int] | None = None
     level_widths: list[int] | None = None
-    # Which queries see each other in the blocks: "full", all of them (the paper), or "block_causal": a query sees those of
-    # its own and of earlier blocks, so that the tokens of the first K queries do not depend on later ones.
+    # Which queries see each other in the blocks: "full", all (the paper), or "block_causal": a query sees those of its own and
+    # of earlier blocks, so that the tokens of the first K queries do not depend on later ones.
     trunk_attention: str = "full"
     query_blocks: list[int] | None = None  # where blocks of queries end; None is 1, 2, 4, 8, ... up to Q
-    # What the output query reads: "all" tokens (the paper), or those of the "last_block" that an image uses, which in a
-    # block-causal trunk have seen all others. Trained for all budgets at once, an output query that reads all tokens settles on
-    # the first ones, which it always has.
+    # What the output query reads: "all" tokens (the paper), or those of the "last_block" that an image uses, which have seen
+    # all others in a block-causal trunk. Trained for all budgets, an output query that reads all tokens relies on the first
+    # ones, which every budget has.
     decoder_reads: str = "all"
-    # In training with a block-causal trunk, the probability that the queries of an image see their own block alone. Without it,
-    # later blocks settle on copying what earlier ones have read, and the levels of the stem that they read learn little.
+    # In training with a block-causal trunk, the probability that an image's queries see only their own block. Without it,
+    # later blocks copy what earlier ones have read, and their levels of the stem learn little.
     block_drop_rate: float | int = 0.0
-    # How queries and positions begin: "random", or "spatial": the first K queries tile the image, for every power of two K.
+    # How queries and positions start: "random", or "spatial": the first K queries tile the image for every power of two K.
     query_init: str = "random"
-    # How attention in the blocks begins: "random", or "mimetic", near what trained networks have (Trockman & Kolter 2023).
+    # How attention in the blocks starts: "random", or "mimetic", similar to trained networks (Trockman & Kolter 2023).
     attention_init: str = "random"
     hidden_act: str = "gelu"
     qkv_bias: bool = True
@@ -186,16 +165,12 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.0  # after projections, MLPs and position embeddings
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0  # stochastic depth of the last block; grows linearly from 0 at the first
-    # Operating point: what `forward` does when its arguments of the same name are None.
+    # The default budget, for arguments of `forward` of the same name that are None.
     num_active_queries: Any = None  # K: use the first K queries; None is all
     dqs_threshold: Any = None  # t: drop queries more similar than this to an earlier one; None is off
-    dqs_reference: str = "all"  # what "earlier" means: "all" earlier queries, or only "kept" ones
-    # Preprocessing in timm's terms (mean, std, interpolation, ...); None is CIFAR-10's up to 64 pixels, else ImageNet's.
-    pretrained_cfg: dict[str, Any] | None = None
+    dqs_reference: str = "all"  # selection compares with "all" earlier queries, or only with "kept" ones
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for key in (*self.timm_keys, "image_processor_type"):
-            kwargs.pop(key, None)
         super().__post_init__(**kwargs)
         if isinstance(self.image_size, (list, tuple)):
             self.image_size = list(self.image_size)
@@ -206,25 +181,27 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         self._check()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # The knobs may be tensors or NumPy's numbers, which config.json cannot hold.
+        # config.json cannot store tensors or NumPy's numbers.
         super().__setattr__(name, as_number(value) if name in ("num_active_queries", "dqs_threshold") else value)
 
     def _check(self) -> None:
-        sizes = ["patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads"]
-        for name in (*sizes, "intermediate_size", "num_queries", "num_cross_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected `{name}` to be at least 1, got {getattr(self, name)}.")
+        sizes = ("patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        self.check_positive(*sizes, "intermediate_size", "num_queries", "num_cross_attention_heads")
         for name in ("num_attention_heads", "num_cross_attention_heads"):
-            if self.hidden_size % getattr(self, name):
-                raise ValueError(
-                    f"Expected `hidden_size` to be a multiple of `{name}`, got {self.hidden_size} and {getattr(self, name)}."
-                )
+            check_heads(self.hidden_size, getattr(self, name), name)
+        self.check_choices(
+            stem=("patch", "conv"),
+            trunk_attention=("full", "block_causal"),
+            decoder_reads=("all", "last_block"),
+            query_init=("random", "spatial"),
+            attention_init=("random", "mimetic"),
+            dqs_reference=("all", "kept"),
+            hidden_act=ACT2FN,
+        )
         if any(side < self.patch_size or side % self.patch_size for side in self.image_height_width):
             raise ValueError(
                 f"Expected `image_size` to be a positive multiple of `patch_size`, got {self.image_size} and {self.patch_size}."
             )
-        if self.stem not in ("patch", "conv"):
-            raise ValueError(f"Expected `stem` to be 'patch' or 'conv', got {self.stem!r}.")
         if self.stem == "patch" and self.stem_widths is not None:
             raise ValueError(f"Expected `stem_widths` to be None with `stem` 'patch', got {self.stem_widths!r}.")
         if self.stem == "conv":
@@ -236,16 +213,6 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
                     f"an image's sides, got {self.patch_size}."
                 )
         self._check_levels()
-        if self.trunk_attention not in ("full", "block_causal"):
-            raise ValueError(
-                f"Expected `trunk_attention` to be 'full' or 'block_causal', got {self.trunk_attention!r}."
-            )
-        if self.decoder_reads not in ("all", "last_block"):
-            raise ValueError(f"Expected `decoder_reads` to be 'all' or 'last_block', got {self.decoder_reads!r}.")
-        if self.query_init not in ("random", "spatial"):
-            raise ValueError(f"Expected `query_init` to be 'random' or 'spatial', got {self.query_init!r}.")
-        if self.attention_init not in ("random", "mimetic"):
-            raise ValueError(f"Expected `attention_init` to be 'random' or 'mimetic', got {self.attention_init!r}.")
         if self.query_init == "spatial" and self.hidden_size % 4:
             raise ValueError(
                 f"Expected `hidden_size` to be a multiple of 4 with `query_init` 'spatial', got {self.hidden_size}."
@@ -257,13 +224,9 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
                 raise ValueError(
                     f"Expected `query_blocks` to ascend from at least 1 to `num_queries` = {self.num_queries}, got {ends}."
                 )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"Expected `hidden_act` to be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "block_drop_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"Expected `{name}` to be in [0, 1), got {getattr(self, name)}.")
-        if self.dqs_reference not in ("all", "kept"):
-            raise ValueError(f"Expected `dqs_reference` to be 'all' or 'kept', got {self.dqs_reference!r}.")
         if self.dqs_threshold is not None:
             checked_threshold(self.dqs_threshold)
         self.operating_point()
@@ -293,12 +256,12 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
 
     @property
     def summary(self) -> str:
-        """Blocks, width and queries."""
-        return f"{self.num_hidden_layers} blocks of width {self.hidden_size}, {self.num_queries} queries"
+        """The sizes of the network, in some words."""
+        return f"{super().summary}, {self.num_queries} queries"
 
     @property
     def block_ends(self) -> list[int]:
-        """Where blocks of queries end: budgets whose tokens do not change when K grows, if the trunk is block-causal.
+        """Where blocks of queries end: in a block-causal trunk, the K whose tokens do not change when K grows.
 
         Example:
             >>> VisualPerceiverConfig(num_queries=6).block_ends
@@ -309,7 +272,7 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         return [2**i for i in range((self.num_queries - 1).bit_length())] + [self.num_queries]
 
     def first_decoded(self, num_active_queries: int) -> int:
-        """The first of the first K queries that the output query reads.
+        """The first of K queries that the output query reads.
 
         Example:
             >>> config = VisualPerceiverConfig.from_architecture("visual_perceiver_micro_levels_32")
@@ -322,11 +285,11 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
 
     @property
     def num_levels(self) -> int:
-        """How many levels the stem has; 1 without `level_starts`."""
+        """Number of levels of the stem; 1 without `level_starts`."""
         return 1 + len(self.level_starts or [])
 
     def query_spans(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """Which level each of the queries from `start` up to `end` reads: (level, first query, one after the last).
+        """The levels that queries from `start` up to `end` read: (level, first query, one after the last).
 
         Example:
             >>> config = VisualPerceiverConfig.from_architecture("visual_perceiver_micro_levels_32")
@@ -334,16 +297,21 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
             [(0, 0, 1), (1, 1, 2), (2, 2, 4), (3, 4, 6)]
         """
         if not self.level_starts:
-            return [(0, start, end)]  # without a comparison, as K may be symbolic while a graph is made
+            return [(0, start, end)]  # no comparison: K may be symbolic in a traced graph
         edges = [0, *self.level_starts, self.num_queries]
         spans = [(i, max(start, edges[i]), min(end, edges[i + 1])) for i in range(len(edges) - 1)]
         return [span for span in spans if span[1] < span[2]]
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.image_height_width
+        return height // self.patch_size, width // self.patch_size
+
+    @property
     def num_patches(self) -> int:
         """N, the number of input tokens."""
-        height, width = self.image_height_width
-        return (height // self.patch_size) * (width // self.patch_size)
+        return math.prod(self.grid)
 
     def budgets(self) -> list[Budget]:
         """K = 1, 2, 4, 8, ... and all queries.
@@ -362,6 +330,10 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
     def adaptive_budgets(self) -> list[Budget]:
         """The thresholds of the paper's Table 3, with all queries."""
         return [Budget(dqs_threshold=t) for t in (0.6, 0.65, 0.7, 0.8, 0.9, 0.99)]
+
+    def is_adaptive(self, budget: Budget) -> bool:
+        """Whether the budget selects queries per image."""
+        return self.resolve(**budget.kwargs)["dqs_threshold"] != math.inf
 
     def candidates(self, knobs: Sequence[str] = ()) -> list[Budget]:
         """Budgets K, thresholds t, or thresholds at several K; see `ElasticConfig.candidates`.
@@ -384,7 +356,7 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         return [*found, Budget()]
 
     def resolve(self, **knobs: Any) -> dict[str, Any]:
-        """Both knobs as `forward` takes them; K left out is Q, t left out infinity, which is no selection.
+        """Validate both knobs; a missing K becomes Q, a missing t infinity, which turns selection off.
 
         Raises:
             ValueError: If a value is out of its range, or there is no such knob.
@@ -393,10 +365,7 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
             >>> VisualPerceiverConfig(dqs_threshold=0.8).resolve(num_active_queries=16)
             {'num_active_queries': 16, 'dqs_threshold': inf}
         """
-        if unknown := knobs.keys() - set(self.knobs.values()):
-            raise ValueError(
-                f"Expected knobs among {', '.join(self.knobs.values())}, got {', '.join(sorted(unknown))}."
-            )
+        self.check_knobs(knobs)
         K, t = knobs.get("num_active_queries"), knobs.get("dqs_threshold")
         K, t = self.operating_point(self.num_queries if K is None else K, math.inf if t is None else t)
         return {"num_active_queries": K, "dqs_threshold": math.inf if t is None else t}
@@ -404,7 +373,7 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
     def count_macs(self, budget: Budget | None = None, output: Any = None) -> Any:
         """Multiply-accumulates of an image; see `ElasticConfig.count_macs`.
 
-        With a threshold and no `output`, of an image that keeps all candidates.
+        With a threshold and without `output`, counts an image that keeps all queries.
 
         Example:
             >>> config = VisualPerceiverConfig(num_labels=10)
@@ -423,7 +392,7 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         return torch.tensor(macs)[which]
 
     def count_passes(self, budgets: Sequence[Budget], shared: bool) -> float:
-        """Images are read once, and with a block-causal trunk and ends of blocks the trunk runs once too."""
+        """As in `ElasticConfig`; images are read once, and a block-causal trunk runs once for budgets at ends of blocks."""
         K = [self.resolve(**budget.kwargs)["num_active_queries"] for budget in budgets]
         if not shared:
             return sum(count_macs(self, k) for k in K) / len(K)
@@ -441,16 +410,16 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         return self.block_ends if self.trunk_attention == "block_causal" else None
 
     def count_chosen(self, budgets: Sequence[Budget]) -> list[int]:
-        """Multiply-accumulates of an image at each budget if it is chosen by what all queries of the last have read."""
+        """Multiply-accumulates of an image at each budget, if all queries of the last budget read before one is chosen."""
         D, N = self.hidden_size, self.num_patches
         steps = [self.resolve(**budget.kwargs)["num_active_queries"] for budget in budgets]
         return [count_macs(self, K) + (steps[-1] - K) * (D**2 + 2 * N * D) for K in steps]
 
     def count_stages(self, budgets: Sequence[Budget]) -> list[int]:
-        """Multiply-accumulates of an image that is answered with K queries, then with more, by `start` and `extend`.
+        """Multiply-accumulates of an image that is classified with K queries, then with more, by `start` and `extend`.
 
-        Reading is paid once, for the queries of the last stage reached, and so is the trunk if it is block-causal and the
-        stages are ends of blocks. Otherwise the trunk is paid once per stage, as the decoder and head always are.
+        Reading counts once, for the queries of the last stage, and so does a block-causal trunk if the stages are ends of
+        blocks. Otherwise the trunk counts once per stage, as the decoder and head always do.
 
         Example:
             >>> config = VisualPerceiverConfig(num_labels=10)
@@ -471,12 +440,12 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         return [count_macs(self, K) - count_trunk_macs(self, K) + paid for K, paid in zip(stages, trunks, strict=True)]
 
     def operating_point(self, num_active_queries: Any = None, dqs_threshold: float | None = None) -> tuple[Any, Any]:
-        """The (K, t) that these arguments of `forward` mean for this config; t is None without selection.
+        """Validate arguments of `forward` and fill in the config's defaults: (K, t), where t is None without selection.
 
         Args:
-            num_active_queries: K, a number or a tensor or array of one, or of several, which are those of each image, (B,);
-                None is the config's value, or Q.
-            dqs_threshold: t, likewise; None is the config's value. Infinity is no selection, whatever the config says.
+            num_active_queries: K, an integer, also as a tensor or array; or (B,) with a K for each image. None is the config's
+                value, or Q.
+            dqs_threshold: t, a number, also as a tensor or array. None is the config's value; infinity turns selection off.
 
         Raises:
             ValueError: If K is not an integer in [1, Q], or t not a number of at least -1.
@@ -501,8 +470,8 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
                 )
             return each.long(), t
         try:
-            # Integers of every library, and no floats. A compiler would take what `operator.index` gives for a constant,
-            # and compile anew for each K.
+            # `operator.index` takes integers of every library and no floats. A compiler would make its result a constant and
+            # compile again for each K, so Python's integers skip it.
             k = K if type(K) is int else 0 if isinstance(K, bool) else operator.index(K)
         except TypeError:
             k = 0
@@ -511,56 +480,27 @@ class VisualPerceiverConfig(ElasticConfig, PreTrainedConfig):
         return k, t
 
     @classmethod
-    def from_architecture(cls, name: str, **kwargs: Any) -> "VisualPerceiverConfig":
-        """Config of one of the named architectures (`ARCHITECTURES`), with fields overridden by `kwargs`."""
-        if name not in ARCHITECTURES:
-            raise ValueError(f"Expected an architecture among {', '.join(ARCHITECTURES)}, got {name!r}.")
-        return cls(**{**ARCHITECTURES[name], **kwargs})
-
-    @property
-    def architecture(self) -> str:
-        """The timm name of this architecture, or of the nearest one; `timm_model_args` holds the differences."""
-        trunk = ("hidden_size", "num_hidden_layers", "patch_size", "stem")  # levels come with other numbers of blocks
-        default = {name: getattr(type(self), name) for name in trunk}
-        for name, fields in ARCHITECTURES.items():
-            if all(getattr(self, key) == fields.get(key, default[key]) for key in trunk):
-                return name
-        return "visual_perceiver_tiny_patch4_32"
+    def from_timm(cls, mlp_ratio: float = 4.0, **arguments: Any) -> Any:
+        """As for every family; `mlp_ratio` is the width of every MLP relative to D."""
+        width = arguments.get("embed_dim", cls.hidden_size)
+        return super().from_timm(intermediate_size=round(width * mlp_ratio), **arguments)
 
     @property
     def timm_model_args(self) -> dict[str, Any]:
-        """The arguments that make timm's `create_model` build this very model."""
-        arguments = {argument: getattr(self, field) for argument, field in TIMM_ARGUMENTS.items()}
+        """The arguments with which timm's `create_model` builds a model of this config."""
+        arguments = super().timm_model_args
+        rates = ("proj_drop_rate", "attn_drop_rate", "drop_path_rate", "block_drop_rate")
+        for name in ("intermediate_size", "initializer_range", *rates):
+            del arguments[name]
         return {**arguments, "mlp_ratio": self.intermediate_size / self.hidden_size}
 
     @property
-    def first_conv(self) -> str:
+    def first_conv(self) -> str:  # type: ignore[override]
         """Name of the convolution that reads the image's channels."""
         if self.stem == "patch":
             return "embeddings.patch_embeddings.projection"
         stage = next(i for i, widths in enumerate(self.stem_widths or []) if widths)
         return f"embeddings.patch_embeddings.stem.stages.{stage}.0.conv"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything transformers and timm need to rebuild the model, as plain values."""
-        output = super().to_dict()
-        output.update(
-            architecture=self.architecture,
-            model_args=self.timm_model_args,
-            num_classes=self.num_labels,
-            num_features=self.hidden_size,
-            pretrained_cfg=self.timm_pretrained_cfg,
-            # With `pretrained_cfg` in the file, transformers looks here for the processor's class.
-            image_processor_type="ViTImageProcessor",
-        )
-        if output.get("auto_map"):
-            # transformers adds only the class being saved; the other must load from the same folder too.
-            modeling = "modeling_visual_perceiver.VisualPerceiver"
-            output["auto_map"] |= {
-                "AutoModel": f"{modeling}Model",
-                "AutoModelForImageClassification": f"{modeling}ForImageClassification",
-            }
-        return output
 
 
 __all__ = ["VisualPerceiverConfig"]

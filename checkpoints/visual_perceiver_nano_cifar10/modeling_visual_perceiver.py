@@ -1,4 +1,4 @@
-"""The Visual Perceiver (Dancette & Cord 2022): image models that read patches with as many queries as they need.
+"""The Visual Perceiver (Dancette & Cord 2022): image models that read patches with a variable number of queries.
 
 An image becomes N patch tokens; Q learned queries read them once by cross-attention; the first K of them, or those that
 Dynamic Query Selection keeps, go through the self-attention blocks; one output query reads the result.
@@ -10,7 +10,9 @@ batch. `PerceiverNetwork` and its layers are shared by the `PreTrainedModel`s in
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,9 +25,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_groups import AttentionGroup  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .configuration_visual_perceiver import VisualPerceiverConfig
-from .conv_stem import ConvBlock
+from .conv_stem import ConvBlock, level_channels
 from .elastic import Budget, ElasticModel, GraphPlan, Pass, check_pixel_values, reference_model
 from .engines import create_engine
+from .family_config import FamilyConfig  # noqa: F401  likewise
 from .macs import count_macs  # noqa: F401  likewise
 from .query_selection import cosine_similarities, keep_dissimilar
 from .ragged import PackedLayout  # noqa: F401  likewise
@@ -78,7 +81,7 @@ class VisualPerceiverPreTrainedModel(PreTrainedModel):
         load_config: Any,
         expected_keys: list[str] | None = None,
     ) -> tuple[Any, Any]:
-        """As transformers', then what it found to be of another size is adapted, if it can be."""
+        """Load as transformers does, then adapt tensors of another size where possible."""
         info, offloaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
@@ -95,7 +98,7 @@ class VisualPerceiverPreTrainedModel(PreTrainedModel):
                 value = adapt_checkpoint_tensor(name, value, config, cfg.get("input_size", ())[-2:])
             except ValueError:
                 if load_config.ignore_mismatched_sizes:
-                    continue  # a fresh one, as for all else
+                    continue  # its weights stay fresh, as transformers does it
                 raise
             path, _, attribute = name.rpartition(".")
             module = model.get_submodule(path)
@@ -124,7 +127,7 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverNetwork):
         super().__init__(config)
         self.build_parts(config)
         self.post_init()
-        # transformers initialises modules that own parameters themselves; these two set those of their children.
+        # transformers initialises modules that own parameters; these two also set parameters of their children.
         if not self.cross_attention.queries.is_meta:
             for module in self.modules():
                 if isinstance(module, (ConvBlock, VisualPerceiverSelfAttention)):
@@ -144,12 +147,12 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverNetwork):
 
         Args:
             pixel_values: (B, C, H, W), normalised.
-            num_active_queries: K in [1, Q]: use the first K queries; or a K for each image, (B,). None is the config's
-                value, or Q.
-            dqs_threshold: Drop, per image, each of those queries whose cross-attention output has a cosine above this
-                with that of an earlier one (section 3.4); at least -1, and 1 keeps all. None is the config's value, or
-                no selection; infinity is no selection whatever the config says. With hidden states or attentions asked for, all K run and the dropped are masked.
-            interpolate_pos_encoding: Take images of any multiple of the patch size by resampling the positions.
+            num_active_queries: K in [1, Q]: use the first K queries; or (B,) with a K for each image. None is the config's value,
+                or Q.
+            dqs_threshold: Drop, per image, the queries whose cross-attention output has a cosine above this with that of an
+                earlier query (section 3.4); at least -1, and 1 keeps all. None is the config's value, or no selection;
+                infinity turns selection off. If hidden states or attentions are recorded, dropped queries are masked instead.
+            interpolate_pos_encoding: Allow images of any multiple of the patch size, by resampling the positions.
             **kwargs: transformers' `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
@@ -176,12 +179,12 @@ OPTIMISE_AGAIN = "load a model with `image_size=...` (timm: `img_size=...`) and 
 
 
 class OptimizedVisualPerceiver(nn.Module):
-    """A classifier as `optimize_for_inference` makes it: a snapshot of the weights, called as the model is.
+    """A classifier that `optimize_for_inference` makes from a copy of the weights; it is called like the model.
 
     Attributes:
-        config: The model's.
-        dtype: Dtype that it computes in.
-        device: Where the images have to be.
+        config: The model's config.
+        dtype: Dtype of the computation.
+        device: Device of the images.
     """
 
     def __init__(self, parts: PerceiverNetwork, head: nn.Module, **settings: Any):
@@ -198,7 +201,9 @@ class OptimizedVisualPerceiver(nn.Module):
             raise ValueError(f"Expected images on {self.device}, where the engine computes, got {pixel_values.device}.")
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "OptimizedVisualPerceiver":
-        raise RuntimeError("An optimised model stays as it is; move or convert the model, then optimise that.")
+        raise RuntimeError(
+            "An optimised model cannot be moved or converted; move or convert the model and optimise it again."
+        )
 
     def classify(
         self,
@@ -212,7 +217,7 @@ class OptimizedVisualPerceiver(nn.Module):
         return self.engine(pixel_values, K, threshold)
 
     def start(self, pixel_values: torch.Tensor) -> Any:
-        """Read images, to answer with few queries first and with more later, as the model's `start` does."""
+        """Read images, to classify them with few queries and later with more, as the model's `start` does."""
         self.check_images(pixel_values)
         if hasattr(self.engine, "start"):
             return self.engine.start(pixel_values)
@@ -239,8 +244,7 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
         torch.Size([2, 10])
     """
 
-    # The loss is a mean over the batch. Otherwise transformers' Trainer takes it for a share of what it accumulates, and
-    # does not divide it by the number of batches.
+    # The loss is a mean over the batch, so transformers' Trainer must divide what it accumulates by the number of batches.
     accepts_loss_kwargs = False
 
     def __init__(self, config: VisualPerceiverConfig):
@@ -310,7 +314,7 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
         )
 
     def forward_budgets(self, pixel_values: torch.Tensor, passes: Sequence[Pass]) -> list[torch.Tensor]:
-        """The logits (n, labels) of each pass's n images: images are read once; see `PerceiverNetwork.forward_passes`.
+        """The logits (n, labels) of each pass's n images, which are read once; see `PerceiverNetwork.forward_passes`.
 
         Example:
             >>> from hf_visual_perceiver.modeling.elastic import Budget
@@ -324,13 +328,34 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
 
     @property
     def skips_parameters(self) -> bool:
-        """Levels of a stem have no part in a small budget."""
+        """Whether the stem has levels, which small budgets leave unused."""
         return self.config.num_levels > 1
 
     @property
     def stem(self) -> nn.Module:
-        """What makes features of an image, before they are projected to tokens; a convolutional one can be trained alone."""
+        """The stem before the projection to tokens; a convolutional one can be trained alone."""
         return self.visual_perceiver.embeddings.patch_embeddings.stem
+
+    @property
+    def stem_channels(self) -> list[int]:
+        """Channels of the stem's features at each of its levels, ascending; empty without a convolutional stem."""
+        if self.config.stem == "patch":
+            return []
+        levels = level_channels(self.config.stem_widths or [], self.config.level_widths or [])
+        return list(accumulate(level[-1] for level in levels))
+
+    @contextmanager
+    def captured_features(self) -> Iterator[list[torch.Tensor]]:
+        """Collect the features (B, C, h, w) of the levels that each forward pass computes, while the context is open."""
+        if self.config.stem == "patch":
+            raise ValueError("Expected `stem` to be 'conv', whose features can be captured, got 'patch'.")
+        features: list[torch.Tensor] = []
+        embeddings = self.visual_perceiver.embeddings
+        hook = embeddings.register_forward_hook(lambda *call: features.append(call[-1][1][-1]))
+        try:
+            yield features
+        finally:
+            hook.remove()
 
     def blocks(self) -> Iterable[nn.Module]:
         """The self-attention blocks."""
@@ -361,7 +386,7 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
 
     @torch.inference_mode()
     def check_budgets(self, pixel_values: torch.Tensor) -> list[Budget]:
-        """Several K, each without and with thresholds that lie clear of these images' cosines."""
+        """Several K, each without and with thresholds that are not near a cosine of these images."""
         Q = self.config.num_queries
         cosines = cosine_similarities(self.visual_perceiver.read(pixel_values, Q))
         thresholds = [None, *(clear_threshold(cosines, t) for t in (0.6, 0.8, 0.95))]
@@ -371,12 +396,12 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
     def forward_chosen(
         self, pixel_values: torch.Tensor, budgets: Sequence[Budget], choose: Callable[[torch.Tensor], torch.Tensor]
     ) -> VisualPerceiverImageClassifierOutput:
-        """Classify each image at a budget that is chosen by what its queries have read.
+        """Classify each image at a budget that depends on what its queries read.
 
         Args:
             pixel_values: (B, C, H, W), normalised.
             budgets: Ascending budgets that set K only.
-            choose: Maps what the queries of the last budget read, (B, K, D), to places in `budgets`, (B,).
+            choose: Maps the cross-attention outputs at the last budget, (B, K, D), to indices into `budgets`, (B,).
         """
         parts = self.visual_perceiver
         steps = [self.config.resolve(**budget.kwargs)["num_active_queries"] for budget in budgets]
@@ -388,22 +413,19 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
         )
 
     def look(self, pixel_values: torch.Tensor, budget: Budget | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the first K queries read, (B, K, D), and from where, (B, K, rows, columns): the mean over heads.
+        """Cross-attention outputs of the first K queries, (B, K, D), and weights (B, K, rows, columns), the mean over heads.
 
         Args:
             pixel_values: (B, C, H, W), normalised.
             budget: Sets K; None is all queries.
         """
-        config = self.config
-        y, weights = self.visual_perceiver.look(
-            pixel_values, config.resolve(**(budget or Budget()).kwargs)["num_active_queries"]
-        )
+        K = self.config.resolve(**(budget or Budget()).kwargs)["num_active_queries"]
+        y, weights = self.visual_perceiver.look(pixel_values, K)
         assert weights is not None, "look needs them"
-        rows, columns = (side // config.patch_size for side in config.image_height_width)
-        return y, weights.mean(1).unflatten(-1, (rows, columns))  # (B, H, K, N) -> (B, K, h, w)
+        return y, weights.mean(1).unflatten(-1, self.config.grid)  # (B, H, K, N) -> (B, K, h, w)
 
     def start(self, pixel_values: torch.Tensor) -> IncrementalState:
-        """Read images, to answer with few queries first and with more later: `state.extend(K)`.
+        """Read images, to classify them with few queries and later with more by `state.extend(K)`.
 
         Args:
             pixel_values: (B, C, H, W), normalised.
@@ -425,14 +447,13 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
         num_threads: int | None = None,
         int8: bool | None = None,
     ) -> OptimizedVisualPerceiver:
-        """A snapshot of this model that answers faster; later changes of this model do not reach it.
+        """A faster copy of this model for inference; later changes of this model do not change the copy.
 
-        Logits of onnxruntime are this model's to 1e-4 in float32. There are no gradients, hidden states or attentions.
+        onnxruntime's logits equal this model's to 1e-4 in float32. The copy has no gradients, hidden states or attentions.
 
         Args:
             dtype: Dtype to compute in, such as `torch.bfloat16` on CPUs that have it; None is the model's.
-            backend: `"onnxruntime"`, which computes in float32 on CPUs, or `"torch"`, this model's own modules. None is
-                onnxruntime where it can, if hf_visual_perceiver is imported.
+            backend: `"onnxruntime"`, which computes in float32 on CPUs, or `"torch"`, this model's own modules. None is onnxruntime where it supports the settings, if hf_visual_perceiver is imported.
             num_threads: Threads of onnxruntime; None is torch's number.
             int8: Have onnxruntime compute linears in 8 bits.
 
@@ -456,7 +477,7 @@ class VisualPerceiverGraph(nn.Module):
 
     Args:
         model: The classifier; a copy of it is kept, in float32 and on the CPU.
-        num_active_queries: K of a graph that has no such input.
+        num_active_queries: The K of a graph without this input.
     """
 
     def __init__(self, model: "VisualPerceiverForImageClassification", num_active_queries: int | None = None):
@@ -484,11 +505,10 @@ class VisualPerceiverGraph(nn.Module):
             torch._check(K <= Q)
         if num_active_queries is None or self.model.config.num_levels == 1:
             y = parts.read(pixel_values, K)  # (B, K, D)
-        else:  # how many levels K asks for is not a fixed piece of graph, so all are computed
-            # torch 2.8 cannot export a slice of unknown length here.
+        else:  # the number of levels would depend on K, so all are computed; torch 2.8 cannot export a slice here
             y = parts.read(pixel_values, Q).index_select(1, torch.arange(K, device=pixel_values.device))
         too_similar = cosine_similarities(y) > dqs_threshold  # (B, K, K)
-        # To Q, so that the rule is a fixed piece of graph; what is not there is similar to nothing.
+        # Padded to Q, so that the rule's loop has a fixed length; padding is similar to nothing.
         keep = keep_dissimilar(F.pad(too_similar, (0, Q - K, 0, Q - K)), self.model.config.dqs_reference)[:, :K]
         active = parts.process(parts.keep_queries(y, keep, masked=True))
         return self.model.head(parts.decode(active)), parts.active_queries(active)
@@ -498,9 +518,9 @@ def clear_threshold(cosines: torch.Tensor, threshold: float, reach: float = 0.01
     """The middle of the widest gap between cosines near `threshold`, so that rounding cannot tip a query over it.
 
     Args:
-        cosines: What is compared with the threshold.
-        threshold: From 1 on it stays as it is.
-        reach: How far from it to look.
+        cosines: Cosines that are compared with the threshold.
+        threshold: Returned unchanged from 1 on.
+        reach: Largest distance from the threshold.
 
     Example:
         >>> round(clear_threshold(torch.tensor([0.5, 0.795, 0.8, 0.806]), 0.8), 4)
@@ -516,12 +536,12 @@ def clear_threshold(cosines: torch.Tensor, threshold: float, reach: float = 0.01
 
 
 def check_weights(parts: PerceiverNetwork) -> None:
-    """Raise a `ValueError` if weights cannot be copied, or a linear's do not say what it does, as it is of another class."""
+    """Raise a `ValueError` if weights are not in memory, or linears have been replaced, as adapters do."""
     assert isinstance(parts, nn.Module)
     without = [name for name, p in parts.named_parameters() if p.is_meta]
     if without:
         raise ValueError(
-            f"Expected weights in memory, got meta tensors such as {without[0]}: optimise before offloading, and what is loaded."
+            f"Expected weights in memory, got meta tensors such as {without[0]}: load the weights, and optimise before offloading."
         )
     names = {"query", "key_value", "qkv", "proj", "fc1", "fc2"}
     for path, module in parts.named_modules():
@@ -533,7 +553,7 @@ def check_weights(parts: PerceiverNetwork) -> None:
 def check_labels(labels: torch.Tensor, num_labels: int) -> None:
     """Raise a `ValueError` for class indices outside [0, num_labels) that are not -100, which the loss ignores.
 
-    Only where looking is free: on an accelerator it would make the host wait, and under compile break the graph.
+    Checks on CPUs only: on an accelerator the host would wait, and torch.compile would break the graph.
     """
     if labels.is_floating_point() or labels.device.type != "cpu" or torch.compiler.is_compiling():
         return

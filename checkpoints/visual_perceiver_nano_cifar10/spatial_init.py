@@ -1,9 +1,9 @@
-"""Initial weights from which attention learns faster: queries that are places in the image, and attention to similar tokens.
+"""Initial weights with which attention learns faster: queries read regions of the image, and tokens read similar tokens.
 
-The first K queries tile the image, for every power of two K. Positions begin as sines and cosines of the tokens' places (Vaswani et al. 2017; in two dimensions as in He et al. 2022), and
-a query as the mean of these features over a region: query 0 all of the image, the next ones cells of a grid that gets finer
-with each doubling of K, in the order of a Sobol sequence. With equal weights for queries and keys, a query then reads its
-region. All of it is learned from there on.
+Positions start as sines and cosines of the tokens' places (Vaswani et al. 2017; in two dimensions as in He et al. 2022). A
+query starts as the mean of these features over a region: query 0 over the whole image, the next ones over cells of a grid
+that gets finer with each doubling of K, in the order of a Sobol sequence. The first K queries then tile the image for every
+power of two K, and with equal weights for queries and keys a query reads its region. Training changes all of these weights.
 """
 
 import math
@@ -55,14 +55,14 @@ def query_features(num_queries: int, grid: int, channels: int) -> torch.Tensor:
 
 
 def cell(index: int) -> tuple[float, float, float]:
-    """Centre and spread of a query's region in the unit square: that of its point in a grid of as many cells as 2^m > index.
+    """Centre and spread of a query's region: the cell of its Sobol point in the coarsest grid of 2^m > index cells.
 
     Example:
         >>> cell(0), cell(1)
         ((0.5, 0.5, 4.0), (0.75, 0.5, 0.25))
     """
     if index == 0:
-        return 0.5, 0.5, 4.0  # so wide that no feature is left
+        return 0.5, 0.5, 4.0  # so wide that all features vanish
     m = index.bit_length()
     rows, columns = 2 ** ((m + 1) // 2), 2 ** (m // 2)
     x, y = sobol_point(index)
@@ -85,12 +85,12 @@ def sobol_point(index: int) -> tuple[float, float]:
 
 
 def mimetic_attention(width: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights of self-attention near what trained networks have (Trockman & Kolter 2023, "Mimetic Initialization of
+    """Weights of self-attention similar to those of trained networks (Trockman & Kolter 2023, "Mimetic Initialization of
     Self-Attention Layers"): W_q^T W_k is about 0.7 I in every head, so that similar tokens attend to each other, and the
     product of values and output projection about -0.4 I, each with as much noise.
 
     Returns:
-        Of queries, keys and values, (3 D, D), and of the output projection, (D, D), as `nn.Linear` has them.
+        Weights of queries, keys and values, (3 D, D), and of the output projection, (D, D), in the layout of `nn.Linear`.
 
     Example:
         >>> qkv, proj = mimetic_attention(24, 3)

@@ -39,13 +39,12 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out, with the weights: (n, H, L_q, d), (n, H, L, d) x 2 -> (n, L_q, H, d), (n, H, L_q, L).
 
-    By its name transformers knows that `set_attn_implementation` can be obeyed.
+    transformers looks for this name to know that it may set the attention implementation.
     """
     scores = (query * scaling) @ key.transpose(2, 3)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    # torch's kernels add up in float32 whatever the dtype. Autocast would have float32 tensors written and converted back as
-    # well.
+    # torch's kernels sum in float32 in every dtype; autocast would also write float32 tensors and convert them back.
     with without_autocast(scores.device):
         weights = scores.softmax(dim=-1)
     return (F.dropout(weights, dropout, module.training) @ value).transpose(1, 2), weights
@@ -61,7 +60,7 @@ def sdpa_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`eager_attention_forward` by torch's fused kernels, without the weights.
+    """`eager_attention_forward` with torch's fused kernels, which do not return the weights.
 
     Called directly rather than through transformers' wrapper, whose Python test of the length breaks torch.export and
     torch.fx when the number of queries is dynamic.
@@ -91,7 +90,7 @@ class VisualPerceiverPatchEmbeddings(nn.Module):
             self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Features that levels of the stem go on from, and the projection (B, D, h, w) of the last of them."""
+        """The stem's features, which further levels read, and the projection (B, D, h, w) of the last one."""
         features = self.stem.features_of(pixel_values) if isinstance(self.stem, ConvStem) else [pixel_values]
         return features, self.projection(features[-1])
 
@@ -99,8 +98,7 @@ class VisualPerceiverPatchEmbeddings(nn.Module):
 class VisualPerceiverEmbeddings(nn.Module):
     """Tokens of an image with learned positions, at one level or several.
 
-    A convolutional stem may have further levels, each of which adds channels to those before. They share the positions, and
-    are computed for the queries that read them.
+    A convolutional stem may have further levels, each of which adds channels. All levels share the positions.
     """
 
     def __init__(self, config: VisualPerceiverConfig):
@@ -125,28 +123,27 @@ class VisualPerceiverEmbeddings(nn.Module):
         """Tokens of the levels from `first` up to `end`.
 
         Args:
-            x: Images (B, C, H, W), or if `first` is not 0 the features of the level before it.
-            interpolate_pos_encoding: Take images of any multiple of the patch size.
-            first: Level to begin with.
+            x: Images (B, C, H, W), or the features of level `first` - 1.
+            interpolate_pos_encoding: Allow images of any multiple of the patch size.
+            first: The first level.
             end: One after the last level.
 
         Returns:
-            For each level (B, N, D), and the features of the last, from which `forward` can go on.
+            Tokens (B, N, D) of each level, and the features of the last level, from which another call can continue.
         """
         tokens = []
         features = [] if first == 0 else list(x)
         for level in range(first, end):
             if level == 0:
-                check_pixel_values(x, self.config, any_size=interpolate_pos_encoding)
-                assert isinstance(x, torch.Tensor), "that was checked"
-                features, grid = self.patch_embeddings(x.to(self.patch_embeddings.projection.weight.dtype))
+                advice = "`interpolate_pos_encoding=True` takes other sizes, and so does a model loaded with `image_size=...`"
+                check_pixel_values(x, self.config, interpolate_pos_encoding, advice)
+                images: Any = x  # a tensor, or torch.fx's proxy of one
+                features, grid = self.patch_embeddings(images.to(self.patch_embeddings.projection.weight.dtype))
             else:
                 features, grid = self.levels[level - 1](features)
             positions: torch.Tensor = self.position_embeddings
             if interpolate_pos_encoding:
-                height, width = self.config.image_height_width
-                size = self.config.patch_size
-                positions = resample_positions(positions, (height // size, width // size), grid.shape[-2:])
+                positions = resample_positions(positions, self.config.grid, grid.shape[-2:])
             tokens.append(self.dropout(grid.flatten(2).transpose(1, 2) + positions))  # (B, D, h, w) -> (B, N, D)
         return tokens, features
 
@@ -163,31 +160,29 @@ def resample_positions(positions: torch.Tensor, old: tuple[int, int], new: tuple
 def adapt_checkpoint_tensor(
     name: str, value: torch.Tensor, config: VisualPerceiverConfig, source: Sequence[int]
 ) -> torch.Tensor:
-    """What a model of this config takes from a checkpoint of another image size, or with more queries than it has.
+    """Adapt a checkpoint's tensor to a config with another image size, or with fewer queries.
 
     Args:
         name: The parameter's name, with or without a prefix.
-        value: The checkpoint's.
-        config: The model's.
+        value: The checkpoint's tensor.
+        config: The model's config.
         source: (height, width) of the checkpoint's images; empty for square ones of unknown size.
 
     Raises:
         ValueError: If the position embeddings are not those of images of the source's size.
     """
     if name.endswith("cross_attention.queries"):
-        # Queries are trained in the order of their worth, so the first ones are a network of their own.
+        # Training orders the queries by importance, so the first ones work without the others.
         return value[: config.num_queries]
     if not name.endswith("embeddings.position_embeddings") or value.shape[1] == config.num_patches:
         return value
-    size = config.patch_size
-    rows, columns = [side // size for side in source] or [math.isqrt(value.shape[1])] * 2
+    rows, columns = [side // config.patch_size for side in source] or [math.isqrt(value.shape[1])] * 2
     if rows * columns != value.shape[1]:
         raise ValueError(
             f"Expected position embeddings of a {rows}x{columns} grid, as the checkpoint's input size says, "
             f"got {value.shape[1]} of them."
         )
-    height, width = config.image_height_width
-    return resample_positions(value, (rows, columns), (height // size, width // size))
+    return resample_positions(value, (rows, columns), config.grid)
 
 
 class VisualPerceiverMLP(nn.Module):
@@ -234,13 +229,13 @@ class MultiHeadAttention(nn.Module):
             key: (n, H, L, d).
             value: (n, H, L, d).
             mask: (n, 1, 1, L) bool, true where a key may be read; None reads all.
-            need_weights: Fused kernels do not give the weights, so the eager form runs when they are needed.
+            need_weights: Return the weights, which takes the eager form.
 
         Returns:
             (n, L_q, H, d) and the weights (n, H, L_q, L), or None.
         """
         implementation = "eager" if need_weights else self.config._attn_implementation
-        # Flash attention takes no mask of this form, which the reference form of a ragged batch has, and no wider heads.
+        # Flash attention takes no such mask, which the masked backend has, and no wider heads.
         beyond_flash = mask is not None or query.shape[-1] > 256
         if implementation in ("sdpa", None) or (beyond_flash and "flash" in implementation):
             attention: Callable = sdpa_attention
@@ -250,7 +245,7 @@ class MultiHeadAttention(nn.Module):
 
     @property
     def attention_dropout(self) -> float:
-        """The probability to drop an attention weight at present."""
+        """The probability of dropping an attention weight, 0 in evaluation."""
         return self.config.attention_probs_dropout_prob if self.training else 0.0
 
     def attend_packed(
@@ -277,10 +272,10 @@ class MultiHeadAttention(nn.Module):
             query: (T_q, H, d).
             key: (T, H, d).
             value: (T, H, d).
-            query_offsets: (B + 1,) int32, where the queries of each image begin, and T_q.
-            key_offsets: (B + 1,) int32, likewise of keys and values.
-            max_queries: No image has more.
-            max_keys: No image has more.
+            query_offsets: (B + 1,) int32, the first query of each image, and T_q.
+            key_offsets: (B + 1,) int32, the first key of each image, and T.
+            max_queries: Upper bound of an image's queries.
+            max_keys: Upper bound of an image's keys.
 
         Returns:
             (T_q, H, d).
@@ -291,7 +286,7 @@ class MultiHeadAttention(nn.Module):
             assert attention is not None, "resolve_backend has looked"
             return attention(query, key, value, query_offsets, key_offsets, max_queries, max_keys)  # scales by d^-1/2
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, H, T, d), as if of one image
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, H, T, d), as one image
         lengths = {"cu_seq_lens_q": query_offsets, "cu_seq_lens_k": key_offsets}
         longest = {"max_length_q": max_queries, "max_length_k": max_keys}
         settings = {"dropout": self.attention_dropout, "scaling": self.scaling}
@@ -315,10 +310,10 @@ class VisualPerceiverSelfAttention(MultiHeadAttention):
         need_weights: bool = False,
         past: KeysAndValues | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | KeysAndValues | None]:
-        """Attention of the tokens, and its weights (B, H, K, K) if they are needed.
+        """Attention of the tokens, and its weights (B, H, K, K) if `need_weights`.
 
-        With `past`, keys and values of P earlier tokens, each (B, H, P, d), the tokens are new ones that read those as well.
-        The mask is then (1, 1, K, P + K), and in place of the weights come keys and values of all P + K tokens.
+        `past` holds keys and values, each (B, H, P, d), of P earlier tokens, which the tokens then read too. The mask is then
+        (1, 1, K, P + K), and keys and values of all P + K tokens take the place of the weights.
         """
         query, key, value = self.split_heads(self.qkv(x), 3)  # (..., H, d)
         weights: torch.Tensor | KeysAndValues | None = None
@@ -333,14 +328,13 @@ class VisualPerceiverSelfAttention(MultiHeadAttention):
 
 
 class VisualPerceiverCrossAttention(MultiHeadAttention):
-    """A cross-attention block with its learned queries: Q of them read the patches, or one reads the result (decoder).
+    """A cross-attention block with learned queries: Q queries read the patches, or one reads the result (the decoder).
 
-    The block comes in two halves, with query selection between them: a plain call gives what the queries read,
-    softmax(q k^T / sqrt(d)) v, and `finish` all the rest, for those queries that stay. The queries are the same for every
-    image, so they are normalised and projected once for the whole batch.
+    The block has two halves, with query selection between them: a plain call returns softmax(q k^T / sqrt(d)) v, and
+    `finish` computes the rest for the queries that stay. All images share the queries, so they are normalised and projected
+    once per batch.
 
-    Every use of a parameter is inside `forward`, around which offloading and `fully_shard` bring the parameters and take
-    them away again.
+    Parameters are used inside `forward` only, because offloading and `fully_shard` load them for its duration.
     """
 
     def __init__(self, config: VisualPerceiverConfig, num_queries: int, num_heads: int):
@@ -369,25 +363,23 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
         """Read `inputs` with the first K queries: (B, K, D) and the weights (B, H, K, N).
 
         Args:
-            inputs: (B, N, D), or a list of them, the tokens of each level that the queries read; packed (T, D); or what
-                `keys_and_values` made of a level.
+            inputs: (B, N, D); a list of them, one for each level that the queries read; packed (T, D); or the result of
+                `keys_and_values` for a level.
             K: How many queries read.
             mask: (B, 1, 1, N) bool, true where a token may be read; None reads all.
             layout: Layout of packed inputs. The images of the result are then in packed order.
             need_weights: See `attend`.
             query: (n,) the queries that read, instead of the first K.
-            part: `"finish"` and `"keys_and_values"` are the methods of these names.
+            part: `"read"`, or `"finish"` or `"keys_and_values"` for the methods of these names.
         """
+        tokens: Any = inputs  # of the other parts a tensor, or torch.fx's proxy of one
         if part == "finish":
-            assert isinstance(inputs, torch.Tensor)
-            queries = self.queries[: inputs.shape[1]] if query is None else self.queries[query]
-            x = queries + self.dropout(self.proj(inputs))
+            queries = self.queries[: tokens.shape[1]] if query is None else self.queries[query]
+            x = queries + self.dropout(self.proj(tokens))
             return x + self.mlp(self.norm(x)), None
         if part == "keys_and_values":
-            assert isinstance(inputs, torch.Tensor)
-            return self._project(inputs)
-        # A copy, because a view of a parameter claims to require a gradient even under no_grad, which torch's FLOP
-        # counter cannot take.
+            return self._project(tokens)
+        # A copy: a view of a parameter requires a gradient even under no_grad, on which torch's FLOP counter fails.
         queries = self.queries[:K].clone() if query is None else self.queries[query]
         queries = self.query(self.norm_queries(queries)).unflatten(-1, (self.num_heads, -1))  # (K, H, d)
         queries = queries.transpose(0, 1)[None]  # (1, H, K, d)
@@ -398,10 +390,10 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
             return torch.cat([y for y, _ in parts], dim=1), weights
         return self._read(queries, inputs[0] if isinstance(inputs, list) else inputs, mask, layout, need_weights)
 
-    def _project(self, inputs: torch.Tensor) -> KeysAndValues:
+    def _project(self, inputs: torch.Tensor, packed: bool = False) -> KeysAndValues:
         """(B, N, D) -> 2 x (B, H, N, d), or packed (T, D) -> 2 x (T, H, d)."""
         key, value = self.split_heads(self.key_value(self.norm_inputs(inputs)), 2)  # (..., H, d)
-        return (key, value) if inputs.ndim == 2 else (key.transpose(1, 2), value.transpose(1, 2))
+        return (key, value) if packed else (key.transpose(1, 2), value.transpose(1, 2))
 
     def _read(
         self,
@@ -411,8 +403,8 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
         layout: PackedLayout | None,
         need_weights: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What projected queries (1, H, K, d) read from one level."""
-        key, value = self._project(inputs) if isinstance(inputs, torch.Tensor) else inputs
+        """Let projected queries (1, H, K, d) read one level."""
+        key, value = inputs if isinstance(inputs, tuple) else self._project(inputs, packed=layout is not None)
         if layout is not None:
             return self.attend_packed(queries, key, value, layout).flatten(-2), None
         # A view: the projected queries are not copied for each image.
@@ -420,14 +412,14 @@ class VisualPerceiverCrossAttention(MultiHeadAttention):
         return y.flatten(-2), weights
 
     def finish(self, y: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
-        """Output projection, residual and MLP of what was read: (B, K, D) -> (B, K, D), or packed (T, D) -> (T, D).
+        """Output projection, residual and MLP: (B, K, D) -> (B, K, D), or packed (T, D) -> (T, D).
 
-        `query` (T,) says which query each row of `y` belongs to; without it they are the first K.
+        `query` (T,) is the query of each row of `y`; None is the first K queries.
         """
         return self(y, query=query, part="finish")[0]
 
     def keys_and_values(self, inputs: torch.Tensor) -> KeysAndValues:
-        """As the queries read them: (B, N, D) -> 2 x (B, H, N, d)."""
+        """Keys and values of the inputs: (B, N, D) -> 2 x (B, H, N, d)."""
         return self(inputs, part="keys_and_values")
 
 
@@ -450,10 +442,9 @@ class VisualPerceiverLayer(GradientCheckpointingLayer):
         path_scales: torch.Tensor | None = None,
         past: KeysAndValues | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, KeysAndValues]:
-        """The block; `path_scales` (2, ...), from `PerceiverNetwork.draw_paths`, weights the branches of each image or token.
+        """Run the block; `path_scales` (2, ...), from `PerceiverNetwork.draw_paths`, weights its branches.
 
-        With `past`, the tokens come after earlier ones, and keys and values of all are returned too; see
-        `VisualPerceiverSelfAttention.forward`.
+        With `past`, keys and values of all tokens are returned too; see `VisualPerceiverSelfAttention.forward`.
         """
         y, keys_and_values = self.attention(self.norm1(x), mask, layout, need_weights, past)
         x = x + (y if path_scales is None else y * path_scales[0])
@@ -477,13 +468,12 @@ def init_weights(module: nn.Module, std: float) -> None:
             init.ones_(statistics.running_var)
             init.zeros_(statistics.num_batches_tracked)
     elif isinstance(module, ConvBlock):
-        # torch's default, smaller than He's: with a batch norm behind it, a convolution of small weights learns faster.
+        # torch's default, smaller than He's: a convolution before a batch norm learns faster with small weights.
         init.kaiming_uniform_(module.conv.weight, a=math.sqrt(5))
     elif isinstance(module, VisualPerceiverEmbeddings):
         init.trunc_normal_(module.position_embeddings, std=std)
         if module.config.query_init == "spatial":
-            height, width = (side // module.config.patch_size for side in module.config.image_height_width)
-            init.copy_(module.position_embeddings, token_features(height, width, module.config.hidden_size))
+            init.copy_(module.position_embeddings, token_features(*module.config.grid, module.config.hidden_size))
     elif isinstance(module, VisualPerceiverSelfAttention) and module.config.attention_init == "mimetic":
         qkv, proj = mimetic_attention(module.config.hidden_size, module.num_heads)
         init.copy_(module.qkv.weight, qkv)
@@ -492,9 +482,9 @@ def init_weights(module: nn.Module, std: float) -> None:
         init.trunc_normal_(module.queries, std=std)
         D, reads_image = module.config.hidden_size, module.queries.shape[0] == module.config.num_queries
         if module.config.query_init == "spatial" and reads_image and not module.queries.is_meta:
-            grid = max(module.config.image_height_width) // module.config.patch_size
-            init.copy_(module.queries, module.queries.detach().cpu() + query_features(len(module.queries), grid, D))
-            # Scores are then those of similar positions.
+            regions = query_features(len(module.queries), max(module.config.grid), D)
+            init.copy_(module.queries, module.queries.detach().cpu() + regions)
+            # Scores then compare positions.
             init.copy_(module.query.weight, torch.eye(D))
             weight = module.key_value.weight.detach().cpu().clone()
             weight[:D] = torch.eye(D)

@@ -1,12 +1,12 @@
-"""The network of a Visual Perceiver, which transformers' and timm's classes have in common.
+"""The network of a Visual Perceiver, which transformers' and timm's classes share.
 
 Shapes: B images, K active queries, Q learned queries, D width, T tokens of a packed batch.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import nn
@@ -20,46 +20,74 @@ from .visual_perceiver_layers import VisualPerceiverCrossAttention, VisualPercei
 
 
 @dataclass(frozen=True)
-class ActiveTokens:
-    """The tokens on their way through the network, in one of three forms.
-
-    Dense: `tokens` (B, K, D), every image uses all K. Masked: `tokens` (B, K, D), `keep` (B, K) says which count.
-    Packed: `tokens` (T, D), `layout` says whose they are; the removed ones are gone.
-    """
+class DenseTokens:
+    """Tokens (B, K, D) on their way through the network; `keep`, (B, K) bool or None for all, marks those that count."""
 
     tokens: torch.Tensor
     keep: torch.Tensor | None = None
-    layout: PackedLayout | None = None
+    layout: ClassVar[None] = None
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """Of the keys that attention may read, (B, 1, 1, K); only the masked form needs one."""
-        return None if self.keep is None or self.layout is not None else self.keep[:, None, None, :]
+        """(B, 1, 1, K) bool, the keys that attention may read; None if it may read all."""
+        return None if self.keep is None else self.keep[:, None, None, :]
+
+    def kept(self) -> torch.Tensor:
+        """(B, K) bool, the queries that each image uses."""
+        x = self.tokens
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if self.keep is None else self.keep
 
     def dense(self) -> torch.Tensor:
         """(B, K, D), rows of removed queries zero."""
-        if self.layout is not None:
-            return self.layout.unpack(self.tokens)
         return self.tokens if self.keep is None else self.tokens * self.keep[..., None]
 
-    def packed(self, backend: str = "grouped") -> "ActiveTokens":
-        """The packed form of dense tokens, for a ragged backend; packed ones stay as they are."""
-        if self.layout is not None:
-            return self
-        assert self.keep is None, "the masked form is for reference and is not packed"
+    def only(self, keep: torch.Tensor) -> "DenseTokens":
+        """The tokens that `keep`, (B, K) bool, marks."""
+        return DenseTokens(self.tokens, keep)
+
+    def packed(self, backend: str) -> "PackedTokens":
+        """The packed form, for a ragged backend."""
+        assert self.keep is None, "masked tokens are a reference and are not packed"
         B, K, _ = self.tokens.shape
-        return ActiveTokens(self.tokens.flatten(0, 1), layout=PackedLayout.prefix(B, K, self.tokens.device, backend))
+        return PackedTokens(self.tokens.flatten(0, 1), PackedLayout.prefix(B, K, self.tokens.device, backend))
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Tokens (T, D) without the removed ones; the methods do what those of `DenseTokens` do."""
+
+    tokens: torch.Tensor
+    layout: PackedLayout
+    mask: ClassVar[None] = None
+
+    def kept(self) -> torch.Tensor:
+        keep = torch.zeros(self.layout.shape, dtype=torch.bool, device=self.tokens.device)
+        keep[self.layout.image, self.layout.query] = True
+        return keep
+
+    def dense(self) -> torch.Tensor:
+        return self.layout.unpack(self.tokens)
+
+    def only(self, keep: torch.Tensor) -> "PackedTokens":
+        layout = PackedLayout.from_mask(keep, self.layout.backend)
+        return PackedTokens(layout.pack(self.dense()), layout)
+
+    def packed(self, backend: str) -> "PackedTokens":
+        return self
 
     @staticmethod
-    def join(batches: Sequence["ActiveTokens"], backend: str = "grouped") -> "ActiveTokens":
-        """Several batches as one packed batch, their images one after the other."""
-        batches = [batch.packed(backend) for batch in batches]
-        layout = PackedLayout.join([batch.layout for batch in batches if batch.layout is not None])
-        return ActiveTokens(torch.cat([batch.tokens for batch in batches]), layout=layout)
+    def join(batches: Sequence["ActiveTokens"], backend: str) -> "PackedTokens":
+        """Pack several batches into one, whose images follow each other."""
+        packed = [batch.packed(backend) for batch in batches]
+        layout = PackedLayout.join([batch.layout for batch in packed])
+        return PackedTokens(torch.cat([batch.tokens for batch in packed]), layout)
+
+
+ActiveTokens: TypeAlias = DenseTokens | PackedTokens
 
 
 class PerceiverNetwork:
-    """The network itself, mixed into transformers' and timm's model classes: build, read, select, process, decode."""
+    """The network, mixed into transformers' and timm's model classes: build, read, select, process, decode."""
 
     config: VisualPerceiverConfig
     training: bool  # nn.Module's
@@ -80,28 +108,28 @@ class PerceiverNetwork:
 
     @property
     def ragged_backend(self) -> str:
-        """How images that keep different numbers of queries share a batch, on this device, in this dtype or autocast.
+        """How images that keep different numbers of queries share a batch on this device, in this dtype or autocast.
 
-        `"varlen"`, `"grouped"` or `"masked"`; see `ragged.py`. `set_ragged_backend` asks for one of them.
+        `"varlen"`, `"grouped"` or `"masked"`, see `ragged.py`; `set_ragged_backend` chooses one.
         """
         return self.ragged_backend_for(self.cross_attention.queries)
 
     def set_ragged_backend(self, backend: str = "auto") -> None:
-        """Choose how images that keep different numbers of queries share a batch; `"auto"` is the best that there is.
+        """Choose how images that keep different numbers of queries share a batch; `"auto"` is the best one available.
 
         Raises:
-            ValueError: If there is no such backend, or not on the model's device.
+            ValueError: If there is no such backend, or it is not available on the model's device.
         """
         check_backend(backend)
-        # Of the dtypes, the one that takes every backend: the model may yet run under autocast.
+        # All backends take bfloat16, in which the model may later run under autocast.
         resolve_backend(backend, self.cross_attention.queries.device, torch.bfloat16)
         self._ragged_backend = backend
 
     def ragged_backend_for(self, tokens: torch.Tensor) -> str:
-        """`ragged_backend`, for tokens of this device and dtype.
+        """`ragged_backend` for the device and dtype of these tokens.
 
         Raises:
-            ValueError: If the backend that was asked for is not available there.
+            ValueError: If the chosen backend is not available there.
         """
         config, device = self.config, tokens.device
         autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
@@ -122,13 +150,13 @@ class PerceiverNetwork:
     def read(
         self, pixel_values: torch.Tensor, K: int, interpolate_pos_encoding: bool = False, need_weights: bool = False
     ) -> torch.Tensor:
-        """Cross-attention outputs of the first K queries: (B, C, H, W) -> (B, K, D). The outputs do not depend on K."""
+        """Cross-attention outputs of the first K queries, which do not depend on K: (B, C, H, W) -> (B, K, D)."""
         return self.look(pixel_values, K, interpolate_pos_encoding, need_weights)[0]
 
     def look(
         self, pixel_values: torch.Tensor, K: int, interpolate_pos_encoding: bool = False, need_weights: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `read`, and the weights of the cross-attention, (B, H, K, N), if they are needed."""
+        """The result of `read`, and the weights of the cross-attention, (B, H, K, N), if `need_weights`."""
         levels = len(self.config.query_spans(0, K))
         inputs, _ = self.embeddings(pixel_values, interpolate_pos_encoding, end=levels)
         return self.cross_attention(inputs, K, need_weights=need_weights)
@@ -142,13 +170,13 @@ class PerceiverNetwork:
         need_weights: bool = False,
         masked: bool = False,
     ) -> ActiveTokens:
-        """Read images and select queries: all before the trunk.
+        """Read images and select queries; `process` continues with the result.
 
         Args:
             pixel_values: (B, C, H, W).
-            K: The first K queries, for all images or for each, (B,).
+            K: Use the first K queries; an integer, or (B,) with a K for each image.
             threshold: Threshold of the selection among them; None does not select.
-            interpolate_pos_encoding: Take images of any multiple of the patch size.
+            interpolate_pos_encoding: Allow images of any multiple of the patch size.
             need_weights: Compute the weights of the cross-attention, for hooks that record them.
             masked: Keep the tokens dense, with a mask.
         """
@@ -167,7 +195,7 @@ class PerceiverNetwork:
     def read_each(
         self, pixel_values: torch.Tensor, K: torch.Tensor, interpolate_pos_encoding: bool, need_weights: bool
     ) -> torch.Tensor:
-        """As `read`, with a K for each image; levels of a stem are computed for those images that need them."""
+        """`read` with a K for each image; a level of the stem runs only on the images that need it."""
         most = int(K.max())
         spans = self.config.query_spans(0, most)
         if need_weights or len(spans) == 1:
@@ -186,9 +214,9 @@ class PerceiverNetwork:
         return y
 
     def select(self, y: torch.Tensor, threshold: float | None, masked: bool = False) -> ActiveTokens:
-        """Drop queries by their cross-attention outputs `y`, (B, K, D), and finish the block for those that stay."""
+        """Select queries by their cross-attention outputs `y`, (B, K, D), and finish the block for them."""
         if threshold is None:
-            return ActiveTokens(self.cross_attention.finish(y))
+            return DenseTokens(self.cross_attention.finish(y))
         keep = select_queries(y.detach(), threshold, self.config.dqs_reference)
         return self.keep_queries(y, keep, masked)
 
@@ -196,22 +224,18 @@ class PerceiverNetwork:
         """Finish the cross-attention block for the queries that `keep`, (B, K) bool, marks."""
         backend = self.ragged_backend_for(y)
         if masked or backend == "masked":
-            return ActiveTokens(self.cross_attention.finish(y), keep)
-        return self.packed(y, PackedLayout.from_mask(keep, backend), keep)
-
-    def packed(self, y: torch.Tensor, layout: PackedLayout, keep: torch.Tensor | None = None) -> ActiveTokens:
-        """Finish the cross-attention block for the queries of a layout."""
-        return ActiveTokens(self.cross_attention.finish(layout.pack(y), layout.query), keep, layout)
+            return DenseTokens(self.cross_attention.finish(y), keep)
+        layout = PackedLayout.from_mask(keep, backend)
+        return PackedTokens(self.cross_attention.finish(layout.pack(y), layout.query), layout)
 
     def draw_paths(self, active: ActiveTokens) -> Sequence[torch.Tensor | None]:
-        """Stochastic depth (Huang et al. 2016): for each block, the weights of its two branches for each image.
+        """Stochastic depth (Huang et al. 2016): for each block, random weights of its two branches for each image.
 
-        With a probability that grows linearly to `config.drop_path_rate` in the last block, an image skips a branch;
-        those that take it are scaled up for it. Drawn for all blocks at once, outside of them, so that the blocks are
-        one piece of code to a compiler.
+        An image skips a branch with a probability that grows linearly to `config.drop_path_rate` in the last block, and the
+        branches that run are scaled up. The weights are drawn outside of the blocks, so that a compiler sees equal blocks.
 
         Returns:
-            (2, B, 1, 1) per block, or (2, T, 1) for packed tokens; None for all where nothing is dropped.
+            (2, B, 1, 1) per block, or (2, T, 1) for packed tokens; None per block if nothing is dropped.
         """
         if self.config.drop_path_rate == 0 or not self.training:
             return [None] * len(self.layers)
@@ -224,15 +248,15 @@ class PerceiverNetwork:
         return (scales[..., None, None] if layout is None else scales[..., layout.image, None]).unbind()
 
     def process(self, active: ActiveTokens, **record: bool) -> ActiveTokens:
-        """The self-attention blocks."""
+        """Run the self-attention blocks."""
         x = active.tokens
         mask, layout = self.trunk_masks(active)
         for layer, path_scales in zip(self.layers, self.draw_paths(active), strict=True):
             x = layer(x, mask, layout, path_scales=path_scales, **record)
-        return ActiveTokens(x, active.keep, active.layout)
+        return replace(active, tokens=x)
 
     def trunk_masks(self, active: ActiveTokens) -> tuple[torch.Tensor | None, PackedLayout | None]:
-        """What the blocks are told of who may read whom: a mask (B or 1, 1, K or 1, K) of dense tokens, a layout of packed ones."""
+        """The mask (B or 1, 1, K or 1, K) of the blocks for dense tokens, or their layout for packed ones."""
         if self.config.trunk_attention == "full":
             return active.mask, active.layout
         blocks = self.query_block(active.tokens.device)
@@ -253,18 +277,18 @@ class PerceiverNetwork:
     def forward_passes(
         self, pixel_values: torch.Tensor, passes: Sequence[Pass], packed: bool | None = None
     ) -> list[torch.Tensor]:
-        """What the output query reads in each of several passes.
+        """Run several passes over a batch and decode each.
 
-        The queries' outputs do not depend on each other: patches, keys, values and cross-attention are computed once. The
-        trunk runs once if it is block-causal and the passes are all images at ends of blocks, or if they are packed.
+        Patches and cross-attention are computed once, as queries do not depend on each other. The trunk runs once if the
+        passes are packed, or if it is block-causal and every pass takes all images at the end of a block.
 
         Args:
             pixel_values: (B, C, H, W), normalised.
             passes: Which images at which budgets.
-            packed: Run the trunk once on the packed batch of all passes, instead of once for each; None is on a GPU.
+            packed: Run the trunk once on the packed batch of all passes, instead of once for each; None does so on a GPU.
 
         Returns:
-            For each pass (n, D), n being its images.
+            (n, D) for each pass of n images.
 
         Raises:
             ValueError: If the images or a budget are not as described.
@@ -274,7 +298,7 @@ class PerceiverNetwork:
         y = self.read(pixel_values, max(K))
         if self.config.trunk_attention == "block_causal" and self.are_nested(passes, knobs):
             tokens = self.process(self.select(y, None)).tokens
-            return [self.decode(ActiveTokens(tokens[:, :k])) for k in K]
+            return [self.decode(DenseTokens(tokens[:, :k])) for k in K]
         thresholds = [None if k["dqs_threshold"] == math.inf else k["dqs_threshold"] for k in knobs]
         parts = zip(passes, K, thresholds, strict=True)
         batches = [self.select(y[p.images, :k], t) for p, k, t in parts]
@@ -282,11 +306,11 @@ class PerceiverNetwork:
         packed = y.is_cuda if packed is None else packed
         if not packed or len(batches) == 1 or backend == "masked":
             return [self.decode(self.process(batch)) for batch in batches]
-        pooled = self.decode(self.process(ActiveTokens.join(batches, backend)))
+        pooled = self.decode(self.process(PackedTokens.join(batches, backend)))
         return list(pooled.split([len(range(*p.images.indices(len(y)))) for p in passes]))
 
     def are_nested(self, passes: Sequence[Pass], knobs: Sequence[dict[str, Any]]) -> bool:
-        """Whether passes are all images at ends of blocks, whose tokens a block-causal trunk has on the way to the last."""
+        """Whether every pass takes all images at the end of a block, so that one run of a block-causal trunk serves all."""
         ends = {*self.config.block_ends, max(k["num_active_queries"] for k in knobs)}
         return all(
             k["dqs_threshold"] == math.inf and p.images == slice(None) and k["num_active_queries"] in ends
@@ -294,7 +318,7 @@ class PerceiverNetwork:
         )
 
     def decode(self, active: ActiveTokens) -> torch.Tensor:
-        """What the output query reads from the active tokens, normalised: (B, D)."""
+        """The output query's token after it reads the active tokens, normalised: (B, D)."""
         assert self.decoder is not None
         if self.config.decoder_reads == "last_block":
             active = self.last_block(active)
@@ -304,25 +328,13 @@ class PerceiverNetwork:
 
     def last_block(self, active: ActiveTokens) -> ActiveTokens:
         """The tokens of the last block of queries that each image uses."""
-        K = active.tokens.shape[1] if active.layout is None else active.layout.shape[1]
-        if active.layout is None and active.keep is None and isinstance(K, int):
-            return ActiveTokens(active.tokens[:, self.config.first_decoded(K) :])
-        keep, blocks = active.keep, self.query_block(active.tokens.device)[:K]
-        if active.layout is not None:
-            keep = torch.zeros(active.layout.shape, dtype=torch.bool, device=blocks.device)
-            keep[active.layout.image, active.layout.query] = True
-        elif keep is None:
-            keep = torch.ones(active.tokens.shape[:2], dtype=torch.bool, device=blocks.device)
-        last = torch.where(keep, blocks, -1).amax(1, keepdim=True)  # (B, 1)
-        keep = keep & (blocks == last)
-        if active.layout is None:
-            return ActiveTokens(active.tokens, keep)
-        layout = PackedLayout.from_mask(keep, active.layout.backend)
-        return ActiveTokens(layout.pack(active.layout.unpack(active.tokens)), keep, layout)
+        if isinstance(active, DenseTokens) and active.keep is None and isinstance(K := active.tokens.shape[1], int):
+            return DenseTokens(active.tokens[:, self.config.first_decoded(K) :])
+        keep = active.kept()  # (B, K)
+        blocks = torch.where(keep, self.query_block(keep.device)[: keep.shape[1]], -1)
+        return active.only(keep & (blocks == blocks.amax(1, keepdim=True)))
 
     def active_queries(self, active: ActiveTokens) -> torch.Tensor:
-        """(B, Q) bool: the queries that each image used."""
-        keep = active.keep
-        if keep is None:
-            keep = torch.ones(active.tokens.shape[:2], dtype=torch.bool, device=active.tokens.device)
+        """(B, Q) bool, the queries that each image uses."""
+        keep = active.kept()
         return F.pad(keep, (0, self.config.num_queries - keep.shape[1]))

@@ -85,6 +85,7 @@ REMOTE = [
     "conv_stem",
     "elastic",
     "engines",
+    "family_config",
     "macs",
     "modeling_visual_perceiver",
     "query_selection",

@@ -240,8 +240,14 @@ def test_the_code_that_travels_with_weights(name, images, tmp_path):
 @pytest.mark.parametrize("name", SMALL)
 def test_bad_input(name, images):
     model = small(name)
-    for pixels in (images[:, :1], images[..., :8], images[0], images[:0]):
-        with pytest.raises(ValueError, match="pixel_values"):
+    for pixels, message in (
+        (images[:, :1], "images of 3 channels, got 1"),
+        (images[..., :8], "images of size 16x16, got 16x8; a model loaded with `image_size=...`"),
+        (images[0], r"`pixel_values` of shape \(B, C, H, W\)"),
+        (images[:0], "at least one image"),
+        (images.int(), "floating-point"),
+    ):
+        with pytest.raises(ValueError, match=message):
             model(pixels)
     with pytest.raises(ValueError, match="knobs"):
         model.config.resolve(layers=3)
@@ -251,6 +257,20 @@ def test_bad_input(name, images):
                 model(images, **{knob: value})
             with pytest.raises(ValueError, match=knob):
                 type(model.config)(**{**model.config.to_diff_dict(), knob: value})
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_arguments_of_timm(name):
+    config_class = FAMILIES[name][0]
+    config = config_class(image_size=16, num_labels=5, **SMALL[name])
+    # Earlier versions saved class attributes among the arguments.
+    again = config_class.from_timm(**config.timm_model_args, num_classes=5, title="Of an earlier version")
+    assert again.to_dict() == config.to_dict()
+    assert "title" not in config.timm_model_args
+    with pytest.raises(TypeError, match=r"img_size.*got depht"):
+        config_class.from_timm(depht=3)
+    with pytest.raises(ValueError, match=r"square images, got `img_size` \[16, 32\]"):
+        config_class.from_timm(img_size=(16, 32))
 
 
 class TestDynamicVisionTransformer:

@@ -82,6 +82,7 @@ def test_contents(folder):
         "conv_stem.py",
         "elastic.py",
         "engines.py",
+        "family_config.py",
         "macs.py",
         "modeling_visual_perceiver.py",
         "query_selection.py",

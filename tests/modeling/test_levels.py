@@ -13,7 +13,7 @@ from hf_visual_perceiver.export.graph import trace
 from hf_visual_perceiver.inference.stages import LevelStage, packed
 from hf_visual_perceiver.modeling import VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.modeling.elastic import Budget
-from hf_visual_perceiver.modeling.visual_perceiver_network import ActiveTokens
+from hf_visual_perceiver.modeling.visual_perceiver_network import DenseTokens
 from hf_visual_perceiver.training.folder import save_folder
 
 
@@ -198,11 +198,11 @@ def test_levels_that_do_not_fit(fields, message):
 def test_in_training_some_images_see_their_own_block_alone(images):
     model = VisualPerceiverForImageClassification(small_config(**LEVELS, block_drop_rate=0.5))
     torch.manual_seed(0)
-    mask = model.visual_perceiver.trunk_masks(ActiveTokens(torch.zeros(200, 12, 24)))[0]
+    mask = model.visual_perceiver.trunk_masks(DenseTokens(torch.zeros(200, 12, 24)))[0]
     blocks = model.visual_perceiver.query_block(mask.device)
     alone = (mask == (blocks[:, None] == blocks)).flatten(1).all(1)
     causal = (mask == (blocks[:, None] >= blocks)).flatten(1).all(1)
     assert (alone ^ causal).all()
     assert 60 < alone.sum() < 140
     model.eval()
-    assert model.visual_perceiver.trunk_masks(ActiveTokens(torch.zeros(2, 12, 24)))[0].shape == (1, 1, 12, 12)
+    assert model.visual_perceiver.trunk_masks(DenseTokens(torch.zeros(2, 12, 24)))[0].shape == (1, 1, 12, 12)

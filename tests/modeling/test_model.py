@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification, VisualPerceiverModel
 from hf_visual_perceiver.modeling import Budget, Pass
-from hf_visual_perceiver.modeling.visual_perceiver_network import ActiveTokens
+from hf_visual_perceiver.modeling.visual_perceiver_network import DenseTokens
 
 
 THRESHOLDS = (-1, -0.3, 0.0, 0.3, 0.6, 0.9, 1)
@@ -325,8 +325,8 @@ class TestTransformersIdiom:
     @pytest.mark.parametrize("packed", [False, True])
     def test_stochastic_depth_drops_whole_images(self, packed):
         model = VisualPerceiverModel(small_config(num_hidden_layers=3, drop_path_rate=0.5)).train()
-        active = ActiveTokens(torch.randn(400, 12, 24))
-        active = active.packed() if packed else active
+        active = DenseTokens(torch.randn(400, 12, 24))
+        active = active.packed("grouped") if packed else active
         first, second, last = model.draw_paths(active)
         assert (first == 1).all()  # the rate grows from 0
         assert second.unique().tolist() == pytest.approx([0, 4 / 3])

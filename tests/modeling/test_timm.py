@@ -33,6 +33,20 @@ def test_registered_names_are_the_configs(name):
     assert outputs.shape == (2, model.num_classes)
 
 
+@pytest.mark.parametrize(
+    ("fields", "architecture"),
+    [
+        ({"image_size": 224, "patch_size": 16, "num_queries": 100}, "visual_perceiver_tiny_patch16_224"),
+        ({"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4}, NANO),
+        ({"num_queries": 7}, "visual_perceiver_tiny_patch4_32"),
+    ],
+)
+def test_other_configs_have_the_nearest_name(fields, architecture):
+    config = VisualPerceiverConfig(**fields, num_labels=3)
+    assert config.architecture == architecture
+    assert VisualPerceiverConfig.from_timm(**config.timm_model_args, num_classes=3).to_dict() == config.to_dict()
+
+
 def test_verbs(nano):
     x = torch.randn(3, 3, 32, 32)
     for arguments, K in (({}, 64), ({"num_active_queries": 9}, 9), ({"dqs_threshold": 0.99}, 64)):

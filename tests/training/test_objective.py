@@ -86,6 +86,11 @@ class TestObjective:
         (objective(images, targets, passes)[0] - Objective(model)(images, targets, passes)[0]).backward()
         assert levels.levels[1].blocks[0].conv.weight.grad.abs().sum() > 0
 
+    def test_other_stems_have_no_features(self, model):
+        assert model.stem_channels == []
+        with pytest.raises(ValueError, match=r"`stem` to be 'conv'.*got 'patch'"):
+            Objective(model, stem_weight=0.5).network.captured_features().__enter__()
+
     @pytest.mark.parametrize("packed", [True, False])
     def test_students_teach_nothing_to_the_full_network(self, model, images, targets, packed):
         objective = Objective(model, StudentLoss(weight=0.7, distillation=1.0))
