@@ -17,12 +17,11 @@ from .modeling_qna_vit import QnAViTForImageClassification, QnAViTModel
 from .modeling_visual_perceiver import (
     OptimizedVisualPerceiver,
     VisualPerceiverForImageClassification,
-    VisualPerceiverImageClassifierOutput,
     VisualPerceiverModel,
-    VisualPerceiverModelOutput,
     VisualPerceiverPreTrainedModel,
 )
 from .query_selection import select_queries
+from .visual_perceiver_incremental import VisualPerceiverImageClassifierOutput, VisualPerceiverModelOutput
 
 
 __all__ = [

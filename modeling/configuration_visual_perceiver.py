@@ -495,7 +495,7 @@ class VisualPerceiverConfig(FamilyConfig):
         return {**arguments, "mlp_ratio": self.intermediate_size / self.hidden_size}
 
     @property
-    def first_conv(self) -> str:  # type: ignore[override]
+    def first_conv(self) -> str:
         """Name of the convolution that reads the image's channels."""
         if self.stem == "patch":
             return "embeddings.patch_embeddings.projection"

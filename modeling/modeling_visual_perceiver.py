@@ -200,7 +200,7 @@ class OptimizedVisualPerceiver(nn.Module):
         if pixel_values.device != self.device:
             raise ValueError(f"Expected images on {self.device}, where the engine computes, got {pixel_values.device}.")
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "OptimizedVisualPerceiver":
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "OptimizedVisualPerceiver":
         raise RuntimeError(
             "An optimised model cannot be moved or converted; move or convert the model and optimise it again."
         )

@@ -75,7 +75,7 @@ def cosine_similarities(tokens: torch.Tensor) -> torch.Tensor:
         return (products * scale[:, :, None] * scale[:, None]).clamp(max=1.0)
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which operations on this device keep the dtype of their arguments."""
     # torch refuses to switch off autocast for meta tensors, which have none.
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

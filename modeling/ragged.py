@@ -12,6 +12,7 @@ A third backend, "masked", does not pack: it keeps the dense batch and masks rem
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from .attention_groups import AttentionGroup, attention_groups, marked
 BACKENDS = ("varlen", "grouped", "masked")  # "auto" takes the first one available
 
 
-def torch_varlen_attention() -> Callable | None:
+def torch_varlen_attention() -> Callable[..., Any] | None:
     """torch's attention for packed batches; None if this torch is too old. The import takes seconds, so it is made here."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -228,7 +229,9 @@ class PackedLayout:
         """(B, ...) in packed order -> (B, ...) in the order of the batch."""
         return images if self.order is None else torch.empty_like(images).index_copy(0, self.order, images)
 
-    def attend(self, attention: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, attention: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         """Attention within each image.
 
         Args:
@@ -255,7 +258,7 @@ class PackedLayout:
     # takes the whole layout.
     @torch.compiler.disable
     def attend_grouped(
-        self, attention: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self, attention: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         """`attend`, a group at a time."""
         outputs = []

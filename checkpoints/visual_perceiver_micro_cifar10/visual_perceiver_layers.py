@@ -238,7 +238,7 @@ class MultiHeadAttention(nn.Module):
         # Flash attention takes no such mask, which the masked backend has, and no wider heads.
         beyond_flash = mask is not None or query.shape[-1] > 256
         if implementation in ("sdpa", None) or (beyond_flash and "flash" in implementation):
-            attention: Callable = sdpa_attention
+            attention: Callable[..., Any] = sdpa_attention
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return attention(self, query, key, value, mask, dropout=self.attention_dropout, scaling=self.scaling)
