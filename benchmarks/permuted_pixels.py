@@ -59,7 +59,6 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "convolutions": (f"{TIMM}conv_stem_classifier_32", {"widths": [[16], [40], [96]]}),
 }
 COMMON = {
-    "validation": 5000,
     "batch_size": 64,
     "learning_rate": 2e-3,
     "warmup_steps": 0.1,
@@ -76,18 +75,15 @@ def main(
     dataset: Annotated[str, typer.Option(help="CIFAR-10: Hub id or folder of parquet files.")] = "uoft-cs/cifar10",
     output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/permuted_pixels"),
     steps: Annotated[int, typer.Option(help="Steps of each run, of 64 images.")] = 600,
+    validation: Annotated[int, typer.Option(help="Images not to learn from, the last of the training split.")] = 5000,
     seed: Annotated[int, typer.Option(help="Of the permutation and the runs.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Some of the networks; repeat for several.")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Stop a run after this time; the command goes on.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Whole numbers for recipe keys: validation=100.")
-    ] = None,
 ) -> None:
     """Train with and without the permutation, and compare."""
     datasets.disable_progress_bars()
     if unknown := set(only or []) - set(NETWORKS):
         raise ValueError(f"Expected networks among {'; '.join(NETWORKS)}, got {'; '.join(sorted(unknown))}.")
-    changed = {key: int(value) for key, _, value in (text.partition("=") for text in overrides or [])}
     permuted = output / f"permuted-seed{seed}"
     if not permuted.is_dir():
         write_permuted(load_images(dataset, "train"), permuted / "train.parquet", seed)
@@ -95,7 +91,7 @@ def main(
     for name in only or NETWORKS:
         runs = []
         for kind, source in (("plain", dataset), ("permuted", str(permuted))):
-            recipe = recipe_of(name, dataset=source, dataset_name="CIFAR-10", steps=steps, seed=seed, **changed)
+            recipe = recipe_of(name, dataset=source, validation=validation, steps=steps, seed=seed)
             folder = output / f"{name.replace(',', '').replace(' ', '_')}-{kind}-seed{seed}"
             if train(recipe, folder, resume=folder.exists(), max_minutes=max_minutes) is None:
                 raise SystemExit(f"Stopped in {folder}; the same command goes on.")
