@@ -8,7 +8,7 @@ import timm
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import papers_form, unwrapped, with_statistics
+from support import papers_form, unwrapped, with_biases, with_statistics
 from transformers import PerceiverConfig
 from typer.testing import CliRunner
 
@@ -31,7 +31,7 @@ def saved(folder, kind: str, **fields):
         image_size=16,
         **fields,
     )
-    model = with_statistics(getattr(transformers, f"PerceiverFor{kind}")(config))
+    model = with_biases(with_statistics(getattr(transformers, f"PerceiverFor{kind}")(config)))
     model.save_pretrained(folder)
     return model
 

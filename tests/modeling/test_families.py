@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
-from support import run, with_statistics
+from support import run, with_biases, with_statistics
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -374,7 +374,7 @@ class TestIterativePerceiver:
     @pytest.mark.parametrize(("kind", "side"), [("Fourier", 224), ("Learned", 16), ("ConvProcessing", 224)])
     def test_weights_of_transformers(self, kind, side):
         theirs = getattr(transformers, f"PerceiverForImageClassification{kind}")(PerceiverConfig(**THEIRS))
-        theirs = with_statistics(theirs).double()
+        theirs = with_biases(with_statistics(theirs)).double()
         ours = IterativePerceiverForImageClassification.from_transformers(theirs).double()
         image = torch.randn(2, 3, side, side, dtype=torch.float64)
         expected = theirs(inputs=image).logits
