@@ -49,9 +49,9 @@ def main(
     # Seeds outside: an ablation that is cut short has every schedule once.
     for seed in range(seeds):
         for name in names:
-            common = [f"dataset={dataset}", f"evaluate_queries={BUDGETS}", "evaluate_every=null", "log_every=50"]
+            common = [f"dataset={dataset}", f"evaluate_budgets={BUDGETS}", "evaluate_every=null", "log_every=50"]
             common += [f"config={yaml.safe_dump({**SMALL, 'initializer_range': 0.1}, default_flow_style=True)}"] * small
-            common += [f"queries={yaml.safe_dump(SCHEDULES[name], default_flow_style=True)}", f"seed={seed}"]
+            common += [f"budgets={yaml.safe_dump(SCHEDULES[name], default_flow_style=True)}", f"seed={seed}"]
             base = load_recipe(recipe, [*common, *(overrides or [])])
             steps = affordable_steps(base, epochs)
             lengths = [f"steps={steps}", f"warmup_steps={steps // 20}", f"save_every={max(steps // 10, 1)}"]
@@ -67,7 +67,7 @@ def main(
 def affordable_steps(recipe: Recipe, epochs: float) -> int:
     """Number of steps that cost as many MACs as `epochs` of 45,000 images with all queries."""
     config = recipe.model_config(num_labels=10)
-    schedule = create_schedule(recipe.queries, config.ladder(), seed=0)  # the same number for every seed of the run
+    schedule = create_schedule(recipe.budgets, config.ladder(), seed=0)  # the same number for every seed of the run
     cost = sum(step_macs(config, schedule, step) for step in range(2000)) / 2000
     return round(epochs * 45_000 * count_macs(config) / (cost * recipe.batch_size))
 

@@ -22,13 +22,13 @@ from hf_visual_perceiver.training.train import train
 from hf_visual_perceiver.utils.conditions import measurement_conditions
 
 
-STRATIFIED = "queries={schedule: stratified, groups: 2}"
+STRATIFIED = "budgets={schedule: stratified, groups: 2}"
 FULL = ["config.trunk_attention=full", "config.block_drop_rate=0", "config.decoder_reads=all"]
 ONE_LEVEL = ["config.level_starts=null", "config.level_widths=null"]
 PLAIN = [
     "architecture=timm/conv_stem_classifier_32",
-    "queries={schedule: fixed, K: 1}",
-    "evaluate_queries=[1]",
+    "budgets={schedule: fixed, K: 1}",
+    "evaluate_budgets=[1]",
     "attention=null",
     "stem_loss=0",
 ]
@@ -41,7 +41,7 @@ CHANGES: dict[str, list[str]] = {
     "earlier blocks are never hidden": ["config.block_drop_rate=0"],
     "full attention, stratified": [*FULL, STRATIFIED],
     "queries begin in a grid": ["config.query_init=spatial"],
-    "small K first": ["queries.small_first={start: 4, fraction: 0.5}"],
+    "small K first": ["budgets.small_first={start: 4, fraction: 0.5}"],
     "one level, as wide as all": [*ONE_LEVEL, "config.stem_widths=[[24, 68], [68, 272], [272, 272], [272]]"],
     "one level, as the first": ONE_LEVEL,
     "patches, no stem": [
@@ -100,7 +100,7 @@ def affordable_steps(recipe: Recipe, flop: float) -> int:
     ladder, ends = ladder_of(network), block_ends(network)
     steps = 1000
     for _ in range(3):  # what a step costs may depend on how many there are
-        schedule = create_schedule(recipe.queries, ladder, 0, steps, ends)
+        schedule = create_schedule(recipe.budgets, ladder, 0, steps, ends)
         steps = max(2, round(flop / (6 * mean_macs(network, schedule, steps) * recipe.batch_size)))
     return steps
 

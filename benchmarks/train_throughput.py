@@ -87,7 +87,7 @@ def ours(name: str, recipe: Recipe, data: ImageDataset, accelerator: Accelerator
     """The steps of `train`, split into parts."""
     device = accelerator.device
     network = create_model(recipe, data.label_names).to(device).train()
-    schedule = create_schedule(recipe.queries, network.config.ladder(), recipe.seed)
+    schedule = create_schedule(recipe.budgets, network.config.ladder(), recipe.seed)
     if recipe.compile:
         compile_blocks(network)
     network.packs_passes = {"packed": True, "split": False}.get(recipe.trunk)
@@ -212,7 +212,7 @@ def main(
 ) -> None:
     """Measure and print."""
     given = [f"dataset={dataset}", *(overrides or [])]
-    recipes = {name: load_recipe(recipe, [f"queries={queries}", *given]) for name, queries in QUERIES.items()}
+    recipes = {name: load_recipe(recipe, [f"budgets={queries}", *given]) for name, queries in QUERIES.items()}
     base = recipes["sandwich"]
     accelerator = Accelerator(mixed_precision=base.mixed_precision)
     cuda = accelerator.device.type == "cuda"

@@ -50,6 +50,8 @@ PERCEIVER_ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "perceiver_io_224": {**IMAGENET, "num_cross_attends": 1, "decoder_type": "query"},
 }
+# What the input tokens are, in the words of Perceiver IO's appendix on ImageNet.
+INPUTS = ("fourier", "learned", "conv")
 
 
 @strict
@@ -57,6 +59,7 @@ class IterativePerceiverConfig(FamilyConfig):
     """Configuration of Perceiver (Jaegle et al. 2021) and, with `decoder_type="query"`, Perceiver IO (2022).
 
     Every pixel with Fourier features of its place is an input token; latents read them, once or in several iterations.
+    `inputs` has the two other kinds of tokens of Perceiver IO: pixels with learned positions, and a convolution.
 
     Raises:
         ValueError: If a value is out of its range or two values do not fit together.
@@ -82,8 +85,15 @@ class IterativePerceiverConfig(FamilyConfig):
     modeling_module: ClassVar[str] = "modeling_iterative_perceiver"
     class_prefix: ClassVar[str] = "IterativePerceiver"
 
+    # The tokens: "fourier" is pixels and Fourier features of their places; "learned" is a linear map of each pixel to
+    # `stem_channels`, and as many learned channels of its place; "conv" is a 7x7 convolution to `stem_channels` with pooling,
+    # and Fourier features.
+    inputs: str = "fourier"
+    stem_channels: int = 64
     num_frequency_bands: int = 8
-    max_resolution: int | None = None  # highest frequency, twice the Nyquist rate; None is the image's side
+    max_resolution: int | None = (
+        None  # highest frequency, twice the Nyquist rate; None is the side of the grid of tokens
+    )
     num_queries: int = 32  # latents
     hidden_size: int = 128  # D
     num_attention_heads: int = 4  # of self-attention
@@ -110,9 +120,14 @@ class IterativePerceiverConfig(FamilyConfig):
             "num_queries",
             "hidden_size",
             "num_attention_heads",
+            "stem_channels",
         )
         self.check_positive(*sizes, "num_blocks", "num_self_attends_per_block", "num_cross_attends", "widening_factor")
         check_heads(self.hidden_size, self.num_attention_heads)
+        if self.inputs not in INPUTS:
+            raise ValueError(f"Expected `inputs` to be one of {', '.join(INPUTS)}, got {self.inputs!r}.")
+        if self.token_side < 1:
+            raise ValueError(f"Expected an `image_size` of at least 5 with `inputs` 'conv', got {self.image_size}.")
         if self.attention_channels % self.num_cross_attention_heads:
             raise ValueError(
                 f"Expected the cross-attends' {self.attention_channels} channels to be a multiple of "
@@ -131,9 +146,22 @@ class IterativePerceiverConfig(FamilyConfig):
         return f"{self.num_blocks} iterations of {self.num_self_attends_per_block} blocks of width {self.hidden_size}"
 
     @property
+    def first_conv(self) -> str | None:  # type: ignore[override]
+        """Name of the convolution that reads the image's channels, or None."""
+        return None if self.inputs == "fourier" else "stem.conv"
+
+    @property
+    def token_side(self) -> int:
+        """Tokens along a side of the image."""
+        return ((self.image_size - 1) // 2 - 2) // 2 + 1 if self.inputs == "conv" else self.image_size
+
+    @property
     def input_channels(self) -> int:
-        """C: the pixel's channels, its two coordinates, and sines and cosines of each."""
-        return self.num_channels + 2 * (2 * self.num_frequency_bands + 1)
+        """C: the channels of a token, its two coordinates, and sines and cosines of each; or learned channels."""
+        if self.inputs == "learned":
+            return 2 * self.stem_channels
+        own = self.num_channels if self.inputs == "fourier" else self.stem_channels
+        return own + 2 * (2 * self.num_frequency_bands + 1)
 
     @property
     def attention_channels(self) -> int:
@@ -174,11 +202,19 @@ class IterativePerceiverConfig(FamilyConfig):
         D, w, s = self.hidden_size, self.widening_factor, self.num_self_attends_per_block
         crosses = sum(self.reads_at(i) for i in range(iterations))
         own = s * (4 * K * D**2 + 2 * K**2 * D + 2 * w * K * D**2)
-        macs = crosses * self.cross_macs(K, self.image_size**2, self.input_channels, self.attention_channels)
+        macs = self.stem_macs()
+        macs += crosses * self.cross_macs(K, self.token_side**2, self.input_channels, self.attention_channels)
         macs += iterations * own + D * len(self.label_names)
         if self.decoder_type == "query":
             macs += self.cross_macs(1, K, D, D)
         return macs if output is None else torch.full_like(output.used.cpu(), macs)
+
+    def stem_macs(self) -> int:
+        """Multiply-accumulates of what makes tokens of the pixels."""
+        if self.inputs == "fourier":
+            return 0
+        side, kernel = (self.image_size, 1) if self.inputs == "learned" else ((self.image_size - 1) // 2 + 1, 7)
+        return side**2 * kernel**2 * self.num_channels * self.stem_channels
 
     def cross_macs(self, queries: int, inputs: int, channels: int, attention: int) -> int:
         """Multiply-accumulates of a cross-attend."""

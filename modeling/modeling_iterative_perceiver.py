@@ -3,6 +3,7 @@
 Shapes: B images, M input tokens (pixels), C their channels, K active latents, D their width, H heads.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -119,16 +120,35 @@ class IterativePerceiverLayer(GradientCheckpointingLayer):
         return x + self.mlp(self.norm2(x))
 
 
+def new_stem(config: IterativePerceiverConfig) -> nn.Sequential:
+    """What makes tokens of the pixels: (B, 3, S, S) -> (B, channels, side, side)."""
+    channels, width = config.num_channels, config.stem_channels
+    parts: dict[str, nn.Module] = {}
+    if config.inputs == "learned":
+        parts = {"conv": nn.Conv2d(channels, width, 1)}
+    elif config.inputs == "conv":
+        parts = {
+            "conv": nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False),
+            "norm": nn.BatchNorm2d(width),
+            "act": nn.ReLU(),
+            "pool": nn.MaxPool2d(3, stride=2),  # without padding, as transformers has it: 224 pixels are 55 tokens wide
+        }
+    return nn.Sequential(OrderedDict(parts))
+
+
 class IterativePerceiverNetwork(nn.Module):
     """The network, a base of transformers' and timm's model classes."""
 
     config: IterativePerceiverConfig
-    positions: torch.Tensor
+    positions: torch.Tensor | None
 
     def build_parts(self, config: IterativePerceiverConfig) -> None:
         """Create the submodules; their names are those of the state dict in both libraries."""
         self.latents = nn.Parameter(torch.empty(config.num_queries, config.hidden_size))
+        self.stem = new_stem(config)
         self.register_buffer("positions", self.computed_positions(config), persistent=False)
+        if config.inputs == "learned":
+            self.position_embeddings = nn.Parameter(torch.empty(config.token_side**2, config.stem_channels))
         shared = config.share_weights
         crosses = min(config.num_cross_attends, 2) if shared else config.num_cross_attends
         layers = config.num_self_attends_per_block * (1 if shared else config.num_blocks)
@@ -141,18 +161,30 @@ class IterativePerceiverNetwork(nn.Module):
             self.decoder = CrossAttend(config, D, D)
 
     @staticmethod
-    def computed_positions(config: IterativePerceiverConfig) -> torch.Tensor:
-        """(M, 2 (2 K + 1)) Fourier features of the pixels' places."""
-        return fourier_features(
-            config.image_size, config.num_frequency_bands, config.max_resolution or config.image_size
-        )
+    def computed_positions(config: IterativePerceiverConfig) -> torch.Tensor | None:
+        """(M, 2 (2 K + 1)) Fourier features of the tokens' places; None if positions are learned."""
+        side = config.token_side
+        learned = config.inputs == "learned"
+        return None if learned else fourier_features(side, config.num_frequency_bands, config.max_resolution or side)
 
     def run(self, pixel_values: torch.Tensor, num_active_queries: int, num_iterations: int) -> torch.Tensor:
-        """The first K latents after the first iterations: (B, C, S, S) -> (B, K, D)."""
+        """The first K latents after the first iterations: (B, 3, S, S) -> (B, K, D)."""
+        return self.read(self.tokens(pixel_values), num_active_queries, num_iterations)
+
+    def tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The tokens that latents read, each with its position, so that their order does not matter: (B, 3, S, S) -> (B, M, C).
+
+        Raises:
+            ValueError: If the images are not of the config's size.
+        """
         check_pixel_values(pixel_values, self.config)
-        B, s = pixel_values.shape[0], self.config.num_self_attends_per_block
-        pixels = pixel_values.to(self.latents.dtype).flatten(2).transpose(1, 2)  # (B, M, 3)
-        inputs = torch.cat([pixels, self.positions.to(pixels.dtype).expand(B, -1, -1)], dim=-1)  # (B, M, C)
+        pixels = self.stem(pixel_values.to(self.latents.dtype)).flatten(2).transpose(1, 2)  # (B, M, channels)
+        positions = self.position_embeddings if self.positions is None else self.positions
+        return torch.cat([pixels, positions.to(pixels.dtype).expand(pixels.shape[0], -1, -1)], dim=-1)
+
+    def read(self, inputs: torch.Tensor, num_active_queries: int, num_iterations: int) -> torch.Tensor:
+        """The first K latents after the first iterations, from all tokens or some of them: (B, m, C) -> (B, K, D)."""
+        B, s = inputs.shape[0], self.config.num_self_attends_per_block
         # A copy: torch's FLOP counter fails on an expanded parameter.
         x, reads = self.latents[:num_active_queries].clone().expand(B, -1, -1), 0
         for i in range(num_iterations):
@@ -168,7 +200,28 @@ class IterativePerceiverNetwork(nn.Module):
         """(B, K, D) -> (B, D)."""
         if self.config.decoder_type == "mean":
             return x.mean(1)
-        return self.decoder(self.output_query.clone().expand(x.shape[0], -1, -1), x)[:, 0]
+        return self.decode(x, self.output_query.clone())[:, 0]
+
+    def decode(self, latents: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """What output queries read from the latents, each independently of the others (Perceiver IO).
+
+        Args:
+            latents: (B, K, D), such as `last_hidden_state`.
+            queries: (n, D), the same for all images, or (B, n, D).
+
+        Returns:
+            (B, n, D).
+
+        Raises:
+            ValueError: If there is no decoder, or the shapes are not as described.
+        """
+        if self.config.decoder_type != "query":
+            raise ValueError(f"Expected `decoder_type` 'query' to decode, got {self.config.decoder_type!r}.")
+        B, D = len(latents), self.config.hidden_size
+        fits = queries.shape[-1:] == (D,) and (queries.ndim == 2 or (queries.ndim == 3 and len(queries) == B))
+        if not fits:
+            raise ValueError(f"Expected queries of shape (n, {D}) or ({B}, n, {D}), got {tuple(queries.shape)}.")
+        return self.decoder(queries.expand(B, -1, -1), latents)
 
 
 class IterativePerceiverPreTrainedModel(PreTrainedModel):
@@ -186,15 +239,23 @@ class IterativePerceiverPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights, as in transformers' Perceiver; uses transformers' setters, which skip loaded weights."""
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.normal_(module.weight, std=std)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+            if isinstance(module, nn.BatchNorm2d):
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
         elif isinstance(module, IterativePerceiverNetwork):
             init.trunc_normal_(module.latents, std=std)
-            init.copy_(module.positions, module.computed_positions(module.config))
+            if module.positions is None:
+                init.trunc_normal_(module.position_embeddings, std=std)
+            else:
+                init.copy_(module.positions, module.computed_positions(module.config))
             if module.config.decoder_type == "query":
                 init.trunc_normal_(module.output_query, std=std)
 
@@ -288,43 +349,66 @@ class IterativePerceiverForImageClassification(IterativePerceiverPreTrainedModel
 
     @classmethod
     def from_transformers(cls, model: Any) -> "IterativePerceiverForImageClassification":
-        """Convert transformers' `PerceiverForImageClassificationFourier`, with its weights.
+        """Convert one of transformers' `PerceiverForImageClassification` classes, with its weights.
 
-        DeepMind's published weights (deepmind/vision-perceiver-fourier) come in that form. The attention dropout is left out, which changes nothing in evaluation.
+        DeepMind's published weights come in that form. transformers' attention dropout is left out, which changes nothing in
+        evaluation. Learned positions get the projection that follows them there.
 
         Args:
-            model: A `PerceiverForImageClassificationFourier`.
+            model: A `PerceiverForImageClassificationLearned`, `...Fourier` or `...ConvProcessing`.
 
         Raises:
             ValueError: If the model is of another kind, or has settings that this family lacks.
         """
-        c, preprocessor = model.config, getattr(getattr(model, "perceiver", None), "input_preprocessor", None)
-        embedding: Any = getattr(preprocessor, "position_embeddings", None)
-        if getattr(preprocessor, "prep_type", None) != "pixels" or not hasattr(embedding, "num_bands"):
-            raise ValueError(
-                f"Expected transformers' PerceiverForImageClassificationFourier, got {type(model).__name__}."
-            )
-        if c.qk_channels or c.v_channels or c.cross_attention_widening_factor != c.self_attention_widening_factor:
-            raise ValueError("Expected a Perceiver without `qk_channels` and `v_channels`, and one widening factor.")
+        c, name = model.config, type(model).__name__
+        if name not in TRANSFORMERS_CLASSES:
+            raise ValueError(f"Expected transformers' {' or '.join(TRANSFORMERS_CLASSES)}, got {name}.")
+        for field, expected in TRANSFORMERS_SETTINGS.items():
+            if getattr(c, field) != expected:
+                raise ValueError(f"Expected a Perceiver with `{field}` {expected!r}, got {getattr(c, field)!r}.")
+        inputs = TRANSFORMERS_CLASSES[name]
+        preprocessor = model.perceiver.input_preprocessor
+        fields: dict[str, Any] = {"stem_channels": preprocessor.out_channels, "image_size": c.image_size}
+        if inputs != "learned":
+            embedding = preprocessor.position_embeddings
+            resolution = embedding.max_resolution[0]
+            fields |= {"num_frequency_bands": embedding.num_bands, "max_resolution": resolution}
+            fields["image_size"] = resolution * (4 if inputs == "conv" else 1)
         own = IterativePerceiverConfig(
-            image_size=embedding.max_resolution[0],
-            num_frequency_bands=embedding.num_bands,
+            inputs=inputs,
             num_queries=c.num_latents,
             hidden_size=c.d_latents,
             num_attention_heads=c.num_self_attention_heads,
-            num_cross_attention_heads=c.num_cross_attention_heads,
             num_blocks=c.num_blocks,
             num_self_attends_per_block=c.num_self_attends_per_block,
             num_cross_attends=1,
-            widening_factor=c.self_attention_widening_factor,
             decoder_type="query",
             hidden_act=c.hidden_act,
             id2label=c.id2label,
             label2id=c.label2id,
+            **fields,
         )
         network = cls(own)
         network.load_state_dict(from_transformers_weights(model.state_dict(), own))
         return network.eval()
+
+
+# transformers' class -> `inputs`.
+TRANSFORMERS_CLASSES = {
+    "PerceiverForImageClassificationLearned": "learned",
+    "PerceiverForImageClassificationFourier": "fourier",
+    "PerceiverForImageClassificationConvProcessing": "conv",
+}
+# What transformers' config can vary and this family cannot; its decoder has one head and this width whatever the config says.
+TRANSFORMERS_SETTINGS = {
+    "qk_channels": None,
+    "v_channels": None,
+    "cross_attention_shape_for_attention": "kv",
+    "num_cross_attention_heads": 1,
+    "cross_attention_widening_factor": 1,
+    "self_attention_widening_factor": 1,
+    "use_query_residual": True,
+}
 
 
 def from_transformers_weights(
@@ -351,6 +435,15 @@ def from_transformers_weights(
                 ours[f"{target}.qkv.{kind}"] = torch.cat(parts)
 
     base, encoder, decoder = "iterative_perceiver", "perceiver.encoder", "perceiver.decoder.decoder"
+    preprocessor = "perceiver.input_preprocessor"
+    stem = {"convnet_1x1": "conv", "convnet.conv": "conv", "convnet.batchnorm": "norm"}
+    for old, new in stem.items():
+        found = {key for key in theirs if key.startswith(f"{preprocessor}.{old}.")}
+        ours |= {f"{base}.stem.{new}.{key.rpartition('.')[2]}": theirs[key] for key in found}
+    if config.inputs == "learned":
+        positions = theirs[f"{preprocessor}.position_embeddings.position_embeddings"].double()
+        weight, bias = (theirs[f"{preprocessor}.positions_projection.{kind}"] for kind in ("weight", "bias"))
+        ours[f"{base}.position_embeddings"] = positions @ weight.double().T + bias.double()
     ours[f"{base}.latents"] = theirs["perceiver.embeddings.latents"]
     block(f"{encoder}.cross_attention", f"{base}.cross_attends.0", fused=False)
     for i in range(config.num_self_attends_per_block):

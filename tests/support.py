@@ -57,6 +57,14 @@ def with_statistics(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
+def with_biases(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with biases and weights of norms that are not the same everywhere."""
+    for p in model.parameters():
+        if p.ndim == 1:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    return model
+
+
 def unwrapped(text: str) -> str:
     """The output of a command as one line, as its wrapping depends on the CPU's name."""
     return " ".join(text.split())

@@ -27,6 +27,8 @@ from hf_visual_perceiver.training.validation import (
 
 
 TIMM = "timm/"  # prefix of an `architecture` that is a timm model
+# Former keys of recipes, which runs and checkpoints may have, and what they are called now.
+FORMER_NAMES = {"queries": "budgets", "evaluate_queries": "evaluate_budgets"}
 
 Between0And1 = Annotated[float, Field(gt=0, lt=1)]
 
@@ -126,7 +128,7 @@ class Recipe:
     cache_gib: AtLeast0 = 8.0  # decoded images of one size are kept in memory up to this; 0 decodes at each use
     workers: Whole = 0  # worker processes per training process, which decode and crop images that are not in memory
 
-    queries: dict[str, Any] = field(default_factory=lambda: {"schedule": "uniform"})  # see schedules.py
+    budgets: dict[str, Any] = field(default_factory=lambda: {"schedule": "uniform"})  # see schedules.py
     students: StudentLoss = field(default_factory=StudentLoss)  # for the sandwich schedule
     teacher: TeacherLoss | None = None
 
@@ -152,7 +154,7 @@ class Recipe:
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     evaluate_every: Count | None = None  # steps; None evaluates only at the end
-    evaluate_queries: list[Count] | None = None  # values of K to evaluate, see schedules.py; None is the full network
+    evaluate_budgets: list[Count] | None = None  # values of K to evaluate, see schedules.py; None is the full network
     save_every: Count = 1000  # steps
     keep_checkpoints: Count = 2
     log_every: Count = 10  # steps
@@ -201,8 +203,8 @@ class Recipe:
             stem = getattr(config, "stem", None)
             require(stem == "conv" or not getattr(self, key), "config.stem", f"conv with `{key}`", stem)
         steps = len(config.ladder())
-        for K in self.evaluate_queries or []:
-            require(steps >= K, "evaluate_queries", f"an integer in [1, {steps}]", K)
+        for K in self.evaluate_budgets or []:
+            require(steps >= K, "evaluate_budgets", f"an integer in [1, {steps}]", K)
 
     @property
     def warmup(self) -> int:
@@ -222,10 +224,10 @@ class Recipe:
         integer = isinstance(size, int) and not isinstance(size, bool)
         require(integer and size >= 1, "config.image_size", "an integer of at least 1", size)
         # timm reports other unfitting keys itself, when the network is created.
-        fixed = self.queries == {"schedule": "fixed", "K": 1}
-        require(fixed, "queries", "{schedule: fixed, K: 1} for a timm network, which has no queries", self.queries)
-        budgets = self.evaluate_queries
-        require(budgets in (None, [1]), "evaluate_queries", "null or [1] for a timm network", budgets)
+        fixed = self.budgets == {"schedule": "fixed", "K": 1}
+        require(fixed, "budgets", "{schedule: fixed, K: 1} for a timm network, which has no queries", self.budgets)
+        budgets = self.evaluate_budgets
+        require(budgets in (None, [1]), "evaluate_budgets", "null or [1] for a timm network", budgets)
         for key in ("initial_model", "initial_stem", "attention"):
             value = getattr(self, key)
             require(value is None, key, "null for a timm network", value)
@@ -256,6 +258,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"Expected {path} to be YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"Expected {path} to hold keys and values, got {type(values).__name__}.")
+    values = with_new_names(values)
     # The name as in the file: an override may replace `dataset` by a path on this machine.
     values.setdefault("dataset_name", values.get("dataset", Recipe.dataset))
     for override in overrides:
@@ -263,7 +266,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not separator:
             raise ValueError(f"Expected an override such as steps=100, got {override!r}.")
         place = values
-        *parents, last = key.split(".")
+        first, *rest = key.split(".")
+        *parents, last = FORMER_NAMES.get(first, first), *rest
         for parent in parents:
             if place.get(parent) is None:
                 place[parent] = {}
@@ -277,8 +281,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_from_dict(values, source=str(path))
 
 
+def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a recipe with the keys that earlier versions called otherwise renamed.
+
+    Example:
+        >>> with_new_names({"queries": {"schedule": "uniform"}, "steps": 10})
+        {'budgets': {'schedule': 'uniform'}, 'steps': 10}
+    """
+    return {FORMER_NAMES.get(key, key): value for key, value in values.items()}
+
+
 def recipe_from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
     """Build a recipe from plain values, checking keys and types."""
+    values = with_new_names(values)
     groups = {"augmentation": Augmentation, "students": StudentLoss, "teacher": TeacherLoss}
     # Groups first, so that the message for an unknown key in a group lists that group's keys.
     built = {

@@ -102,7 +102,7 @@ class TrainingRun:
         if recipe.initial_stem is not None and not (resume and folder.saved_steps()):
             load_initial_stem(self.network, recipe.initial_stem)
         self.schedule = create_schedule(
-            recipe.queries, self.ladder, recipe.seed, recipe.steps, block_ends(self.network)
+            recipe.budgets, self.ladder, recipe.seed, recipe.steps, block_ends(self.network)
         )
         check_batch(recipe, self.schedule, accelerator.num_processes)
         self.augment = BatchAugmentation(
@@ -346,7 +346,7 @@ class TrainingRun:
 
     def evaluate(self) -> None:
         """Measure and log the accuracy on the validation images."""
-        steps = self.recipe.evaluate_queries or [len(self.ladder)]
+        steps = self.recipe.evaluate_budgets or [len(self.ladder)]
         accuracies = validation_accuracy(
             self.published(),
             self.source.validation,

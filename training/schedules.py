@@ -214,7 +214,7 @@ class DqsTail:
     def __post_init__(self) -> None:
         require(self.thresholds[0] <= self.thresholds[1], "thresholds", "[low, high]", self.thresholds)
         if isinstance(self.schedule, Fixed):
-            raise ValueError("Expected `queries.dqs_tail` to go with a schedule of several K, got 'fixed'.")
+            raise ValueError("Expected `budgets.dqs_tail` to go with a schedule of several K, got 'fixed'.")
 
     @property
     def distils(self) -> bool:
@@ -249,16 +249,16 @@ SCHEDULES: dict[str, Any] = {
 
 
 def create_schedule(
-    queries: dict[str, Any],
+    budgets: dict[str, Any],
     ladder: Sequence[Budget],
     seed: int,
     steps: int = 1,
     block_ends: Sequence[int] | None = None,
 ) -> Schedule:
-    """Create the schedule that a recipe's `queries` describes: a function from the step to its passes.
+    """Create the schedule that a recipe's `budgets` describes: a function from the step to its passes.
 
     Args:
-        queries: `{"schedule": name, ...}` with the schedule's own arguments, and those of `SmallFirst` and `DqsTail` as
+        budgets: `{"schedule": name, ...}` with the schedule's own arguments, and those of `SmallFirst` and `DqsTail` as
             `small_first` and `dqs_tail`.
         ladder: The config's ladder of budgets.
         seed: Random seed of the run; the same on every process.
@@ -275,11 +275,11 @@ def create_schedule(
         >>> [p.budget.short(config.knobs) for p in schedule(7)]
         ['full', 'K=1', 'K=22']
     """
-    arguments = dict(queries)
+    arguments = dict(budgets)
     name, tail = arguments.pop("schedule", None), arguments.pop("dqs_tail", None)
     small_first = arguments.pop("small_first", None)
     if name not in SCHEDULES:
-        raise ValueError(f"Expected `queries.schedule` to be one of {', '.join(SCHEDULES)}, got {name!r}.")
+        raise ValueError(f"Expected `budgets.schedule` to be one of {', '.join(SCHEDULES)}, got {name!r}.")
     given: dict[str, Any] = {"ladder": tuple(ladder), "seed": seed}
     if name == "nested":
         if block_ends is None:
@@ -288,15 +288,15 @@ def create_schedule(
                 "schedule `nested`."
             )
         given["block_ends"] = tuple(block_ends)
-    schedule = validated(SCHEDULES[name], arguments, f"`queries` of schedule {name}", **given)
+    schedule = validated(SCHEDULES[name], arguments, f"`budgets` of schedule {name}", **given)
     for key, group in (("small_first", small_first), ("dqs_tail", tail)):
         if group is not None and not isinstance(group, dict):
-            raise ValueError(f"Expected `queries.{key}` to be a group of keys, got {group!r}.")
+            raise ValueError(f"Expected `budgets.{key}` to be a group of keys, got {group!r}.")
     given = {"ladder": tuple(ladder), "steps": steps}
     if small_first is not None:
-        schedule = validated(SmallFirst, small_first, "`queries.small_first`", schedule=schedule, **given)
+        schedule = validated(SmallFirst, small_first, "`budgets.small_first`", schedule=schedule, **given)
     if tail is not None:
-        schedule = validated(DqsTail, tail, "`queries.dqs_tail`", schedule=schedule, seed=seed, **given)
+        schedule = validated(DqsTail, tail, "`budgets.dqs_tail`", schedule=schedule, seed=seed, **given)
     return schedule
 
 

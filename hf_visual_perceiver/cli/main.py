@@ -18,6 +18,7 @@ from hf_visual_perceiver.cli.benchmark import benchmark_command
 from hf_visual_perceiver.cli.calibrate import calibrate_command
 from hf_visual_perceiver.cli.card import card_command
 from hf_visual_perceiver.cli.compare import compare_command
+from hf_visual_perceiver.cli.convert import convert_command
 from hf_visual_perceiver.cli.demo_app import demo_app_command
 from hf_visual_perceiver.cli.evaluate import evaluate_command
 from hf_visual_perceiver.cli.export import compare_exports_command, export_command
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "card": card_command,
     "export": export_command,
     "compare-exports": compare_exports_command,
+    "convert": convert_command,
     "publish": publish_command,
     "demo-app": demo_app_command,
     "attention-maps": attention_maps_command,

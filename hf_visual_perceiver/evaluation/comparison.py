@@ -30,7 +30,7 @@ class Run:
     Attributes:
         path: The folder.
         seed: Seed in the recipe.
-        recipe: The recipe's keys that affect learning, without the seed, as dotted names such as `queries.schedule`.
+        recipe: The recipe's keys that affect learning, without the seed, as dotted names such as `budgets.schedule`.
         step: The last evaluated step.
         accuracy: Validation accuracy at that step, by K.
         macs_per_image: Mean multiply-accumulates per image in training, if known.

@@ -207,7 +207,7 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
         ),
         f"Recipe: {facts['recipe_name']} (recipe.yaml in the checkpoint's folder), {recipe['steps']:,} steps of "
         f"{recipe['batch_size']} images{'' if epochs is None else f' ({epochs:.1f} epochs)'}, "
-        f"schedule {recipe['queries']['schedule']}"
+        f"schedule {_schedule(recipe)}"
         + (f", {teacher['distillation']} distillation from {_run_name(teacher['model'])}." if teacher else "."),
         f"Seed: {recipe['seed']}, one run; other seeds were not measured.",
         f"Hardware: {c['hardware']}, {facts['processes']} process(es)"
@@ -223,6 +223,11 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
         accuracies = ", ".join(f"{100 * a:.2f} % ({_budget_name(k)})" for k, a in facts["validation_accuracy"].items())
         lines.append(f"Validation accuracy at the end: {accuracies}.")
     return lines
+
+
+def _schedule(recipe: dict[str, Any]) -> str:
+    """The name of the schedule; earlier versions stored it under `queries`."""
+    return str((recipe.get("budgets") or recipe["queries"])["schedule"])
 
 
 def _budget_name(name: str) -> str:
@@ -244,7 +249,7 @@ def _earlier_stage(facts: dict[str, Any]) -> str:
     recipe, seed = earlier["recipe"], earlier["recipe"]["seed"]
     return (
         f", trained by {earlier['recipe_name']}: {recipe['steps']:,} steps of {recipe['batch_size']} images, schedule "
-        f"{recipe['queries']['schedule']}, seed {seed}, {earlier['training_hours']:.2f} hours on {earlier['conditions']['hardware']}"
+        f"{_schedule(recipe)}, seed {seed}, {earlier['training_hours']:.2f} hours on {earlier['conditions']['hardware']}"
         + (f" (started from {_run_name(recipe['initial_model'])})" if recipe.get("initial_model") else "")
     )
 

@@ -45,11 +45,25 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
     """
     check_dtype(dtype)
     family = FAMILIES[load_config(name).model_type]
+    return load_weights(family.classifier, name, getattr(torch, dtype)).to(device).eval()
+
+
+def load_weights(classifier: Any, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load all weights of a model of transformers or ours.
+
+    Args:
+        classifier: The model's class.
+        name: A folder or Hub id.
+        dtype: Of the weights.
+
+    Raises:
+        ValueError: If the weights cannot be read, or are not those of the model that config.json describes.
+    """
     try:
-        model, report = family.classifier.from_pretrained(
+        model, report = classifier.from_pretrained(
             # Mismatches are reported below with both shapes.
             name,
-            dtype=getattr(torch, dtype),
+            dtype=dtype,
             use_safetensors=True,  # transformers would fall back to a pickle
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -67,7 +81,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
             raise ValueError(
                 f"Expected the weights of {name} to match its config.json; {len(keys)} are {verb}, such as {keys[0]}."
             )
-    return model.to(device).eval()
+    return model
 
 
 def load_config(name: str) -> Any:
@@ -76,12 +90,21 @@ def load_config(name: str) -> Any:
     Raises:
         ValueError: If there is no such checkpoint, or it holds another kind of model.
     """
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would prompt on a terminal
-    except (OSError, ValueError, HFValidationError, HfHubHTTPError, StrictDataclassError) as error:
-        raise ValueError(f"Expected a folder or Hub id of a checkpoint, got {name!r}: {_first_line(error)}") from error
+    config = load_any_config(name)
     check_type(config.model_type, name)
     return config
+
+
+def load_any_config(name: str) -> Any:
+    """Load the config of a folder or Hub id, of any model that transformers knows.
+
+    Raises:
+        ValueError: If there is no such checkpoint.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would prompt on a terminal
+    except (OSError, ValueError, HFValidationError, HfHubHTTPError, StrictDataclassError) as error:
+        raise ValueError(f"Expected a folder or Hub id of a checkpoint, got {name!r}: {_first_line(error)}") from error
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> Any:

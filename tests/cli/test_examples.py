@@ -46,7 +46,7 @@ def test_the_readmes_numbers_are_the_measured_ones():
         assert re.search(rf"`{name}` .* \| {parameters / 1e6:.2f} \| {macs / 1e6:,.1f} \|", readme), name
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/publishing.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/perceiver.md", "docs/publishing.md"])
 def test_pages(name, monkeypatch, tmp_path):
     """The code runs with the installed package, outside a checkout."""
     monkeypatch.chdir(tmp_path)

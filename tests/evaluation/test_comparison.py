@@ -79,18 +79,18 @@ class TestNames:
     def test_are_the_keys_that_differ(self, make_run, seeds):
         other = make_run("other", {64: 0.7}, queries=SANDWICH)
         rows = compare_runs([other, *seeds]).rows
-        assert [row.name for row in rows] == ["queries.schedule=sandwich", "queries.schedule=uniform"]
+        assert [row.name for row in rows] == ["budgets.schedule=sandwich", "budgets.schedule=uniform"]
         # The name leaves out what follows from the schedule; the row's facts do not.
-        assert rows[0].recipe == {"queries.schedule": "sandwich", "queries.students": 2}
+        assert rows[0].recipe == {"budgets.schedule": "sandwich", "budgets.students": 2}
 
     def test_tell_apart_what_only_some_have(self, make_run):
-        runs = [make_run(f"run{n}", {64: 0.5}, queries={**SANDWICH, "students": n}) for n in (1, 2)]
+        runs = [make_run(f"run{n}", {64: 0.5}, budgets={**SANDWICH, "students": n}) for n in (1, 2)]
         runs.append(make_run("uniform", {64: 0.5}))
         names = [row.name for row in compare_runs(runs).rows]
         assert names == [
-            "queries.schedule=sandwich, queries.students=1",
-            "queries.schedule=sandwich, queries.students=2",
-            "queries.schedule=uniform, no queries.students",
+            "budgets.schedule=sandwich, budgets.students=1",
+            "budgets.schedule=sandwich, budgets.students=2",
+            "budgets.schedule=uniform, no budgets.students",
         ]
 
     def test_are_the_folders_names_if_many_keys_differ(self, make_run):
@@ -115,8 +115,8 @@ def test_markdown(make_run, seeds):
     assert compare_runs([*seeds, other]).to_markdown().splitlines() == [
         "| runs | seeds | step | K = 8 | K = 16 | K = 64 |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| queries.schedule=uniform | 3 | 20 | 51.00 ± 1.73 |  | 65.00 ± 5.57 |",
-        "| queries.schedule=sandwich | 1 | 15 |  | 60.00 | 70.00 |",
+        "| budgets.schedule=uniform | 3 | 20 | 51.00 ± 1.73 |  | 65.00 ± 5.57 |",
+        "| budgets.schedule=sandwich | 1 | 15 |  | 60.00 | 70.00 |",
     ]
 
 
@@ -200,7 +200,7 @@ def test_plot(make_run, seeds, tmp_path, suffix):
         assert Image.open(path).width > 500
     else:
         text = path.read_text()
-        assert "queries.schedule=uniform" in text
+        assert "budgets.schedule=uniform" in text
 
 
 def test_plot_has_a_line_with_error_bars_for_each_row(make_run, seeds, tmp_path, monkeypatch):
@@ -226,7 +226,7 @@ def test_the_command(make_run, seeds, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "65.00 ± 5.57" in result.stdout
-    assert "queries.schedule=sandwich" in result.stdout
+    assert "budgets.schedule=sandwich" in result.stdout
     assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 2
     assert Image.open(tmp_path / "plot.png").size[0] > 500
     result = run("visual-perceiver", "compare", *seeds, other, "--markdown")

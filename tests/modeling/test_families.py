@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from support import run
+import transformers
+from support import run, with_biases, with_statistics
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PerceiverConfig, PerceiverForImageClassificationFourier
+from transformers import PerceiverConfig, PerceiverForMaskedLM
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from hf_visual_perceiver.modeling.configuration_dynamic_vision_transformer import DynamicVisionTransformerConfig
@@ -73,6 +74,8 @@ VARIANTS = {
     **SMALL,
     "perceiver io": {**SMALL["perceiver"], "decoder_type": "query", "num_cross_attends": 1},
     "perceiver, not shared": {**SMALL["perceiver"], "share_weights": False},
+    "perceiver, learned positions": {**SMALL["perceiver"], "inputs": "learned", "stem_channels": 8},
+    "perceiver, convolution": {**SMALL["perceiver"], "inputs": "conv", "stem_channels": 8},
     "lookupvit, softmax": {**SMALL["lookupvit"], "infusion": "softmax", "classify_with": "compressed"},
 }
 # Parameters and multiply-accumulates (in millions, of the smallest and the full budget) that the papers or their code give, and
@@ -90,6 +93,22 @@ PUBLISHED = {
     "qna_vit_small_224": (24_971_560, 4345.0, 4345.0),
     "qna_vit_base_224": (55_670_008, 9506.0, 9506.0),
     "qna_vit_nano_32": (996_058, 57.077504, 57.077504),
+}
+
+
+IO = {"decoder_type": "query", "num_cross_attends": 1}
+# Of transformers' Perceiver, whose images have 224 pixels a side whatever its config says; but with learned positions 16.
+THEIRS = {
+    "num_latents": 6,
+    "d_latents": 16,
+    "num_blocks": 2,
+    "num_self_attends_per_block": 2,
+    "num_self_attention_heads": 4,
+    "num_cross_attention_heads": 1,
+    "attention_probs_dropout_prob": 0.0,
+    "num_labels": 5,
+    "initializer_range": 0.2,
+    "image_size": 16,
 }
 
 
@@ -120,6 +139,9 @@ def test_published_sizes_and_costs(name):
 @pytest.mark.parametrize(
     ("fields", "parameters", "gmacs"),
     [
+        # With learned positions 62,255,848 less the projection of them, which adds nothing to what they can be.
+        ({**IO, "inputs": "learned", "stem_channels": 256}, 62_255_848 - 256 * 257, None),
+        ({**IO, "inputs": "conv"}, 48_646_522, None),
         ({"num_cross_attends": 1}, 42_135_859, 201.98),
         ({"num_cross_attends": 2}, 44_912_254, 223.58),
         ({"num_cross_attends": 4}, 44_912_254, 266.76),
@@ -131,7 +153,8 @@ def test_perceivers_of_the_paper(fields, parameters, gmacs):
     with torch.device("meta"):
         model = IterativePerceiverForImageClassification(config)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    assert config.count_macs(Budget()) / 1e9 == pytest.approx(gmacs, abs=0.01)
+    if gmacs is not None:
+        assert config.count_macs(Budget()) / 1e9 == pytest.approx(gmacs, abs=0.01)
 
 
 def test_lookupvit_at_grids_of_the_article():
@@ -368,37 +391,82 @@ class TestIterativePerceiver:
         assert fourier_features(32, 8, 32).square().sum().item() == pytest.approx(17_110.71, rel=1e-6)
 
     @torch.no_grad()
-    def test_weights_of_transformers(self):
-        config = PerceiverConfig(
-            num_latents=6,
-            d_latents=16,
-            num_blocks=2,
-            num_self_attends_per_block=2,
-            num_self_attention_heads=4,
-            num_cross_attention_heads=1,
-            attention_probs_dropout_prob=0.0,
-            num_labels=5,
-            initializer_range=0.2,
-        )
-        theirs = PerceiverForImageClassificationFourier(config).double().eval()
+    @pytest.mark.parametrize(("kind", "side"), [("Fourier", 224), ("Learned", 16), ("ConvProcessing", 224)])
+    def test_weights_of_transformers(self, kind, side):
+        theirs = getattr(transformers, f"PerceiverForImageClassification{kind}")(PerceiverConfig(**THEIRS))
+        theirs = with_biases(with_statistics(theirs)).double()
         ours = IterativePerceiverForImageClassification.from_transformers(theirs).double()
-        image = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+        image = torch.randn(2, 3, side, side, dtype=torch.float64)
+        expected = theirs(inputs=image).logits
         # Their Fourier features are computed in float32, as ours.
-        torch.testing.assert_close(ours(image).logits, theirs(inputs=image).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(image).logits, expected, rtol=1e-5, atol=1e-5)
+        assert (expected[0] - expected[1]).abs().max() > 1e-3  # it does depend on the image
 
     def test_other_models_are_refused(self):
-        with pytest.raises(ValueError, match="PerceiverForImageClassificationFourier"):
-            IterativePerceiverForImageClassification.from_transformers(small("perceiver"))
+        for other in (small("perceiver"), PerceiverForMaskedLM(PerceiverConfig(**THEIRS, d_model=16))):
+            with pytest.raises(ValueError, match=f"PerceiverForImageClassificationFourier.*got {type(other).__name__}"):
+                IterativePerceiverForImageClassification.from_transformers(other)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("qk_channels", 32),
+            ("v_channels", 32),
+            ("cross_attention_shape_for_attention", "q"),
+            ("num_cross_attention_heads", 2),
+            ("cross_attention_widening_factor", 2),
+            ("self_attention_widening_factor", 2),
+            ("use_query_residual", False),
+        ],
+    )
+    def test_what_only_transformers_has_is_refused(self, field, value):
+        theirs = transformers.PerceiverForImageClassificationLearned(PerceiverConfig(**{**THEIRS, field: value}))
+        with pytest.raises(ValueError, match=f"`{field}` .*got {value!r}"):
+            IterativePerceiverForImageClassification.from_transformers(theirs)
 
     @torch.no_grad()
-    def test_order_of_pixels_plays_no_part(self, images):
-        model = small("perceiver")
-        order = torch.randperm(256)
-        shuffled = images.flatten(2)[..., order].reshape(images.shape)
-        expected = model(images).logits
-        base = model.iterative_perceiver
-        base.positions = base.positions[order]
-        torch.testing.assert_close(model(shuffled).logits, expected, rtol=1e-4, atol=1e-5)
+    @pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("perceiver")])
+    def test_order_of_tokens_plays_no_part(self, name, images):
+        """What Perceiver claims: permuted after their positions are known, the inputs are the same to it."""
+        base = small(name).iterative_perceiver
+        knobs = base.config.resolve()
+        tokens = base.tokens(images)
+        expected = base.read(tokens, **knobs)
+        for seed in range(3):
+            order = torch.randperm(tokens.shape[1], generator=torch.Generator().manual_seed(seed))
+            torch.testing.assert_close(base.read(tokens[:, order], **knobs), expected, rtol=1e-4, atol=1e-5)
+        # Pixels that are permuted before get the positions of other pixels.
+        shuffled = images.flatten(2)[..., torch.randperm(256)].reshape(images.shape)
+        assert (base.run(shuffled, **knobs) - expected).abs().max() > 1e-2
+
+    @torch.no_grad()
+    def test_output_queries_are_read_each_on_its_own(self, images):
+        base = small("perceiver io").iterative_perceiver
+        latents = base(images).last_hidden_state
+        queries = torch.randn(9, 24)
+        read = base.decode(latents, queries)
+        assert read.shape == (7, 9, 24)
+        torch.testing.assert_close(base.decode(latents, queries[4:6]), read[:, 4:6], rtol=1e-5, atol=1e-5)
+        own = base.decode(latents, torch.stack([queries.roll(i, 0) for i in range(7)]))  # other queries for each image
+        torch.testing.assert_close(own[3], read[3].roll(3, 0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(base.decode(latents, base.output_query)[:, 0], base(images).pooler_output)
+        assert (read[:, 0] - read[:, 1]).abs().max() > 1e-2
+
+    def test_what_cannot_be_decoded(self, images):
+        base, latents = small("perceiver io").iterative_perceiver, torch.randn(7, 6, 24)
+        for queries in (torch.randn(24), torch.randn(3, 25), torch.randn(2, 3, 24)):
+            with pytest.raises(ValueError, match=r"Expected queries of shape \(n, 24\) or \(7, n, 24\), got"):
+                base.decode(latents, queries)
+        with pytest.raises(ValueError, match="Expected `decoder_type` 'query' to decode, got 'mean'"):
+            small("perceiver").iterative_perceiver.decode(latents, torch.randn(3, 24))
+
+    def test_inputs_of_a_config(self):
+        with pytest.raises(ValueError, match=r"Expected `inputs` to be one of fourier, learned, conv, got 'patches'"):
+            IterativePerceiverConfig(inputs="patches")
+        with pytest.raises(ValueError, match="at least 5 with `inputs` 'conv', got 4"):
+            IterativePerceiverConfig(inputs="conv", image_size=4)
+        with pytest.raises(ValueError, match="`stem_channels` to be at least 1, got 0"):
+            IterativePerceiverConfig(stem_channels=0)
 
 
 class TestQnA:

@@ -153,11 +153,11 @@ def test_micro_batches_change_no_gradient(images, targets, schedule, teacher):
         network = VisualPerceiverForImageClassification(small_config()).train()
         recipe = load_recipe(
             shipped("training/recipes/cifar10_nano_cpu.yaml"),
-            [f"queries.schedule={schedule}", f"students.teacher={teacher}", f"micro_batch_size={micro_batch_size}"],
+            [f"budgets.schedule={schedule}", f"students.teacher={teacher}", f"micro_batch_size={micro_batch_size}"],
         )
         accelerator, average = Accelerator(cpu=True), ModelEmaV3(network)
         torch.nn.init.normal_(average.module.head.weight)
-        plan = create_schedule(recipe.queries, small_config().ladder(), 0)
+        plan = create_schedule(recipe.budgets, small_config().ladder(), 0)
         model = Objective(network, recipe.students)
         losses = forward_backward(accelerator, model, images, targets, plan(2), plan, recipe, None, average)
         return losses, {name: p.grad for name, p in network.named_parameters()}

@@ -17,13 +17,13 @@ def test_shipped_recipes_are_valid(path):
     recipe = load_recipe(path)
     config = None if recipe.timm_name else recipe.model_config()
     ladder, ends = ([Budget()], None) if config is None else (config.ladder(), config.nested_steps)
-    check_batch(recipe, create_schedule(recipe.queries, ladder, recipe.seed, recipe.steps, ends), 1)
+    check_batch(recipe, create_schedule(recipe.budgets, ladder, recipe.seed, recipe.steps, ends), 1)
 
 
 def test_the_papers_recipe_is_verbatim():
     recipe = load_recipe(shipped("training/recipes/cifar10_query_masking.yaml"))
     assert (recipe.steps, recipe.batch_size, recipe.learning_rate) == (350_000, 512, 5e-4)
-    assert recipe.queries == {"schedule": "uniform"}
+    assert recipe.budgets == {"schedule": "uniform"}
     assert recipe.dataset == "uoft-cs/cifar10"
     a = recipe.augmentation
     assert (a.auto_augment, a.mixup, a.cutmix) == ("rand-m9-mstd0.5-inc1", 0.8, 1.0)
@@ -33,12 +33,23 @@ def test_the_papers_recipe_is_verbatim():
 
 def test_overrides():
     overrides = ["steps=7", "warmup_steps=0", "augmentation.mixup=0", "config.num_queries=16", "learning_rate=5e-4"]
-    recipe = load_recipe(RECIPES[0], [*overrides, "queries.K=16", "evaluate_queries=null"])
+    recipe = load_recipe(RECIPES[0], [*overrides, "budgets.K=16", "evaluate_budgets=null"])
     assert recipe.steps == 7
     assert recipe.augmentation.mixup == 0
     assert recipe.model_config().num_queries == 16
     assert recipe.learning_rate == 5e-4
     assert load_recipe(RECIPES[0], ["mixed_precision=no"]).mixed_precision == "no"
+
+
+def test_former_names_of_keys(tmp_path):
+    path = tmp_path / "former.yaml"
+    path.write_text(
+        "architecture: visual_perceiver_nano_patch4_32\nqueries: {schedule: fixed, K: 4}\nevaluate_queries: [2]\n"
+    )
+    recipe = load_recipe(path, ["queries.K=8"])
+    assert recipe.budgets == {"schedule": "fixed", "K": 8}
+    assert recipe.evaluate_budgets == [2]
+    assert "queries" not in recipe.to_dict()
 
 
 def test_warmup_as_a_share_of_the_steps():
@@ -76,7 +87,7 @@ def test_warmup_as_a_share_of_the_steps():
             "augmentation.label_smoothing=2",
             "`augmentation` of .*: .* less than or equal to 1 for `label_smoothing`, got 2",
         ),
-        ("evaluate_queries=[65]", r"integer in \[1, 64\], got 65"),
+        ("evaluate_budgets=[65]", r"integer in \[1, 64\], got 65"),
         ("config.hiden_size=24", r"`config` to be fields of VisualPerceiverConfig, got \['hiden_size'\]"),
         ("config.hidden_size=wide", "`config` does not fit: .*hidden_size"),
         ("config.num_channels=1", "`config.num_channels` to be 3"),

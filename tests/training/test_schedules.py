@@ -93,13 +93,13 @@ def test_small_first_grows_by_equal_factors():
         ({"schedule": "nested", "largest": {}}, "at least 1 item"),
         (
             {"schedule": "uniform", "small_first": {"start": 65}},
-            "`queries.small_first`: Expected `start` to be at most 64, got 65",
+            "`budgets.small_first`: Expected `start` to be at most 64, got 65",
         ),
         (
             {"schedule": "uniform", "small_first": {"fraction": 0}},
-            "`queries.small_first`: .*greater than 0 for `fraction`, got 0",
+            "`budgets.small_first`: .*greater than 0 for `fraction`, got 0",
         ),
-        ({"schedule": "uniform", "small_first": 3}, "`queries.small_first` to be a group"),
+        ({"schedule": "uniform", "small_first": 3}, "`budgets.small_first` to be a group"),
     ],
     ids=str,
 )
@@ -178,8 +178,8 @@ class TestDqsTail:
     [
         ({"schedule": "uniforn"}, "one of fixed, uniform, stratified, sandwich, nested, got 'uniforn'"),
         ({}, "one of fixed, uniform, stratified, sandwich, nested, got None"),
-        ({"schedule": "uniform", "K": 3}, "Unknown key `K` in `queries` of schedule uniform"),
-        ({"schedule": "fixed"}, "Missing key `K` in `queries` of schedule fixed"),
+        ({"schedule": "uniform", "K": 3}, "Unknown key `K` in `budgets` of schedule uniform"),
+        ({"schedule": "fixed"}, "Missing key `K` in `budgets` of schedule fixed"),
         ({"schedule": "fixed", "K": 9}, "Expected `K` to be at most 8, got 9"),
         ({"schedule": "fixed", "K": True}, "valid integer for `K`, got True"),
         ({"schedule": "sandwich", "students": 17}, "less than or equal to 16 for `students`, got 17"),
@@ -188,17 +188,17 @@ class TestDqsTail:
         ({"schedule": "sandwich", "m": 2}, "Unknown key `m` .* Allowed keys: smallest, students"),
         ({"schedule": "stratified", "groups": 1}, "greater than or equal to 2 for `groups`, got 1"),
         ({"schedule": "fixed", "K": 3, "dqs_tail": TAIL}, "a schedule of several K, got 'fixed'"),
-        ({"schedule": "uniform", "dqs_tail": 0.5}, "`queries.dqs_tail` to be a group of keys, got 0.5"),
+        ({"schedule": "uniform", "dqs_tail": 0.5}, "`budgets.dqs_tail` to be a group of keys, got 0.5"),
         (
             {"schedule": "uniform", "dqs_tail": {**TAIL, "share": 2}},
-            "`queries.dqs_tail`: .*less than or equal to 1 for `share`, got 2",
+            "`budgets.dqs_tail`: .*less than or equal to 1 for `share`, got 2",
         ),
         (
             {"schedule": "uniform", "dqs_tail": {**TAIL, "thresholds": [0.9, 0.6]}},
             r"`thresholds` to be \[low, high\], got \(0.9, 0.6\)",
         ),
         ({"schedule": "uniform", "dqs_tail": {**TAIL, "thresholds": 0.9}}, "valid tuple for `thresholds`, got 0.9"),
-        ({"schedule": "uniform", "dqs_tail": {"share": 1}}, "Missing key `fraction` in `queries.dqs_tail`"),
+        ({"schedule": "uniform", "dqs_tail": {"share": 1}}, "Missing key `fraction` in `budgets.dqs_tail`"),
     ],
 )
 def test_mistakes_are_named(queries, message):

@@ -30,7 +30,7 @@ STUDENT = {
         "stem_widths": [[4], [6], [8]],
         "trunk_attention": "block_causal",
     },
-    "queries": {"schedule": "nested"},
+    "budgets": {"schedule": "nested"},
     "dataset": default_dataset(),
     "validation": 1800,
     "steps": 14,
@@ -45,7 +45,7 @@ TEACHER = {
     **STUDENT,
     "architecture": "timm/conv_stem_classifier_32",
     "config": {"widths": [[4], [6], [8]]},
-    "queries": {"schedule": "fixed", "K": 1},
+    "budgets": {"schedule": "fixed", "K": 1},
 }
 
 
@@ -211,7 +211,7 @@ class TestStem:
             train(recipe_from_dict({**STUDENT, "config": wider, "initial_stem": teacher}), tmp_path / "run")
         with pytest.raises(ValueError, match="`initial_stem` to be a folder or Hub id"):
             train(recipe_from_dict({**STUDENT, "initial_stem": str(tmp_path)}), tmp_path / "run")
-        patches = {"architecture": "visual_perceiver_nano_patch4_32", "config": {}, "queries": {"schedule": "uniform"}}
+        patches = {"architecture": "visual_perceiver_nano_patch4_32", "config": {}, "budgets": {"schedule": "uniform"}}
         with pytest.raises(ValueError, match=r"`config\.stem` to be conv"):
             recipe_from_dict({**STUDENT, **patches, "initial_stem": teacher})
         with pytest.raises(ValueError, match="conv with `stem_loss`, got 'patch'"):

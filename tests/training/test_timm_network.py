@@ -21,7 +21,7 @@ TINY = {"output_stride": 8, "channels": [8, 8, 8, 8]}
 RECIPE = {
     "architecture": "timm/resnet18",
     "config": TINY,
-    "queries": {"schedule": "fixed", "K": 1},
+    "budgets": {"schedule": "fixed", "K": 1},
     "dataset": default_dataset(),
     "validation": 1000,
     "steps": 4,
@@ -80,7 +80,7 @@ def test_it_teaches(trained, tmp_path):
             **RECIPE,
             "architecture": "visual_perceiver_nano_patch4_32",
             "config": {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_queries": 8},
-            "queries": {"schedule": "sandwich"},
+            "budgets": {"schedule": "sandwich"},
             "teacher": {"model": str(trained), "distillation": "hard"},
             "steps": 1,
         }
@@ -108,9 +108,9 @@ def test_subsets_are_images(trained):
     ("changes", "message"),
     [
         ({"architecture": "timm/resnet1"}, "`architecture` to be timm/ and the name of one of timm's models"),
-        ({"queries": {"schedule": "uniform"}}, "`queries` to be {schedule: fixed, K: 1} for a timm network"),
-        ({"queries": {"schedule": "fixed", "K": 2}}, "`queries` to be {schedule: fixed, K: 1}"),
-        ({"evaluate_queries": [1, 8]}, r"`evaluate_queries` to be null or \[1\] for a timm network, got \[1, 8\]"),
+        ({"budgets": {"schedule": "uniform"}}, "`budgets` to be {schedule: fixed, K: 1} for a timm network"),
+        ({"budgets": {"schedule": "fixed", "K": 2}}, "`budgets` to be {schedule: fixed, K: 1}"),
+        ({"evaluate_budgets": [1, 8]}, r"`evaluate_budgets` to be null or \[1\] for a timm network, got \[1, 8\]"),
         ({"attention": "eager"}, "`attention` to be null for a timm network, got 'eager'"),
         ({"initial_model": "somewhere"}, "`initial_model` to be null for a timm network"),
         ({"config": {"image_size": 0}}, "`config.image_size` to be an integer of at least 1, got 0"),

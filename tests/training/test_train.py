@@ -35,7 +35,7 @@ SMALL = {
     "learning_rate": 1e-3,
     "ema_decay": 0.9,
     "clip_gradient_norm": 1.0,
-    "evaluate_queries": [1, 8],
+    "evaluate_budgets": [1, 8],
     "evaluate_every": 4,
     "save_every": 2,
     "log_every": 1,
@@ -109,7 +109,7 @@ def test_learns_64_images_by_heart(tmp_path):
         dataset=str(tmp_path / "data"),
         validation=0,
         config={"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.1},
-        queries={"schedule": "fixed", "K": 16},
+        budgets={"schedule": "fixed", "K": 16},
         steps=120,
         batch_size=64,
         learning_rate=3e-3,
@@ -137,7 +137,7 @@ LEVELS = {
         "level_widths": [4, 2],
         "trunk_attention": "block_causal",
     },
-    "queries": {"schedule": "nested"},
+    "budgets": {"schedule": "nested"},
     "stem_loss": 0.5,
 }
 
@@ -292,7 +292,7 @@ def test_bf16_is_for_cpus_that_have_it(tmp_path, monkeypatch, has):
 class TestPieces:
     """Runs that stop cleanly and resume, also on another device."""
 
-    SANDWICH = {"queries": {"schedule": "sandwich", "students": 2}, "students": {"teacher": "ema"}}
+    SANDWICH = {"budgets": {"schedule": "sandwich", "students": 2}, "students": {"teacher": "ema"}}
 
     def test_pieces_of_any_length_equal_the_whole(self, tmp_path, monkeypatch, capsys):
         recipe = small_recipe(augmentation=DEIT, save_every=100, **self.SANDWICH)
@@ -438,7 +438,7 @@ class TestStreams:
 def test_two_processes_give_the_losses_of_one(tmp_path, recipe_file, queries):
     arguments = ["-m", "hf_visual_perceiver.training.train", "--config", recipe_file, "augmentation.mixup=0.8"]
     arguments += ["augmentation.cutmix=1.0", "augmentation.random_crop_padding=4", "micro_batch_size=4"]
-    arguments += ["augmentation.auto_augment=rand-m9-mstd0.5-inc1", f"queries={queries}"]
+    arguments += ["augmentation.auto_augment=rand-m9-mstd0.5-inc1", f"budgets={queries}"]
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     single = run(sys.executable, *arguments, "--output-dir", tmp_path / "one", env=environment)
     assert single.returncode == 0, single.stderr
@@ -495,9 +495,9 @@ class TestMistakes:
             ({"validation": 2000}, "`validation` to be below the 2000 images, got 2000"),
             ({"batch_size": 1024}, "at least 1024 images, one batch, got 1000"),
             ({"batch_size": 15}, "a multiple of 2"),
-            ({"queries": {"schedule": "stratified", "groups": 3}}, "multiple of 6 .*groups of the schedule.*, got 16"),
-            ({"queries": {"schedule": "sandwich", "students": 0}}, "students`?, got 0"),
-            ({"queries": {"schedule": "fixed", "K": 9}}, "got 9"),
+            ({"budgets": {"schedule": "stratified", "groups": 3}}, "multiple of 6 .*groups of the schedule.*, got 16"),
+            ({"budgets": {"schedule": "sandwich", "students": 0}}, "students`?, got 0"),
+            ({"budgets": {"schedule": "fixed", "K": 9}}, "got 9"),
             ({"optimizer": "adamm"}, "a name of timm's optimisers, got 'adamm'"),
             ({"augmentation": {"auto_augment": "foo"}}, "in timm's notation of RandAugment, .*got 'foo'"),
             ({"teacher": {"model": "absent/"}}, "`teacher.model` to be a folder or Hub id .*got 'absent/'"),
