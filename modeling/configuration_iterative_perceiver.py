@@ -146,7 +146,7 @@ class IterativePerceiverConfig(FamilyConfig):
         return f"{self.num_blocks} iterations of {self.num_self_attends_per_block} blocks of width {self.hidden_size}"
 
     @property
-    def first_conv(self) -> str | None:  # type: ignore[override]
+    def first_conv(self) -> str | None:
         """Name of the convolution that reads the image's channels, or None."""
         return None if self.inputs == "fourier" else "stem.conv"
 

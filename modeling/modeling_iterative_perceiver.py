@@ -247,15 +247,17 @@ class IterativePerceiverPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
             if isinstance(module, nn.BatchNorm2d):
-                init.zeros_(module.running_mean)
-                init.ones_(module.running_var)
-                init.zeros_(module.num_batches_tracked)
+                statistics: Any = module  # typed as optional
+                init.zeros_(statistics.running_mean)
+                init.ones_(statistics.running_var)
+                init.zeros_(statistics.num_batches_tracked)
         elif isinstance(module, IterativePerceiverNetwork):
             init.trunc_normal_(module.latents, std=std)
-            if module.positions is None:
+            features = module.computed_positions(module.config)
+            if module.positions is None or features is None:
                 init.trunc_normal_(module.position_embeddings, std=std)
             else:
-                init.copy_(module.positions, module.computed_positions(module.config))
+                init.copy_(module.positions, features)
             if module.config.decoder_type == "query":
                 init.trunc_normal_(module.output_query, std=std)
 

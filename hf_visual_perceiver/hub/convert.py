@@ -33,7 +33,7 @@ def convert(source: str, output: Path) -> tuple[Any, float]:
     config = load_any_config(source)
     if config.model_type != "perceiver":
         raise ValueError(f"Expected a model of type perceiver in {source}, got {config.model_type!r}.")
-    name = next(iter(config.architectures or []), None)
+    name = str(next(iter(config.architectures or []), None))
     if name not in TRANSFORMERS_CLASSES:
         raise ValueError(f"Expected the weights of {' or '.join(TRANSFORMERS_CLASSES)} in {source}, got {name}.")
     theirs = load_weights(getattr(transformers, name), source).eval()
