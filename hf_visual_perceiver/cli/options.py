@@ -153,8 +153,14 @@ def chosen_model(argument: str | None, option: str | None) -> str:
 
 
 def model_label(name: str) -> str:
-    """The name of a model in results: its Hub id, or its folder's name without the path on this machine."""
-    return Path(name).name if Path(name).is_dir() else name
+    """The name of a model in results: its Hub id, or its folder's name without the path on this machine.
+
+    The `model` folder of a run has the run's name.
+    """
+    folder = Path(name).resolve()
+    if not folder.is_dir():
+        return name
+    return folder.parent.name if folder.name == "model" else folder.name
 
 
 def dataset_label(dataset: str | None, dataset_name: str | None = None) -> str:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hf_visual_perceiver.evaluation.cascade import top_probability
 from hf_visual_perceiver.evaluation.confusion import Confusion
 from hf_visual_perceiver.modeling import Budget, ElasticConfig
+from hf_visual_perceiver.modeling.static_classifier import StaticClassifier
 from hf_visual_perceiver.utils.conditions import measurement_conditions
 from hf_visual_perceiver.utils.console import tracked
 from hf_visual_perceiver.utils.files import read_json
@@ -237,9 +238,10 @@ def int8_accuracy(model: Any, data: "ImageDataset", batch_size: int = 256, progr
 
 
 def form_of(model: Any) -> dict[str, str]:
-    """The model's dtype, and its attention implementation or form "optimized", for the conditions of a measurement."""
+    """The model's dtype, and its attention implementation or form, for the conditions of a measurement."""
     attention = {"attention": str(getattr(model.config, "_attn_implementation", None))}
-    form = attention if isinstance(model, PreTrainedModel) else {"form": "optimized"}
+    static = isinstance(model, StaticClassifier)
+    form = attention if isinstance(model, PreTrainedModel) else {"form": "eager" if static else "optimized"}
     return {"dtype": str(model.dtype).removeprefix("torch."), **form}
 
 

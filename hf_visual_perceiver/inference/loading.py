@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig
+from transformers import AutoConfig, TimmWrapperForImageClassification
 
 from hf_visual_perceiver.modeling import FAMILIES
+from hf_visual_perceiver.modeling.static_classifier import StaticClassifier, StaticConfig
 from hf_visual_perceiver.utils.bundled import (
     SAMPLE,
     bundled_checkpoint,
@@ -33,7 +34,7 @@ def load_optimized(name: str, device: str = "cpu", dtype: str = "float32") -> An
 
 
 def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
-    """Load a classifier, ready for inference.
+    """Load a classifier, ready for inference: one of our families, or a timm classifier saved by transformers.
 
     Args:
         name: A folder or Hub id.
@@ -44,7 +45,12 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
         ValueError: If there is no such checkpoint, it holds another kind of model, or its weights are incomplete.
     """
     check_dtype(dtype)
-    family = FAMILIES[load_config(name).model_type]
+    config = load_any_config(name)
+    if config.model_type == StaticConfig.model_type:
+        network = load_weights(TimmWrapperForImageClassification, name)
+        return StaticClassifier(network).to(device, getattr(torch, dtype))
+    check_type(config.model_type, name)
+    family = FAMILIES[config.model_type]
     return load_weights(family.classifier, name, getattr(torch, dtype)).to(device).eval()
 
 

@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from typer.testing import CliRunner
 
 from hf_visual_perceiver.cli.main import app
+from hf_visual_perceiver.cli.options import model_label
 from hf_visual_perceiver.data.images import load_images, normalise
 from hf_visual_perceiver.evaluation.cascade import Cascade
 from hf_visual_perceiver.evaluation.frontier import Frontier, Point, best_point, frontier_figure, measure_points
+from hf_visual_perceiver.inference.loading import load_model
 
 
 @torch.no_grad()
@@ -54,6 +57,26 @@ def test_one_colour_a_network():
     assert list(lines) == ["m", "m, adaptive", "static"]
     assert lines["m"].get_color() == lines["m, adaptive"].get_color() != lines["static"].get_color()
     np.testing.assert_allclose(lines["static"].get_xydata(), [[40, 90]])
+
+
+def test_a_timm_classifier_is_one_point(tmp_path, cifar10):
+    """Saved by transformers alone."""
+    names = load_images(cifar10, "test[:2]").label_names
+    config = TimmWrapperConfig(
+        architecture="cifar_resnet20", id2label=dict(enumerate(names)), pretrained_cfg={"input_size": [3, 32, 32]}
+    )
+    config.pretrained_cfg |= {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
+    network = TimmWrapperForImageClassification(config).eval()
+    network.save_pretrained(tmp_path / "run" / "model")
+    loaded, data = load_model(str(tmp_path / "run" / "model")), load_images(cifar10, "test[:60]")
+    (found,) = measure_points("r", loaded, data, data, 30, progress=False)
+    with torch.no_grad():
+        logits = network(normalise(data.images, [0.5] * 3, [0.25] * 3)).logits
+    assert found.accuracy == pytest.approx((logits.argmax(-1).numpy() == data.labels).mean())
+    assert (found.setting, found.kind, found.macs) == ("full", "fixed", 40_813_184)
+    with pytest.raises(ValueError, match="no knobs for a timm classifier, got num_active_queries"):
+        loaded.config.resolve(num_active_queries=4)
+    assert model_label(str(tmp_path / "run" / "model")) == "run"
 
 
 def test_command(tmp_path):
