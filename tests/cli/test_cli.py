@@ -134,7 +134,7 @@ def test_info(tmp_path):
         (["predict", "{picture}", "--budget", "K=0"], "integer in [1, 32], got 0"),
         (["predict", "{picture}", "--budget", "t=-2"], "at least -1, got -2"),
         (["evaluate", "--budget", "K=33"], "integer in [1, 32], got 33"),
-        (["evaluate", "--dataset", "{folder}/absent"], "Expected a dataset at {folder}/absent"),
+        (["evaluate", "--dataset", "{folder}/absent"], "got {folder}/absent, which does not exist"),
         (["evaluate", "--dtype", "int8"], "float32, bfloat16 or float16, got 'int8'"),
         (["evaluate", "--device", "cuda:7"], "an available device, got 'cuda:7'"),
         (["evaluate", "--plot", "{folder}/plot.txt"], "Expected a plot's file to end in .png, .svg or .pdf"),
