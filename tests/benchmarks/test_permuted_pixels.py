@@ -39,7 +39,7 @@ def test_the_training_code_reads_them(cifar10, tmp_path):
 def test_full_networks_are_trained(name):
     recipe = recipe_of(name, steps=10, seed=0)
     network = create_model(recipe, [f"class {i}" for i in range(10)])
-    schedule = create_schedule(recipe.queries, ladder_of(network), 0, 10, None)
+    schedule = create_schedule(recipe.budgets, ladder_of(network), 0, 10, None)
     assert [p.budget for p in schedule(0)] == [Budget()]
     assert recipe.augmentation.random_crop_padding == recipe.augmentation.horizontal_flip == 0
 
