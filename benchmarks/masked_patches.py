@@ -60,7 +60,7 @@ class MaskedPatches(nn.Module):
     """A Perceiver IO that reconstructs patches from the visible pixels.
 
     Args:
-        config: Of the Perceiver, with `decoder_type` "query" and Fourier features.
+        config: Config of the Perceiver, with `decoder_type` "query" and Fourier features.
         patch_size: Pixels of a patch's side.
 
     Raises:

@@ -60,7 +60,7 @@ def load_weights(classifier: Any, name: str, dtype: torch.dtype = torch.float32)
     Args:
         classifier: The model's class.
         name: A folder or Hub id.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
 
     Raises:
         ValueError: If the weights cannot be read, or are not those of the model that config.json describes.
