@@ -77,7 +77,7 @@ class TestWeights:
             if isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
             and node.func.attr == "from_pretrained"
-            and ast.unparse(node.func.value).startswith(("AutoModel", "VisualPerceiver", "family.classifier"))
+            and ast.unparse(node.func.value).startswith(("AutoModel", "VisualPerceiver", "classifier"))
         ]
         assert {path for path, _ in loads} == {
             "hf_visual_perceiver/inference/loading.py",
