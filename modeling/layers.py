@@ -3,7 +3,10 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
+
+from .query_selection import without_autocast
 
 
 class MLP(nn.Module):
@@ -43,16 +46,18 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    config: PretrainedConfig,
     bias: torch.Tensor | None = None,
     dropout: float = 0.0,
     need_scores: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scaled dot-product attention.
+    """Scaled dot-product attention, written out where transformers' `attn_implementation` is "eager".
 
     Args:
         query: (B, H, n, d).
         key: (B, H, m, d).
         value: (B, H, m, d').
+        config: The model's, which has the implementation.
         bias: Added to the scores before softmax, of a shape that broadcasts to (B, H, n, m).
         dropout: Probability to drop an attention weight.
         need_scores: Return the scores, with the bias; torch's fused kernels do not have them.
@@ -60,12 +65,13 @@ def attend(
     Returns:
         (B, n, H d'), and the scores before softmax (B, H, n, m), or None.
     """
-    if not need_scores:
+    if not need_scores and config._attn_implementation != "eager":
         y = F.scaled_dot_product_attention(query, key, value, bias, dropout)
         return y.transpose(1, 2).flatten(2), None
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
     scores = scores if bias is None else scores + bias
-    weights = F.dropout(scores.softmax(-1), dropout)
+    with without_autocast(scores.device):  # torch's softmax sums in float32 in every dtype
+        weights = F.dropout(scores.softmax(-1), dropout)
     return (weights @ value).transpose(1, 2).flatten(2), scores
 
 

@@ -66,15 +66,16 @@ class DynamicVisionTransformerImageClassifierOutput(ModelOutput):
 
 
 def enlarge(x: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
-    """Values on a grid, (..., h w), resampled to a finer grid, (..., h' w').
+    """A class token, kept, and patches on a grid, resampled to a finer grid: (A, 1 + h w, C) to (A, 1 + h' w', C).
 
     The paper says "upsample"; this is the rule of its code: nearest neighbours at twice the size, then average pooling.
+    Channels stay last in memory, without which torch's pooling takes half of a training step.
     """
     if old == new:
         return x
-    grid = x.reshape(1, -1, *old)
+    grid = x[:, 1:].unflatten(1, old).permute(0, 3, 1, 2)
     grid = F.adaptive_avg_pool2d(F.interpolate(grid, scale_factor=2.0, mode="nearest"), new)
-    return grid.reshape(*x.shape[:-1], new[0] * new[1])
+    return torch.cat([x[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,11 @@ class RelationReuse(nn.Module):
         self.fc2 = nn.Conv2d(3 * maps, maps, 1)
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
-        x = self.fc2(F.gelu(self.fc1(scores)))
-        x = torch.cat([x[..., :1], enlarge(x[..., 1:], self.old, self.new)], dim=-1)  # what is read
-        x = x.transpose(2, 3)
-        x = torch.cat([x[..., :1], enlarge(x[..., 1:], self.old, self.new)], dim=-1)  # who reads
-        return x.transpose(2, 3)
+        x = self.fc2(F.gelu(self.fc1(scores))).permute(0, 2, 3, 1).contiguous()  # (B, T', T', L H)
+        B, _, T, maps = x.shape
+        x = enlarge(x.flatten(2), self.old, self.new).unflatten(2, (T, maps))  # who reads
+        x = enlarge(x.flatten(0, 1), self.old, self.new).unflatten(0, (B, -1))  # what is read
+        return x.permute(0, 3, 1, 2)
 
 
 class FeatureReuse(nn.Module):
@@ -120,8 +121,8 @@ class FeatureReuse(nn.Module):
         self.mlp = MLP(config.hidden_size, config.reuse_hidden_size, config.reuse_size, config.hidden_act)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.mlp(self.norm(tokens))[:, 1:].transpose(1, 2)  # (B, e, N')
-        return F.pad(enlarge(x, self.old, self.new).transpose(1, 2), (0, 0, 1, 0))
+        x = enlarge(self.mlp(self.norm(tokens)), self.old, self.new)
+        return F.pad(x[:, 1:], (0, 0, 1, 0))
 
 
 class DynamicVisionTransformerLayer(GradientCheckpointingLayer):
@@ -130,7 +131,7 @@ class DynamicVisionTransformerLayer(GradientCheckpointingLayer):
     def __init__(self, config: DynamicVisionTransformerConfig, exit: int, drop_path: float):
         super().__init__()
         D = config.hidden_size
-        self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.config, self.heads, self.dropout = config, config.num_attention_heads, config.attention_probs_dropout_prob
         reuses = exit > 0 and config.feature_reuse
         self.reuse = FeatureReuse(config, *config.grids[exit - 1 : exit + 1]) if reuses else None
         width = D + config.reuse_size if reuses else D
@@ -156,7 +157,7 @@ class DynamicVisionTransformerLayer(GradientCheckpointingLayer):
         parts = self.qkv(self.norm1(x)).chunk(3, dim=-1)
         query, key, value = (split_heads(part, self.heads) for part in parts)
         dropout = self.dropout if self.training else 0.0
-        y, scores = attend(query, key, value, relation, dropout, need_scores)
+        y, scores = attend(query, key, value, self.config, relation, dropout, need_scores)
         x = x + self.drop_path(self.proj_drop(self.proj(y)))
         z = x if self.reuse is None or tokens is None else torch.cat([x, self.reuse(tokens)], dim=-1)
         return x + self.drop_path(self.mlp(self.norm2(z))), scores
@@ -255,6 +256,7 @@ class DynamicVisionTransformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "dynamic_vision_transformer"
     main_input_name = "pixel_values"
     input_modalities = "image"
+    _supports_sdpa = True
     supports_gradient_checkpointing = True
     _no_split_modules = ["DynamicVisionTransformerLayer"]
 

@@ -81,7 +81,7 @@ class CrossAttend(nn.Module):
     def __init__(self, config: IterativePerceiverConfig, channels: int, attention: int):
         super().__init__()
         D, eps = config.hidden_size, config.layer_norm_eps
-        self.heads = config.num_cross_attention_heads
+        self.config, self.heads = config, config.num_cross_attention_heads
         self.norm_queries = nn.LayerNorm(D, eps=eps)
         self.norm_inputs = nn.LayerNorm(channels, eps=eps)
         self.query = nn.Linear(D, attention)
@@ -95,7 +95,7 @@ class CrossAttend(nn.Module):
         inputs = self.norm_inputs(inputs)
         query, key = self.query(self.norm_queries(x)), self.key(inputs)
         H, value = self.heads, self.value(inputs)
-        y, _ = attend(split_heads(query, H), split_heads(key, H), split_heads(value, H))
+        y, _ = attend(split_heads(query, H), split_heads(key, H), split_heads(value, H), self.config)
         x = x + self.proj(y)
         return x + self.mlp(self.norm(x))
 
@@ -106,7 +106,7 @@ class IterativePerceiverLayer(GradientCheckpointingLayer):
     def __init__(self, config: IterativePerceiverConfig):
         super().__init__()
         D, eps = config.hidden_size, config.layer_norm_eps
-        self.heads = config.num_attention_heads
+        self.config, self.heads = config, config.num_attention_heads
         self.norm1 = nn.LayerNorm(D, eps=eps)
         self.qkv = nn.Linear(D, 3 * D)
         self.proj = nn.Linear(D, D)
@@ -115,7 +115,7 @@ class IterativePerceiverLayer(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = (split_heads(part, self.heads) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1))
-        y, _ = attend(query, key, value)
+        y, _ = attend(query, key, value, self.config)
         x = x + self.proj(y)
         return x + self.mlp(self.norm2(x))
 
@@ -232,6 +232,7 @@ class IterativePerceiverPreTrainedModel(PreTrainedModel):
     base_model_prefix = "iterative_perceiver"
     main_input_name = "pixel_values"
     input_modalities = "image"
+    _supports_sdpa = True
     supports_gradient_checkpointing = True
     _no_split_modules = ["CrossAttend", "IterativePerceiverLayer"]
 

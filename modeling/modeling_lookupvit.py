@@ -20,7 +20,7 @@ from .configuration_lookupvit import LookupViTConfig
 from .elastic import ElasticModel, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .layers import MLP, DropPath, attend, drop_path_rates, split_heads
-from .query_selection import as_number  # noqa: F401  likewise
+from .query_selection import as_number, without_autocast  # noqa: F401  likewise
 
 
 @dataclass
@@ -93,7 +93,7 @@ class LookupViTLayer(GradientCheckpointingLayer):
     def __init__(self, config: LookupViTConfig, drop_path: float):
         super().__init__()
         D, eps, bias = config.hidden_size, config.layer_norm_eps, config.qkv_bias
-        self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.config, self.heads, self.dropout = config, config.num_attention_heads, config.attention_probs_dropout_prob
         self.softmax_again = config.infusion == "softmax"
         self.norm_gather = nn.LayerNorm(D, eps=eps)
         self.norm_lookup = nn.LayerNorm(D, eps=eps)
@@ -122,14 +122,15 @@ class LookupViTLayer(GradientCheckpointingLayer):
         dropout = self.dropout if self.training else 0.0
         query = split_heads(self.query(self.norm_gather(x)), self.heads)
         key, value = (split_heads(p, self.heads) for p in self.key_value(self.norm_lookup(lookup)).chunk(2, dim=-1))
-        y, scores = attend(query, key, value, dropout=dropout, need_scores=True)
+        y, scores = attend(query, key, value, self.config, dropout=dropout, need_scores=True)
         assert scores is not None
         x = x + self.drop_path(self.gather_proj(y))
         query, key, value = (split_heads(p, self.heads) for p in self.qkv(self.norm1(x)).chunk(3, dim=-1))
-        x = x + self.drop_path(self.proj(attend(query, key, value, dropout=dropout)[0]))
+        x = x + self.drop_path(self.proj(attend(query, key, value, self.config, dropout=dropout)[0]))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         # (B, H, N, M): the scores of the gathering attention, transposed.
-        weights = scores.transpose(2, 3).softmax(-1) if self.softmax_again else scores.softmax(-1).transpose(2, 3)
+        with without_autocast(x.device):
+            weights = scores.transpose(2, 3).softmax(-1) if self.softmax_again else scores.softmax(-1).transpose(2, 3)
         y = weights @ split_heads(self.infuse_value(self.norm_infuse(x)), self.heads)
         lookup = lookup + self.drop_path(self.infuse_proj(y.transpose(1, 2).flatten(2)))
         return x, lookup + self.drop_path(self.lookup_mlp(self.norm_small(lookup)))
@@ -166,6 +167,7 @@ class LookupViTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "lookupvit"
     main_input_name = "pixel_values"
     input_modalities = "image"
+    _supports_sdpa = True
     supports_gradient_checkpointing = True
     _no_split_modules = ["LookupViTLayer"]
 

@@ -132,7 +132,7 @@ class LocalBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: QnAViTConfig, width: int, heads: int, window: int, rate: float):
         super().__init__()
-        self.heads, self.window = heads, window
+        self.config, self.heads, self.window = config, heads, window
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
@@ -158,7 +158,7 @@ class LocalBlock(GradientCheckpointingLayer):
         # The channels of each head are ordered query, key, value.
         query, key, value = self.qkv(y).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
         bias = self.relative_bias[self.index].permute(2, 0, 1)[None].to(query.dtype)  # (1, h, w^2, w^2)
-        y = self.proj(attend(query, key, value, bias)[0])
+        y = self.proj(attend(query, key, value, self.config, bias)[0])
         y = y.reshape(B, S // w, T // w, w, w, C).transpose(2, 3).reshape(B, S, T, C)
         x = x + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -203,6 +203,7 @@ class QnAViTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "qna_vit"
     main_input_name = "pixel_values"
     input_modalities = "image"
+    _supports_sdpa = True
     supports_gradient_checkpointing = True
     _no_split_modules = ["QnABlock", "LocalBlock"]
 

@@ -182,6 +182,22 @@ def test_macs_are_those_that_torch_counts(name, images):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", VARIANTS)
+def test_attention_written_out_equals_the_fused_kernels(name, images, monkeypatch):
+    model, fused = small(name), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *x: fused.append(1) or attention(*x)
+    )
+    expected = model(images).logits
+    assert fused
+    model.set_attn_implementation("eager")
+    fused.clear()
+    torch.testing.assert_close(model(images).logits, expected, atol=1e-5, rtol=1e-5)
+    assert not fused
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VARIANTS)
 def test_a_batch_is_its_images_one_by_one(name, images):
     model = small(name)
     for budget in model.config.budgets():
