@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from hf_visual_perceiver.evaluation.cascade import top_probability
 from hf_visual_perceiver.evaluation.confusion import Confusion
 from hf_visual_perceiver.modeling import Budget, ElasticConfig
-from hf_visual_perceiver.modeling.static_classifier import StaticClassifier
 from hf_visual_perceiver.utils.conditions import measurement_conditions
 from hf_visual_perceiver.utils.console import tracked
 from hf_visual_perceiver.utils.files import read_json
@@ -239,9 +237,11 @@ def int8_accuracy(model: Any, data: "ImageDataset", batch_size: int = 256, progr
 
 def form_of(model: Any) -> dict[str, str]:
     """The model's dtype, and its attention implementation or form, for the conditions of a measurement."""
-    attention = {"attention": str(getattr(model.config, "_attn_implementation", None))}
-    static = isinstance(model, StaticClassifier)
-    form = attention if isinstance(model, PreTrainedModel) else {"form": "eager" if static else "optimized"}
+    attention = getattr(model.config, "_attn_implementation", None)
+    if not isinstance(model, torch.nn.Module):
+        form = {"form": "optimized"}
+    else:
+        form = {"form": "eager"} if attention is None else {"attention": str(attention)}
     return {"dtype": str(model.dtype).removeprefix("torch."), **form}
 
 
