@@ -23,12 +23,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_groups import AttentionGroup  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, level_channels
 from .elastic import Budget, ElasticModel, GraphPlan, Pass, check_pixel_values, reference_model
 from .engines import create_engine
-from .family_config import FamilyConfig  # noqa: F401  likewise
+from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .macs import count_macs  # noqa: F401  likewise
 from .query_selection import cosine_similarities, keep_dissimilar
 from .ragged import PackedLayout  # noqa: F401  likewise

@@ -4,19 +4,17 @@ Linears, norms and MLPs process one (T, D) tensor; T is the number of tokens tha
 know the image of each token. It has two backends (see docs/inference.md):
 
 - "varlen": one kernel for all images, which takes the first token of each. On CUDA, in half precision.
-- "grouped": images are sorted by length, so that runs of them form dense blocks for ordinary attention. Everywhere.
+- "grouped": images are sorted by length, so that those of one length form a dense block for ordinary attention. Everywhere.
 
 A third backend, "masked", does not pack: it keeps the dense batch and masks removed tokens, for export and as a reference.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
-
-from .attention_groups import AttentionGroup, attention_groups, marked
 
 
 BACKENDS = ("varlen", "grouped", "masked")  # "auto" takes the first one available
@@ -102,6 +100,47 @@ def check_values(tokens: torch.Tensor) -> None:
         raise ValueError("Expected tokens with values, which `dqs_threshold` needs, got meta tensors.")
 
 
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Images of one length, neighbours in a packed batch, which attend in one call.
+
+    Attributes:
+        first: Index of the first token.
+        images: n.
+        length: L, tokens of each.
+        mask: (n, 1, L, L) bool, which places may be read; None if all may.
+    """
+
+    first: int
+    images: int
+    length: int
+    mask: torch.Tensor | None = None
+
+    def dense(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, H, d) of the packed batch -> (n, H, L, d) of this group."""
+        x = x[self.first : self.first + self.images * self.length]
+        return x.unflatten(0, (self.images, self.length)).transpose(1, 2)
+
+    def causal(self, block: torch.Tensor) -> "AttentionGroup":
+        """The group with a mask that lets a token read those whose `block`, (T,), is not above its own."""
+        own = self.dense(block[:, None, None])[:, 0, :, 0]  # (n, L)
+        return replace(self, mask=(own[:, :, None] >= own[:, None])[:, None])
+
+
+def attention_groups(lengths: Sequence[int]) -> tuple[AttentionGroup, ...]:
+    """Cut a packed batch into groups of one length, given the ascending lengths of its images."""
+    groups, first = [], 0
+    for length, run in groupby(lengths):
+        groups.append(AttentionGroup(first, len(list(run)), length))
+        first += groups[-1].images * length
+    return tuple(groups)
+
+
+def marked(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """`mask.nonzero()` with a known number of rows, so that the host does not wait for the GPU."""
+    return torch.nonzero_static(mask, size=count) if mask.is_cuda else mask.nonzero()
+
+
 @dataclass  # not frozen: torch 2.8's compiler makes constants of a frozen one's fields
 class PackedLayout:
     """The image and the query of each token of a packed batch.
@@ -159,7 +198,7 @@ class PackedLayout:
                 image, query = (torch.nn.functional.pad(x, (0, T - len(x))) for x in (image, query))
             return cls((B, K), image, query, backend, offsets=torch.nn.functional.pad(ends.int(), (1, 0)))
         assert order is not None
-        return cls((B, K), order[image], query, order=order, groups=attention_groups(lengths, known))
+        return cls((B, K), order[image], query, order=order, groups=attention_groups(known))
 
     @classmethod
     def prefix(
@@ -170,13 +209,13 @@ class PackedLayout:
         if backend == "varlen":
             offsets = torch.arange(0, B * K + 1, K, dtype=torch.int32, device=device)
             return cls((B, K), image, query, backend, offsets=offsets)
-        return cls((B, K), image, query, groups=(AttentionGroup(0, B * K, B, K),))
+        return cls((B, K), image, query, groups=(AttentionGroup(0, B, K),))
 
     @classmethod
     def join(cls, layouts: Sequence["PackedLayout"]) -> "PackedLayout":
         """Join the layouts of several batches of one backend; images keep their order."""
-        images = [0, *itertools.accumulate(layout.shape[0] for layout in layouts)]
-        tokens = [0, *itertools.accumulate(layout.num_tokens for layout in layouts)]
+        images = [0, *accumulate(layout.shape[0] for layout in layouts)]
+        tokens = [0, *accumulate(layout.num_tokens for layout in layouts)]
         parts = list(zip(layouts, images, tokens, strict=False))
         order, offsets = None, None
         groups: tuple[AttentionGroup, ...] = ()
@@ -186,7 +225,9 @@ class PackedLayout:
             offsets = torch.cat([*starts, end])
         else:
             order = torch.cat([layout.positions + first for layout, first, _ in parts])
-            groups = tuple(group.moved(first) for layout, _, first in parts for group in layout.groups)
+            groups = tuple(
+                replace(group, first=group.first + first) for layout, _, first in parts for group in layout.groups
+            )
         return cls(
             shape=(images[-1], max(layout.shape[1] for layout in layouts)),
             image=torch.cat([layout.image + first for layout, first, _ in parts]),
@@ -236,7 +277,7 @@ class PackedLayout:
 
         Args:
             attention: Attention of dense blocks, for groups: maps query (n, H, L_q, d), key and value (n, H, L, d) and a mask
-                (n, 1, 1, L) or None to (n, L_q, H, d). For variable lengths, see `MultiHeadAttention.attend_varlen`.
+                (n, 1, L, L) or None to (n, L_q, H, d). For variable lengths, see `MultiHeadAttention.attend_varlen`.
             query: (T, H, d) for self-attention, or (1, H, 1, d), the same for every image.
             key: (T, H, d).
             value: (T, H, d).
@@ -265,7 +306,7 @@ class PackedLayout:
         for group in self.groups:
             k, v = group.dense(key), group.dense(value)
             if query.ndim == 3:
-                outputs.append(group.packed(attention(group.dense(query), k, v, group.mask)))
+                outputs.append(attention(group.dense(query), k, v, group.mask).flatten(0, 1))
             else:
                 outputs.append(attention(query.expand(group.images, -1, -1, -1), k, v, group.mask))
         return torch.cat(outputs)

@@ -6,7 +6,7 @@ to the longest. The measured costs of a call and of a token on this machine deci
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from hf_visual_perceiver.inference.onnx_graphs import (
 )
 from hf_visual_perceiver.inference.stages import stages_of
 from hf_visual_perceiver.modeling import VisualPerceiverConfig, VisualPerceiverImageClassifierOutput, select_queries
-from hf_visual_perceiver.modeling.attention_groups import boundaries
 from hf_visual_perceiver.modeling.engines import fold_batch_norms
 
 
@@ -289,7 +288,7 @@ class CallCost:
     def __init__(self, call: float, image: tuple[float, float, float]):
         self.call, self.image = call, image
 
-    def of(self, images: int, length: int, equal: bool = False) -> float:
+    def of(self, images: int, length: int) -> float:
         """Seconds of a call with this many images, padded to `length`."""
         constant, linear, quadratic = self.image
         return self.call + images * (constant + linear * length + quadratic * length**2)
@@ -316,6 +315,33 @@ class CallCost:
         solution = np.linalg.lstsq(np.array(rows) * weights[:, None], np.ones(len(rows)), rcond=None)[0]
         call, constant, linear, quadratic = np.maximum(solution, 0).tolist()
         return cls(call, (constant, linear, quadratic))
+
+
+def boundaries(lengths: Sequence[int], counts: Sequence[int], cost: CallCost) -> list[int]:
+    """Where to cut ascending distinct lengths, `counts` images of each, so that the calls cost least together.
+
+    A call pads its images to the longest. The cheapest cut is a shortest path.
+
+    Returns:
+        The end of each call, as an index into `lengths`; the last is their number.
+
+    Example:
+        >>> boundaries([1, 2, 3, 40], [1, 1, 1, 1], CallCost(10, (0, 1, 0)))
+        [3, 4]
+    """
+    best, cut = [0.0], [0]  # for the first j lengths: the least cost, and the start of the last call
+    for j in range(1, len(lengths) + 1):
+        options, images = [], 0
+        for i in range(j - 1, -1, -1):
+            images += counts[i]
+            options.append((best[i] + cost.of(images, lengths[j - 1]), i))
+        least, begin = min(options)
+        best.append(least)
+        cut.append(begin)
+    ends = [len(lengths)]
+    while cut[ends[-1]]:
+        ends.append(cut[ends[-1]])
+    return ends[::-1]
 
 
 class OnnxState:

@@ -77,7 +77,6 @@ def test_contents(folder):
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
-        "attention_groups.py",
         "configuration_visual_perceiver.py",
         "conv_stem.py",
         "elastic.py",

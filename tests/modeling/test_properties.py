@@ -8,15 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_visual_perceiver import select_queries
-from hf_visual_perceiver.modeling.attention_groups import GroupCost, attention_groups, boundaries
+from hf_visual_perceiver.inference.onnx_perceiver import CallCost, boundaries
 from hf_visual_perceiver.modeling.elastic import Budget
-from hf_visual_perceiver.modeling.ragged import PackedLayout
+from hf_visual_perceiver.modeling.ragged import PackedLayout, attention_groups
 
 
 few = settings(derandomize=True, max_examples=40, deadline=None, database=None)
-COSTS = st.builds(
-    GroupCost, call=st.integers(0, 40), padded_call=st.integers(0, 40), padded_token=st.sampled_from([1, 1.5, 2])
-)
+COSTS = st.builds(CallCost, st.integers(0, 40), st.tuples(*[st.integers(0, 3)] * 3))
 
 
 @st.composite
@@ -51,18 +49,17 @@ def test_packing_loses_nothing_and_reorders_images(keep, backend):
 
 
 @few
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.none() | COSTS)
-def test_each_image_is_in_one_attention_group(lengths, cost):
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+def test_each_image_is_in_one_attention_group(lengths):
     lengths = sorted(lengths)
-    groups = attention_groups(torch.tensor(lengths), lengths, cost)
     tokens = torch.arange(sum(lengths))[:, None, None]
     image = first = 0
-    for group in groups:
-        own = lengths[image : image + group.images]
-        assert (group.first, group.tokens, group.length) == (first, sum(own), max(own))
-        assert group.rows is not None or set(own) == {group.length}
-        assert torch.equal(group.packed(group.dense(tokens).transpose(1, 2)), tokens[first : first + group.tokens])
-        image, first = image + group.images, first + group.tokens
+    for group in attention_groups(lengths):
+        end = first + group.images * group.length
+        assert lengths[image : image + group.images] == [group.length] * group.images
+        assert group.first == first
+        assert torch.equal(group.dense(tokens).transpose(1, 2).flatten(0, 1), tokens[first:end])
+        image, first = image + group.images, end
     assert (image, first) == (len(lengths), sum(lengths))
 
 
@@ -75,10 +72,7 @@ def test_no_other_cut_costs_less(lengths, cost):
     n = len(values)
 
     def price(ends):
-        return sum(
-            cost.of(sum(counts[start:end]), values[end - 1], equal=end - start == 1)
-            for start, end in itertools.pairwise([0, *ends])
-        )
+        return sum(cost.of(sum(counts[start:end]), values[end - 1]) for start, end in itertools.pairwise([0, *ends]))
 
     ends = boundaries(values, counts, cost)
     assert ends == sorted(set(ends))

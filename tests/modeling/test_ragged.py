@@ -1,7 +1,6 @@
 """Every ragged backend equals the masked form and one image at a time, including gradients."""
 
 import copy
-import itertools
 import warnings
 
 import pytest
@@ -11,15 +10,14 @@ from support import small_config
 from torch._dynamo.testing import CompileCounter
 
 from hf_visual_perceiver import VisualPerceiverForImageClassification
-from hf_visual_perceiver.modeling import Budget, Pass, attention_groups, ragged
-from hf_visual_perceiver.modeling.attention_groups import GroupCost, boundaries
+from hf_visual_perceiver.modeling import Budget, Pass, ragged
 from hf_visual_perceiver.modeling.ragged import PackedLayout, resolve_backend
 
 
 close = {"rtol": 0, "atol": 1e-5}
 CPU = torch.device("cpu")
 # Where each backend runs. A CPU has no variable-length attention, so its bookkeeping runs with a slow stand-in.
-PLACES = ["cpu grouped", "cpu padded", "cpu varlen"]
+PLACES = ["cpu grouped", "cpu varlen"]
 if torch.cuda.is_available():
     PLACES += ["cuda grouped", "cuda varlen"]
 # Only the first query, some, nearly all and all, of all or of the first.
@@ -38,9 +36,6 @@ def place(request, monkeypatch):
     device, backend = request.param.split()
     if request.param == "cpu varlen":
         request.getfixturevalue("simulated_varlen")
-    if backend == "padded":  # calls so dear that many lengths share one
-        monkeypatch.setitem(attention_groups.COSTS, "cpu", GroupCost(call=30, padded_call=30, padded_token=1))
-        backend = "grouped"
     return device, backend
 
 
@@ -289,36 +284,6 @@ class TestLayout:
         assert joined.offsets.tolist() == [0, 2, 3, 6, 9]
         assert joined.shape == (4, 3)
         assert joined.image.tolist() == [0, 0, 1, 2, 2, 2, 3, 3, 3]
-
-
-class TestGroups:
-    @pytest.mark.parametrize("seed", range(20))
-    def test_no_other_cut_costs_less(self, seed):
-        generator = torch.Generator().manual_seed(seed)
-        values = torch.randperm(20, generator=generator)[:6].add(1).sort()[0].tolist()
-        counts = torch.randint(1, 4, (6,), generator=generator).tolist()
-        cost = GroupCost(call=20 * seed / 10, padded_call=30, padded_token=1.3)
-
-        def total(ends):
-            starts = [0, *ends[:-1]]
-            return sum(
-                cost.of(sum(counts[i:j]), values[j - 1], equal=j - i == 1) for i, j in zip(starts, ends, strict=True)
-            )
-
-        every = [[*cuts, 6] for size in range(6) for cuts in itertools.combinations(range(1, 6), size)]
-        assert total(boundaries(values, counts, cost)) == pytest.approx(min(map(total, every)))
-
-    def test_dear_calls_merge_and_cheap_ones_do_not(self):
-        lengths = torch.tensor([1, 2, 3, 3, 40])
-        layouts = []
-        for call in (0, 1000):
-            attention_groups.COSTS["test"] = GroupCost(call, call, 1)
-            values, counts = [1, 2, 3, 40], [1, 1, 2, 1]
-            layouts.append(boundaries(values, counts, attention_groups.COSTS.pop("test")))
-        assert layouts == [[1, 2, 3, 4], [4]]
-        groups = attention_groups.attention_groups(lengths, lengths.tolist())
-        assert sum(group.tokens for group in groups) == 49
-        assert sum(group.images for group in groups) == 5
 
 
 class TestCompiled:
