@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from hf_visual_perceiver import bundled_checkpoint
-from hf_visual_perceiver.modeling import VisualPerceiverConfig
+from hf_visual_perceiver.modeling import FAMILIES, VisualPerceiverConfig
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -35,6 +36,25 @@ def small_config(**fields) -> VisualPerceiverConfig:
         "initializer_range": 0.3,
     }
     return VisualPerceiverConfig(**{**small, **fields})
+
+
+def save_networks(folder: Path, labels: list[str]) -> dict[str, str]:
+    """Save a small untrained network of each family, and ResNet-20 of timm; their folders by model type."""
+    small = {
+        "visual_perceiver": {"patch_size": 8, "num_queries": 4, "num_hidden_layers": 1, "initializer_range": 0.3},
+        "iterative_perceiver": {"num_queries": 4, "hidden_size": 16, "num_blocks": 2, "num_cross_attends": 2},
+        "lookupvit": {"patch_size": 8, "num_hidden_layers": 1, "max_compressed_size": 4},
+        "dynamic_vision_transformer": {"num_hidden_layers": 1, "initializer_range": 0.3},
+        "qna_vit": {"local_depths": [0, 1, 1], "qna_depths": [1, 1, 0]},
+    }
+    named = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    networks = {name: FAMILIES[name].classifier(FAMILIES[name].config(**small[name], **named)) for name in FAMILIES}
+    cfg = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
+    resnet = TimmWrapperConfig(architecture="cifar_resnet20", pretrained_cfg=cfg, **named)
+    networks["timm_wrapper"] = TimmWrapperForImageClassification(resnet)
+    for name, network in networks.items():
+        network.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in networks}
 
 
 def aligned(model: torch.nn.Module) -> torch.nn.Module:

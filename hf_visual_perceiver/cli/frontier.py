@@ -43,15 +43,17 @@ def frontier_command(
 ) -> None:
     """Find each network's best accuracy within MACs limits, over all its settings."""
     from hf_visual_perceiver.data.images import load_images
-    from hf_visual_perceiver.evaluation.frontier import Frontier, measure_points, plot_frontier
+    from hf_visual_perceiver.evaluation.frontier import Frontier, check_names, measure_points, plot_frontier
     from hf_visual_perceiver.inference.loading import choose_device, default_dataset, default_model, load_model
     from hf_visual_perceiver.utils.conditions import command_line, conditions_line, measurement_conditions
 
     console = output_console(json_file)
+    names = models or [default_model()]
+    check_names([model_label(name) for name in names])
     source = dataset or default_dataset()
     data, choosing = load_images(source, split), load_images(source, choose)
     points = []
-    for name in models or [default_model()]:
+    for name in names:
         network = load_model(name, choose_device(device))
         points += measure_points(model_label(name), network, data, choosing, batch_size)
     conditions = measurement_conditions(

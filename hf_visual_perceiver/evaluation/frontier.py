@@ -1,14 +1,17 @@
 """The best accuracy within a limit of multiply-accumulates, for several networks side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from hf_visual_perceiver.evaluation.cascade import stopping_stages
+from hf_visual_perceiver.evaluation.cascade import Cascade, stopping_stages
 from hf_visual_perceiver.evaluation.evaluate import Measurement, measure_budgets
 from hf_visual_perceiver.evaluation.plots import save_figure
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 # Set before anything is measured, so that nothing is fitted to the reported images.
 CASCADE_THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 FIXED, ADAPTIVE, CASCADE = "fixed", "adaptive", "cascade"
+CASCADES = {f"cascade at {threshold:g}": threshold for threshold in CASCADE_THRESHOLDS}
+MARKS = {ADAPTIVE: "s", CASCADE: "^"}
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,7 @@ def measure_points(
     others = [(m.correct, m.macs) for m in chosen]
     if len(fixed) > 1 and hasattr(model, "start"):
         costs = np.asarray(config.count_stages(fixed), dtype=float)
-        for threshold in CASCADE_THRESHOLDS:
-            name_of_cascade = f"cascade at {threshold:g}"
+        for name_of_cascade, threshold in CASCADES.items():
             ways.append((name_of_cascade, CASCADE, cascaded(reported[: len(fixed)], costs, threshold)))
             others.append(cascaded(chosen[: len(fixed)], costs, threshold))
     return [
@@ -109,6 +113,35 @@ def cascaded(stages: Sequence[Measurement], costs: np.ndarray, threshold: float)
     correct = np.stack([m.correct for m in stages], axis=1)
     stage = stopping_stages(confidence, [threshold] * (len(stages) - 1))
     return correct[np.arange(len(stage)), stage], costs[stage]
+
+
+def forward_at(model: Any, point: Point) -> Callable[[Any], Any]:
+    """The function that classifies a batch (B, C, H, W) at one of the model's points; a cascade runs its stages.
+
+    Args:
+        model: The model that the point was measured on.
+        point: One of the results of `measure_points`.
+    """
+    config = model.config
+    if point.kind == CASCADE:
+        stages = config.budgets()
+        return Cascade(model, stages, [CASCADES[point.setting]] * (len(stages) - 1))
+    return partial(model, **config.resolve(**config.parse_budget(point.setting).kwargs))
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise a `ValueError` if two networks have the same name, under which their points would be mixed up."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Expected networks of different names, got {', '.join(twice)} more than once.")
+
+
+def efficient(points: Sequence[Point]) -> list[Point]:
+    """The points that no cheaper or equally cheap one equals in accuracy, by cost; both on the images for choosing."""
+    found: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.chosen_macs, -point.chosen_accuracy)):
+        if not found or point.chosen_accuracy > found[-1].chosen_accuracy:
+            found.append(point)
+    return found
 
 
 def best_point(points: Sequence[Point], macs: float) -> Point | None:
@@ -161,7 +194,7 @@ class Frontier:
 
 
 def plot_frontier(frontier: Frontier, path: str | Path) -> None:
-    """Plot accuracy against mean MACs: one colour per network, lines for fixed budgets, markers for the others."""
+    """Plot accuracy against mean MACs: one colour per network, a line for its `efficient` fixed budgets, and marks."""
     save_figure(frontier_figure(frontier), path)
 
 
@@ -169,27 +202,56 @@ def frontier_figure(frontier: Frontier) -> Figure:
     """The figure of `plot_frontier`."""
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
-    marks = {ADAPTIVE: "s", CASCADE: "^"}
-    for number, model in enumerate(dict.fromkeys(point.model for point in frontier.points)):
-        points = sorted((p for p in frontier.points if p.model == model), key=lambda p: p.macs)
-        colour = f"C{number % 10}"
-        fixed = [p for p in points if p.kind == FIXED]
-        style = "o-" if len(fixed) > 1 else "*"
-        axes.plot([p.macs / 1e6 for p in fixed], [100 * p.accuracy for p in fixed], style, color=colour, label=model)
-        for kind, mark in marks.items():
-            those = [p for p in points if p.kind == kind]
-            if those:
-                xy = [p.macs / 1e6 for p in those], [100 * p.accuracy for p in those]
-                axes.plot(*xy, mark, color=colour, fillstyle="none", label=f"{model}, {kind}")
-    axes.set_xscale("log")
+    models = dict.fromkeys(point.model for point in frontier.points)
+    handles = draw_points(axes, frontier.points, {model: (f"C{i % 10}", 0) for i, model in enumerate(models)})
     ticks = [limit / 1e6 for limit in frontier.limits]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("million MACs per image (mean)")
-    axes.set_ylabel("accuracy (%)")
-    axes.set_title(
-        f"{frontier.conditions.get('dataset')}, {frontier.conditions.get('images', 0):,} images", fontsize=10
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.set_title(frontier_title(frontier), fontsize=10)
+    axes.legend(handles=handles, fontsize=8)
     return figure
+
+
+def frontier_title(frontier: Frontier) -> str:
+    """The reported images, for the title of a figure."""
+    return f"{frontier.conditions.get('dataset')}, {frontier.conditions.get('images', 0):,} images"
+
+
+def draw_points(
+    axes: Axes,
+    points: Sequence[Point],
+    styles: Mapping[str, tuple[str, int]],
+    x: Callable[[Point], float] = lambda point: point.macs / 1e6,
+    label: str = "million MACs per image (mean)",
+) -> list[Line2D]:
+    """Draw the points of several networks, and return what belongs in the legend.
+
+    Args:
+        axes: Where to draw.
+        points: Points of all networks. Of the fixed ones, those that are `efficient` are drawn.
+        styles: Colour of each network, and the number of its style among the networks of that colour.
+        x: What a point's accuracy is drawn against.
+        label: What `x` is.
+    """
+    handles, kinds = [], set()
+    for model, (colour, style) in styles.items():
+        own = [point for point in points if point.model == model]
+        fixed = sorted(efficient([point for point in own if point.kind == FIXED]), key=x)
+        static = sum(point.kind == FIXED for point in own) == 1
+        form = "*PXD"[style % 4] if static else "o" + ("-", "--", ":", "-.")[style % 4]
+        size = 9 if static else 5
+        handles += axes.plot(*_xy(fixed, x), form, color=colour, label=model, markersize=size)
+        for kind, mark in MARKS.items():
+            if those := [point for point in own if point.kind == kind]:
+                kinds.add(kind)
+                axes.plot(*_xy(those, x), mark, color=colour, fillstyle="none", label=f"{model}, {kind}")
+    axes.set_xscale("log")
+    axes.set_xlabel(label)
+    axes.set_ylabel("accuracy (%)")
+    axes.grid(alpha=0.3)
+    marks = {"color": "0.3", "linestyle": "", "fillstyle": "none"}
+    return [*handles, *(Line2D([], [], marker=MARKS[kind], label=kind, **marks) for kind in MARKS if kind in kinds)]
+
+
+def _xy(points: Sequence[Point], x: Callable[[Point], float]) -> tuple[list[float], list[float]]:
+    return [x(point) for point in points], [100 * point.accuracy for point in points]

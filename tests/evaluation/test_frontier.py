@@ -1,10 +1,12 @@
 """The frontier: its cascades equal `Cascade`, and settings are chosen on other images."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from support import save_networks
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from typer.testing import CliRunner
 
@@ -12,7 +14,15 @@ from hf_visual_perceiver.cli.main import app
 from hf_visual_perceiver.cli.options import model_label
 from hf_visual_perceiver.data.images import load_images, normalise
 from hf_visual_perceiver.evaluation.cascade import Cascade
-from hf_visual_perceiver.evaluation.frontier import Frontier, Point, best_point, frontier_figure, measure_points
+from hf_visual_perceiver.evaluation.frontier import (
+    Frontier,
+    Point,
+    best_point,
+    efficient,
+    forward_at,
+    frontier_figure,
+    measure_points,
+)
 from hf_visual_perceiver.inference.loading import load_model
 
 
@@ -33,6 +43,9 @@ def test_points_are_what_the_model_and_its_cascades_do(trained, cifar10):
     assert {points[name].kind for name in ("K=8", "full")} == {"fixed"}
     assert (points["t=0.8"].kind, points["cascade at 0.6"].kind) == ("adaptive", "cascade")
     assert points["K=8"].macs == trained.config.count_macs(stages[3])
+    for setting in ("K=8", "full", "t=0.8", "cascade at 0.6"):
+        right = forward_at(trained, points[setting])(normalise(data.images, cfg["mean"], cfg["std"])).logits.argmax(-1)
+        assert points[setting].accuracy == pytest.approx((right.numpy() == data.labels).mean())
 
 
 def point(setting: str, macs: float, accuracy: float, chosen: float, kind: str = "fixed") -> Point:
@@ -49,6 +62,14 @@ def test_settings_are_chosen_by_the_other_images():
     assert best == ["m", "any", "", "75.00 (t=0.8)"]
 
 
+def test_lines_leave_out_what_costs_more_for_less():
+    cheap, worse, best = point("K=1", 5e6, 0.7, 0.7), point("i=1", 8e6, 0.8, 0.69), point("full", 9e6, 0.7, 0.8)
+    as_good, dearer = point("K=2", 9e6, 0.9, 0.8), point("i=2", 5e6, 0.9, 0.6)
+    assert efficient([best, as_good, worse, dearer, cheap]) == [cheap, best]
+    axes = frontier_figure(Frontier([best, worse, cheap], [1e7], {})).axes[0]
+    np.testing.assert_allclose(axes.get_lines()[0].get_xydata(), [[5, 70], [9, 70]])
+
+
 def test_one_colour_a_network():
     others = [Point("static", "full", "fixed", 4e7, 0.9, 0.01, 4e7, 0.9)]
     points = [point("K=1", 5e6, 0.7, 0.71), point("t=0.8", 9e6, 0.75, 0.9, "adaptive"), *others]
@@ -57,6 +78,7 @@ def test_one_colour_a_network():
     assert list(lines) == ["m", "m, adaptive", "static"]
     assert lines["m"].get_color() == lines["m, adaptive"].get_color() != lines["static"].get_color()
     np.testing.assert_allclose(lines["static"].get_xydata(), [[40, 90]])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["m", "static", "adaptive"]
 
 
 def test_a_timm_classifier_is_one_point(tmp_path, cifar10):
@@ -88,3 +110,20 @@ def test_command(tmp_path):
     written = json.loads((tmp_path / "frontier.json").read_text())
     assert (written["limits"], written["conditions"]["images_to_choose_by"]) == ([30e6], 16)
     assert (tmp_path / "frontier.png").stat().st_size > 5000
+
+
+def test_all_families_in_one_call(tmp_path, cifar10):
+    folders = save_networks(tmp_path, load_images(cifar10, "test[:2]").label_names)
+    options = ["--dataset", cifar10, "--split", "test[:16]", "--choose", "train[-16:]", "--batch-size", "16"]
+    files = ["--json", str(tmp_path / "frontier.json"), "--plot", str(tmp_path / "frontier.png")]
+    result = CliRunner().invoke(app, ["frontier", *folders.values(), *options, *files])
+    assert result.exit_code == 0, result.output
+    points = json.loads((tmp_path / "frontier.json").read_text())["points"]
+    counts = {name: Counter(p["kind"] for p in points if p["model"] == name) for name in folders}
+    assert list(counts) == list(dict.fromkeys(p["model"] for p in points))
+    assert counts["visual_perceiver"] == {"fixed": 3, "adaptive": 6, "cascade": 8}
+    assert counts["iterative_perceiver"] == {"fixed": 4}
+    assert counts["dynamic_vision_transformer"] == {"fixed": 3, "adaptive": 5}
+    assert counts["qna_vit"] == counts["timm_wrapper"] == {"fixed": 1}
+    again = CliRunner().invoke(app, ["frontier", folders["qna_vit"], f"{folders['qna_vit']}/", *options])
+    assert "different names, got qna_vit more than once" in str(again.exception)
