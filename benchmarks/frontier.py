@@ -1,6 +1,6 @@
 """Accuracy against multiply-accumulates and against measured time, of all families and static networks side by side.
 
-    python benchmarks/frontier.py [CHECKPOINT...] --dataset uoft-cs/cifar10 --plot frontier.png --json frontier.json
+    OMP_NUM_THREADS=1 python benchmarks/frontier.py [CHECKPOINT...] --dataset uoft-cs/cifar10 --plot frontier.png --json frontier.json
 
 By default all folders in `checkpoints/`. Settings are chosen on other images than those reported, as by `visual-perceiver frontier`.
 Of a network's fixed budgets those are timed that are Pareto-efficient on the images for choosing, and all settings whose cost
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -35,6 +36,8 @@ from hf_visual_perceiver.evaluation.frontier import (
 )
 from hf_visual_perceiver.evaluation.plots import save_figure
 from hf_visual_perceiver.inference.loading import default_dataset, load_model
+from hf_visual_perceiver.modeling import FAMILIES
+from hf_visual_perceiver.modeling.static_classifier import StaticConfig
 from hf_visual_perceiver.utils.bundled import shipped
 from hf_visual_perceiver.utils.conditions import command_line, conditions_line, measurement_conditions
 from hf_visual_perceiver.utils.console import print_error, run_command
@@ -157,13 +160,19 @@ def budgets_table(times: Times) -> str:
     return markdown_table(headers, rows, left=2)
 
 
+def shade(colour: str, number: int) -> str:
+    """A colour, lighter or darker by the number of a network in its family, so that its marks are told apart."""
+    towards, share = ((1, 0), (1, 0.45), (0, 0.45), (1, 0.65))[number % 4]
+    return to_hex([(1 - share) * channel + share * towards for channel in to_rgb(colour)])
+
+
 def figure_of(frontier: Frontier, times: Times, families: Mapping[str, str], batch_size: int) -> Figure:
-    """Accuracy against MACs, and against milliseconds per image at a batch size; one colour per family."""
-    kinds = list(dict.fromkeys(families.values()))
+    """Accuracy against MACs, and against milliseconds per image at a batch size; a family has shades of one colour."""
+    kinds = [*FAMILIES, StaticConfig.model_type]
     styles: dict[str, tuple[str, int]] = {}
     for model, family in families.items():
-        of_family = [other for other in styles if families[other] == family]
-        styles[model] = (f"C{kinds.index(family) % 10}", len(of_family))
+        number = sum(families[other] == family for other in styles)
+        styles[model] = (shade(f"C{kinds.index(family) % 10}", number), number)
     figure = Figure(figsize=(12, 6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     handles = draw_points(left, frontier.points, styles)
