@@ -249,7 +249,7 @@ def draw_points(
     axes.set_xlabel(label)
     axes.set_ylabel("accuracy (%)")
     axes.grid(alpha=0.3)
-    marks = {"color": "0.3", "linestyle": "", "fillstyle": "none"}
+    marks: dict[str, Any] = {"color": "0.3", "linestyle": "", "fillstyle": "none"}
     return [*handles, *(Line2D([], [], marker=MARKS[kind], label=kind, **marks) for kind in MARKS if kind in kinds)]
 
 
