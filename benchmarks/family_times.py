@@ -63,7 +63,7 @@ def table_of(rows: dict[str, list[BenchmarkRow]]) -> str:
             found = [row for row in of_one if row.setting == setting]
             cells = [f"{found[0].macs / 1e6:.1f}", f"{found[0].macs / full:.3f}"]
             for row in found:
-                cells += [f"{row.ms:.3g}", f"{row.relative_time:.3f}"]
+                cells += [f"{row.ms:.4g}", f"{row.relative_time:.3f}"]
             lines.append([name, setting, *cells])
     return markdown_table(headers, lines, left=2)
 
