@@ -14,6 +14,19 @@ from .family_config import FamilyConfig, check_heads
 from .query_selection import as_number  # noqa: F401  transformers 5.4 copies what this file imports alone
 
 
+# What the networks on T2T-ViT (Yuan et al. 2021) have in common.
+T2T_VIT_224: dict[str, Any] = {
+    "image_size": 224,
+    "stem": "t2t",
+    "patches": [[14, 8, 3], [11, 6, 5], [7, 4, 2]],
+    "soft_splits": [[3, 2, 1], [3, 2, 1]],
+    "stem_dropout_prob": 0.1,
+    "positions": "sinusoid",
+    "reuse_hidden_size": 128,
+    "reuse_size": 48,
+    "qkv_bias": False,
+    "layer_norm_eps": 1e-5,
+}
 # timm name -> what differs from the config's defaults.
 DVT_ARCHITECTURES: dict[str, dict[str, Any]] = {
     "dvt_nano_32": {},
@@ -41,6 +54,20 @@ DVT_ARCHITECTURES: dict[str, dict[str, Any]] = {
         "patches": [[32, 32, 0], [23, 23, 3], [16, 16, 0]],
         "reuse_hidden_size": 128,
         "reuse_size": 48,
+    },
+    "dvt_t2t_vit_12_224": {
+        **T2T_VIT_224,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+    },
+    "dvt_t2t_vit_14_224": {
+        **T2T_VIT_224,
+        "hidden_size": 384,
+        "intermediate_size": 1152,
+        "num_hidden_layers": 14,
+        "num_attention_heads": 6,
     },
 }
 
@@ -79,8 +106,15 @@ class DynamicVisionTransformerConfig(FamilyConfig):
     num_hidden_layers: int = 8  # in each exit's transformer
     num_attention_heads: int = 2
     intermediate_size: int = 256  # of the MLPs
-    # For each exit the kernel, stride and padding of the convolution that makes its tokens.
+    # What makes the tokens: "patch", a convolution, as in DeiT; or "t2t", soft splits with Performers between them, as in T2T-ViT.
+    stem: str = "patch"
+    # For each exit the kernel, stride and padding of the convolution, or of the first soft split.
     patches: list[list[int]] | None = None
+    soft_splits: list[list[int]] | None = None  # "t2t": those of the soft splits that follow, in every exit
+    stem_hidden_size: int = 64  # "t2t": width of the tokens between soft splits
+    num_random_features: int = 32  # "t2t": with which a Performer estimates the kernel of its attention
+    stem_dropout_prob: float | int = 0.0  # "t2t": in the Performers
+    positions: str = "learned"  # or "sinusoid", which is fixed
     feature_reuse: bool = True  # later exits read the tokens of the one before
     relation_reuse: bool = True  # and the scores of its attention
     reuse_hidden_size: int = 32  # u, width of the MLP that prepares the tokens for reuse
@@ -102,18 +136,25 @@ class DynamicVisionTransformerConfig(FamilyConfig):
             self.patches = [[8, 8, 0], [7, 5, 0], [4, 4, 0]]
         sizes = ("image_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
         self.check_positive(*sizes, "intermediate_size", "reuse_hidden_size", "reuse_size")
+        self.check_positive("stem_hidden_size", "num_random_features")
         check_heads(self.hidden_size, self.num_attention_heads)
+        self.check_choices(stem=("patch", "t2t"), positions=("learned", "sinusoid"), hidden_act=ACT2FN)
+        if self.stem == "t2t":
+            self.soft_splits = [[3, 2, 1], [3, 2, 1]] if self.soft_splits is None else self.soft_splits
+            if not self.soft_splits:
+                raise ValueError("Expected `soft_splits` to be at least one with `stem` 't2t', got [].")
+        elif self.soft_splits is not None:
+            raise ValueError(f"Expected `soft_splits` to be None with `stem` 'patch', got {self.soft_splits}.")
         for patch in self.patches:
-            if (
-                len(patch) != 3
-                or patch[0] < 1
-                or patch[1] < 1
-                or patch[2] < 0
-                or patch[0] > self.image_size + 2 * patch[2]
-            ):
-                raise ValueError(
-                    f"Expected `patches` to be [kernel, stride, padding] that fit images of {self.image_size}, got {patch}."
-                )
+            side = self.image_size
+            for i, split in enumerate([patch, *(self.soft_splits or [])]):
+                kernel, stride, padding = split if len(split) == 3 else (0, 0, 0)
+                if kernel < 1 or stride < 1 or padding < 0 or kernel > side + 2 * padding:
+                    field, what = ("soft_splits", "grids") if i else ("patches", "images")
+                    raise ValueError(
+                        f"Expected `{field}` to be [kernel, stride, padding] that fit {what} of {side}, got {split}."
+                    )
+                side = (side + 2 * padding - kernel) // stride + 1
         sides = [side for side, _ in self.grids]
         if not sides or any(a > b for a, b in itertools.pairwise(sides)):
             raise ValueError(f"Expected `patches` of at least one exit, with grids that grow, got grids of {sides}.")
@@ -123,13 +164,24 @@ class DynamicVisionTransformerConfig(FamilyConfig):
     @property
     def grids(self) -> list[tuple[int, int]]:
         """Rows and columns of each exit's tokens."""
-        sides = [(self.image_size + 2 * p - k) // s + 1 for k, s, p in self.patches or []]
-        return [(side, side) for side in sides]
+        return [(self.sides(i)[-1],) * 2 for i in range(self.num_exits)]
 
     @property
     def num_exits(self) -> int:
         """E, the number of exits."""
         return len(self.patches or [])
+
+    def splits(self, exit: int) -> list[list[int]]:
+        """Kernel, stride and padding of the convolution or the soft splits that make an exit's tokens, in their order."""
+        return [(self.patches or [])[exit], *(self.soft_splits or [])]
+
+    def sides(self, exit: int) -> list[int]:
+        """Rows, and columns, of the grid after each of `splits`."""
+        side, sides = self.image_size, []
+        for kernel, stride, padding in self.splits(exit):
+            side = (side + 2 * padding - kernel) // stride + 1
+            sides.append(side)
+        return sides
 
     def budgets(self) -> list[Budget]:
         """All images at each exit."""
@@ -192,10 +244,8 @@ class DynamicVisionTransformerConfig(FamilyConfig):
     def exit_macs(self, exit: int) -> int:
         """Multiply-accumulates of one exit's transformer, classifier and reuse of the exit before."""
         D, L, H, M = self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.intermediate_size
-        kernel = (self.patches or [])[exit][0]
-        N = self.grids[exit][0] * self.grids[exit][1]
-        T = N + 1
-        macs = N * self.num_channels * kernel**2 * D + L * (T * (4 * D**2 + 2 * D * M) + 2 * T**2 * D)
+        T = self.grids[exit][0] * self.grids[exit][1] + 1
+        macs = self.stem_macs(exit) + L * (T * (4 * D**2 + 2 * D * M) + 2 * T**2 * D)
         if exit and self.feature_reuse:
             before = self.grids[exit - 1][0] * self.grids[exit - 1][1] + 1
             u, e = self.reuse_hidden_size, self.reuse_size
@@ -204,6 +254,17 @@ class DynamicVisionTransformerConfig(FamilyConfig):
             before = self.grids[exit - 1][0] * self.grids[exit - 1][1] + 1
             macs += 6 * (H * L) ** 2 * before**2
         return macs + D * len(self.label_names)
+
+    def stem_macs(self, exit: int) -> int:
+        """The part of `exit_macs` that makes tokens of an image."""
+        d, m = self.stem_hidden_size, self.num_random_features
+        *inner, last = [side**2 for side in self.sides(exit)]
+        channels, macs = self.num_channels, 0
+        for N, (kernel, _, _) in zip(inner, self.splits(exit), strict=False):
+            # A Performer: queries, keys and values; features of the first two; sums over keys, read by queries; three linears.
+            macs += N * (3 * channels * kernel**2 * d + 2 * m * d + (2 * d + 1) * m + 3 * d**2)
+            channels = d
+        return macs + last * channels * self.splits(exit)[-1][0] ** 2 * self.hidden_size
 
 
 __all__ = ["DynamicVisionTransformerConfig"]

@@ -25,6 +25,7 @@ from .elastic import ElasticModel, Pass, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .layers import MLP, DropPath, attend, drop_path_rates, split_heads
 from .query_selection import as_number  # noqa: F401  likewise
+from .tokens_to_token import TokenPerformer, TokensToToken, sinusoids
 
 
 @dataclass
@@ -166,14 +167,23 @@ class DynamicVisionTransformerLayer(GradientCheckpointingLayer):
 class DynamicVisionTransformerExit(nn.Module):
     """One exit's transformer: images (B, C, S, S), and what the exit before passes on, to tokens (B, T, D)."""
 
+    position_embeddings: torch.Tensor
+
     def __init__(self, config: DynamicVisionTransformerConfig, exit: int):
         super().__init__()
         D, (rows, columns) = config.hidden_size, config.grids[exit]
-        kernel, stride, padding = (config.patches or [])[exit]
         self.leaves = exit + 1 < config.num_exits  # whether the next exit reuses something
-        self.projection = nn.Conv2d(config.num_channels, D, kernel, stride, padding)
+        tokens = rows * columns + 1
+        self.projection: nn.Module
+        if config.stem == "t2t":
+            self.projection = TokensToToken(config, exit)
+        else:
+            self.projection = nn.Conv2d(config.num_channels, D, *(config.patches or [])[exit])
         self.class_token = nn.Parameter(torch.empty(1, 1, D))
-        self.position_embeddings = nn.Parameter(torch.empty(1, rows * columns + 1, D))
+        if config.positions == "learned":
+            self.position_embeddings = nn.Parameter(torch.empty(1, tokens, D))
+        else:
+            self.register_buffer("position_embeddings", sinusoids(tokens, D), persistent=False)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         maps = config.num_hidden_layers * config.num_attention_heads
         reuses = exit > 0 and config.relation_reuse
@@ -183,7 +193,7 @@ class DynamicVisionTransformerExit(nn.Module):
         self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: torch.Tensor, reused: Reused | None) -> tuple[torch.Tensor, Reused | None]:
-        x = self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
+        x = self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, D, h, w) or (B, D, N) -> (B, N, D)
         x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.dropout(x + self.position_embeddings)
         relations: Sequence[torch.Tensor | None] = [None] * len(self.layers)
@@ -258,7 +268,7 @@ class DynamicVisionTransformerPreTrainedModel(PreTrainedModel):
     input_modalities = "image"
     _supports_sdpa = True
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DynamicVisionTransformerLayer"]
+    _no_split_modules = ["DynamicVisionTransformerLayer", "TokenPerformer"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -273,7 +283,12 @@ class DynamicVisionTransformerPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, DynamicVisionTransformerExit):
             init.trunc_normal_(module.class_token, std=std)
-            init.trunc_normal_(module.position_embeddings, std=std)
+            if self.config.positions == "learned":
+                init.trunc_normal_(module.position_embeddings, std=std)
+            else:
+                init.copy_(module.position_embeddings, sinusoids(*module.position_embeddings.shape[1:]))
+        elif isinstance(module, TokenPerformer):  # orthogonal, and as long as T2T-ViT's
+            init.orthogonal_(module.directions, gain=len(module.directions) ** 0.5)
 
 
 class DynamicVisionTransformerModel(DynamicVisionTransformerPreTrainedModel, DynamicVisionTransformerParts):

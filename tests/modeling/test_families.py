@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
+from safetensors.torch import load_file
 from support import run, with_biases, with_statistics
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,6 +35,7 @@ from hf_visual_perceiver.modeling.timm_dynamic_vision_transformer import Dynamic
 from hf_visual_perceiver.modeling.timm_iterative_perceiver import IterativePerceiver
 from hf_visual_perceiver.modeling.timm_lookupvit import LookupViT
 from hf_visual_perceiver.modeling.timm_qna_vit import QnAViT
+from hf_visual_perceiver.modeling.tokens_to_token import TokenPerformer, sinusoids
 from hf_visual_perceiver.training.schedules import create_schedule, step_macs
 
 
@@ -76,12 +78,23 @@ VARIANTS = {
     "perceiver, not shared": {**SMALL["perceiver"], "share_weights": False},
     "perceiver, learned positions": {**SMALL["perceiver"], "inputs": "learned", "stem_channels": 8},
     "perceiver, convolution": {**SMALL["perceiver"], "inputs": "conv", "stem_channels": 8},
+    "dvt, t2t": {
+        **SMALL["dvt"],
+        "stem": "t2t",
+        "patches": [[4, 2, 1], [3, 1, 1]],
+        "stem_hidden_size": 8,
+        "num_random_features": 4,
+        "positions": "sinusoid",
+        "qkv_bias": False,
+    },
     "lookupvit, softmax": {**SMALL["lookupvit"], "infusion": "softmax", "classify_with": "compressed"},
 }
 # Parameters and multiply-accumulates (in millions, of the smallest and the full budget) that the papers or their code give, and
 # those of the small networks, which are counted.
 PUBLISHED = {
     "dvt_deit_small_224": (70_442_232, 1142.909952, 8800.629120),
+    "dvt_t2t_vit_12_224": (22_360_140, 467.702400, 3455.014176),
+    "dvt_t2t_vit_14_224": (67_735_916, 1200.582272, 9264.151296),
     "dvt_nano_32": (1_329_118, 7.177856, 59.654784),
     "perceiver_224": (44_912_254, None, 353_139.54816),
     "perceiver_io_224": (48_440_627, None, 203_062.374400),
@@ -96,6 +109,8 @@ PUBLISHED = {
 }
 
 
+T2T_19 = {"hidden_size": 448, "intermediate_size": 1344, "num_hidden_layers": 19, "num_attention_heads": 7}
+T2T_24 = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 8}
 IO = {"decoder_type": "query", "num_cross_attends": 1}
 # Of transformers' Perceiver, whose images have 224 pixels a side whatever its config says; but with learned positions 16.
 THEIRS = {
@@ -155,6 +170,30 @@ def test_perceivers_of_the_paper(fields, parameters, gmacs):
     assert sum(p.numel() for p in model.parameters()) == parameters
     if gmacs is not None:
         assert config.count_macs(Budget()) / 1e9 == pytest.approx(gmacs, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "parameters", "gmacs"),
+    [
+        ("dvt_t2t_vit_12_224", {}, 22_461_516, [0.468, 1.446, 3.455]),
+        ("dvt_t2t_vit_12_224", {"feature_reuse": False, "relation_reuse": False}, 20_890_956, [0.468, 1.358, 3.121]),
+        ("dvt_t2t_vit_12_224", {"relation_reuse": False}, 22_433_484, [0.468, 1.412, 3.279]),
+        ("dvt_t2t_vit_12_224", {"feature_reuse": False}, 20_918_988, [0.468, 1.393, 3.297]),
+        ("dvt_t2t_vit_14_224", {}, 67_881_836, [1.201, 3.818, 9.264]),
+        # T2T-ViT itself is a single exit.
+        ("dvt_t2t_vit_12_224", {"patches": [[7, 4, 2]]}, 6_941_902, [1.763]),
+        ("dvt_t2t_vit_14_224", {"patches": [[7, 4, 2]]}, 21_545_550, [4.783]),
+        ("dvt_t2t_vit_14_224", {"patches": [[7, 4, 2]], **T2T_19}, 39_177_422, [8.480]),
+        ("dvt_t2t_vit_14_224", {"patches": [[7, 4, 2]], **T2T_24}, 64_105_934, [13.662]),
+    ],
+)
+def test_t2t_vits_of_the_papers(name, fields, parameters, gmacs):
+    """Their authors count what is fixed too: positions, and the directions of random features."""
+    config = DynamicVisionTransformerConfig.from_architecture(name, num_labels=1000, **fields)
+    with torch.device("meta"):
+        model = DynamicVisionTransformerForImageClassification(config)
+    assert sum(t.numel() for t in [*model.parameters(), *model.buffers()]) == parameters
+    assert [round(config.count_macs(budget) / 1e9, 3) for budget in config.budgets()] == gmacs
 
 
 def test_lookupvit_at_grids_of_the_article():
@@ -253,11 +292,11 @@ def test_passes_of_a_training_step(name, images):
         torch.testing.assert_close(answered, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "dvt, t2t"])
 def test_the_code_that_travels_with_weights(name, images, tmp_path):
     """The remote code is complete and runs, also with older transformers, which copies only direct imports."""
     model, folder = small(name), tmp_path / "model"
-    for cls, auto in ((FAMILIES[name][0], None), (FAMILIES[name][1], "AutoModelForImageClassification")):
+    for cls, auto in ((type(model.config), None), (type(model), "AutoModelForImageClassification")):
         cls.register_for_auto_class(*([auto] if auto else []))
     model.save_pretrained(folder)
     for file in [*folder.glob("configuration_*.py"), *folder.glob("modeling_*.py")]:
@@ -276,7 +315,7 @@ def test_the_code_that_travels_with_weights(name, images, tmp_path):
     torch.testing.assert_close(torch.load(file), model(images).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "dvt, t2t"])
 def test_bad_input(name, images):
     model = small(name)
     for pixels, message in (
@@ -298,10 +337,10 @@ def test_bad_input(name, images):
                 type(model.config)(**{**model.config.to_diff_dict(), knob: value})
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "dvt, t2t"])
 def test_arguments_of_timm(name):
-    config_class = FAMILIES[name][0]
-    config = config_class(image_size=16, num_labels=5, **SMALL[name])
+    config_class = FAMILIES[name.split(",")[0]][0]
+    config = config_class(image_size=16, num_labels=5, **VARIANTS[name])
     # Earlier versions saved class attributes among the arguments.
     again = config_class.from_timm(**config.timm_model_args, num_classes=5, title="Of an earlier version")
     assert again.to_dict() == config.to_dict()
@@ -314,13 +353,17 @@ def test_arguments_of_timm(name):
 
 class TestDynamicVisionTransformer:
     @torch.no_grad()
-    def test_images_that_stopped_enter_no_later_exit(self, images):
-        model = small("dvt", patches=[[8, 8, 0], [4, 4, 0], [2, 2, 0]])
+    @pytest.mark.parametrize(
+        ("name", "patches"),
+        [("dvt", [[8, 8, 0], [4, 4, 0], [2, 2, 0]]), ("dvt, t2t", [[4, 2, 1], [4, 2, 1], [3, 1, 1]])],
+    )
+    def test_images_that_stopped_enter_no_later_exit(self, name, patches, images):
+        model = small(name, patches=patches)
         rows = []
         for stage in model.dynamic_vision_transformer.exits:
             stage.register_forward_hook(lambda _module, x, _output: rows.append(len(x[0])))
         sure = model(images, max_exit=1).logits.softmax(-1).amax(-1)
-        thresholds = [sure.median().item(), 0.9]
+        thresholds = [sure.sort().values[2:4].mean().item(), 0.9]  # between two images, where rounding decides nothing
         output = model(images, exit_thresholds=thresholds)
         reached = [(output.exits > i).sum().item() for i in range(3)]
         assert rows[1:] == [n for n in reached if n]
@@ -366,6 +409,83 @@ class TestDynamicVisionTransformer:
         with torch.no_grad():
             plain.dynamic_vision_transformer.exits[0].layers[-1].mlp.fc2.weight.mul_(2)
         torch.testing.assert_close(plain(images).logits, before)
+
+    def test_inputs_of_a_config(self):
+        for fields, message in (
+            ({"stem": "conv"}, "`stem` to be 'patch' or 't2t', got 'conv'"),
+            ({"positions": "rotary"}, "`positions` to be 'learned' or 'sinusoid', got 'rotary'"),
+            ({"num_random_features": 0}, "`num_random_features` to be at least 1, got 0"),
+            ({"stem_hidden_size": 0}, "`stem_hidden_size` to be at least 1, got 0"),
+            ({"soft_splits": [[3, 2, 1]]}, r"`soft_splits` to be None with `stem` 'patch', got \[\[3, 2, 1\]\]"),
+            ({"stem": "t2t", "soft_splits": []}, r"`soft_splits` to be at least one .*, got \[\]"),
+            ({"stem": "t2t", "soft_splits": [[3, 2]]}, r"`soft_splits` to be \[kernel, .*of 4, got \[3, 2\]"),
+            ({"stem": "t2t", "soft_splits": [[5, 2, 0]]}, r"`soft_splits` .* fit grids of 4, got \[5, 2, 0\]"),
+            ({"patches": [[33, 2, 0]]}, r"`patches` .* fit images of 32, got \[33, 2, 0\]"),
+            ({"patches": [[4, 4, 0], [8, 8, 0]]}, r"grids that grow, got grids of \[8, 4\]"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                DynamicVisionTransformerConfig(**fields)
+
+
+class TestTokensToToken:
+    def layer(self, **fields) -> TokenPerformer:
+        return small("dvt, t2t", **fields).dynamic_vision_transformer.exits[0].projection.performers[1].double()
+
+    def test_the_attention_is_a_mean_with_a_kernel_of_random_features(self):
+        """Compare with the weights of all pairs, written out."""
+        layer = self.layer()
+        query, key, value = torch.randn(3, 2, 9, 8, dtype=torch.float64)
+        w = layer.directions
+        pairs = torch.einsum("md,bijd->bijm", w, query[:, :, None] + key[:, None]).exp().mean(-1)
+        lengths = query.square().sum(-1)[:, :, None] + key.square().sum(-1)[:, None]
+        weights = pairs * (-lengths / 2).exp()
+        expected = weights / (weights.sum(-1, keepdim=True) + 1e-8) @ value
+        torch.testing.assert_close(layer.attend(query, key, value), expected, rtol=1e-4, atol=1e-4)
+
+    def test_directions_are_orthogonal_and_stay(self, images, tmp_path):
+        model = small("dvt, t2t").train()
+        w = model.dynamic_vision_transformer.exits[1].projection.performers[0].directions
+        torch.testing.assert_close(w @ w.T, 4 * torch.eye(4))
+        assert not w.requires_grad
+        model.save_pretrained(tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        saved = state["dynamic_vision_transformer.exits.1.projection.performers.0.directions"]
+        assert torch.equal(saved, w)
+        again = type(model).from_pretrained(tmp_path)
+        torch.testing.assert_close(dict(again.named_buffers()), dict(model.named_buffers()), rtol=0, atol=0)
+        # What a checkpoint lacks is drawn anew, and is not left as memory was.
+        others = {name: value for name, value in state.items() if "directions" not in name}
+        lacking = type(model).from_pretrained(None, config=model.config, state_dict=others)
+        w = lacking.dynamic_vision_transformer.exits[1].projection.performers[0].directions
+        torch.testing.assert_close(w @ w.T, 4 * torch.eye(4))
+
+    def test_half_precision_has_room_for_the_exponentials(self):
+        layer = self.layer(num_random_features=64, stem_hidden_size=64).float()
+        w, value = layer.directions[None], torch.randn(1, 64, 64)
+        assert layer.features(w).max() > 1e10
+        expected = layer.attend(w, w, value)
+        with torch.autocast("cpu", torch.float16):
+            given = layer.attend(w.half(), w.half(), value.half())
+        torch.testing.assert_close(given.float(), expected, rtol=0.05, atol=0.01)
+
+    def test_soft_splits_overlap_and_keep_the_order_of_the_grid(self, images):
+        """A pixel reaches the tokens whose patches cover it, before attention mixes them."""
+        stem = small("dvt, t2t", soft_splits=[[3, 2, 1]]).dynamic_vision_transformer.exits[0].projection
+        for performer in stem.performers:
+            performer.attend = lambda query, key, value: torch.zeros_like(value)
+        images = images.clone().requires_grad_()
+        stem(images)[0, :, 1].sum().backward()  # the second token of the first row: grid rows 0, 1; columns 1 to 3 of 8
+        rows, columns = images.grad[0].abs().sum(0).nonzero().T.unique(dim=1)
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 4, 1, 8)
+
+    def test_sinusoids(self):
+        table = sinusoids(5, 6)
+        assert table.shape == (1, 5, 6)
+        for place in range(5):
+            for i in range(3):
+                angle = place / 10000 ** (2 * i / 6)
+                assert table[0, place, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+                assert table[0, place, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
 
 
 class TestLookupViT:
