@@ -2,6 +2,7 @@
 
 An image goes through a transformer of few tokens. If that is not sure of its answer, the image goes through the next one, of
 more tokens, which reuses the tokens and the attention scores of the one before. Images that are done leave the batch.
+The transformers are DeiT's or T2T-ViT's, which differ in how an image becomes tokens (`stem`).
 
 Shapes: B images, E exits, T tokens of an exit (its grid and a class token), D width, H heads, L layers.
 """
@@ -195,7 +196,7 @@ class DynamicVisionTransformerExit(nn.Module):
     def forward(self, pixel_values: torch.Tensor, reused: Reused | None) -> tuple[torch.Tensor, Reused | None]:
         x = self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, D, h, w) or (B, D, N) -> (B, N, D)
         x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
-        x = self.dropout(x + self.position_embeddings)
+        x = self.dropout(x + self.position_embeddings.to(x.dtype))
         relations: Sequence[torch.Tensor | None] = [None] * len(self.layers)
         if self.relation is not None and reused is not None:
             relations = self.relation(reused.scores).chunk(len(self.layers), dim=1)
