@@ -32,6 +32,8 @@ PLAIN = [
     "attention=null",
     "stem_loss=0",
 ]
+POOLED = "the first level with pooling, no queries"
+PRETRAINED = "the first level learns with pooling before, for a quarter of the FLOP"
 # What differs from the recipe.
 CHANGES: dict[str, list[str]] = {
     "the recipe": [],
@@ -51,7 +53,8 @@ CHANGES: dict[str, list[str]] = {
         "config.patch_size=4",
         "stem_loss=0",
     ],
-    "the first level with pooling, no queries": [
+    PRETRAINED: [],
+    POOLED: [
         *PLAIN,
         "config={widths: [[24, 12], [12, 48], [48, 48], [48]], residual: true, act_layer: relu}",
     ],
@@ -83,15 +86,24 @@ def main(
     for seed in range(seeds):
         for name in only or CHANGES:
             common = [f"dataset={dataset}", "evaluate_every=null", "log_every=50", f"seed={seed}", *(overrides or [])]
-            base = load_recipe(recipe, [*CHANGES[name], *common])
-            steps = affordable_steps(base, pflop * 1e15)
-            lengths = [f"steps={steps}", f"warmup_steps={steps // 20}", f"save_every={max(steps // 10, 1)}"]
-            folder = run_folder(output, name, seed)
-            minutes = (end - time.monotonic()) / 60
-            if minutes > 0:
-                chosen = load_recipe(recipe, [*CHANGES[name], *common, *lengths])
-                train(chosen, folder, resume=folder.exists(), max_minutes=minutes)
+            folder, share, changes = run_folder(output, name, seed), 1.0, CHANGES[name]
+            if name == PRETRAINED:
+                stem, share = folder.with_name(f"{folder.name}-stem"), 0.75
+                run(recipe, [*CHANGES[POOLED], *common], stem, 0.25 * pflop, end)
+                changes = [f"initial_stem={stem}/model"]
+                if not (stem / "model").is_dir():
+                    continue
+            run(recipe, [*changes, *common], folder, share * pflop, end)
     print_table(output, pflop)
+
+
+def run(recipe: Path, changes: list[str], folder: Path, pflop: float, end: float) -> None:
+    """Train, or go on training, until the time `end` of the monotonic clock."""
+    steps = affordable_steps(load_recipe(recipe, changes), pflop * 1e15)
+    lengths = [f"steps={steps}", f"warmup_steps={steps // 20}", f"save_every={max(steps // 10, 1)}"]
+    minutes = (end - time.monotonic()) / 60
+    if minutes > 0:
+        train(load_recipe(recipe, [*changes, *lengths]), folder, resume=folder.exists(), max_minutes=minutes)
 
 
 def affordable_steps(recipe: Recipe, flop: float) -> int:
