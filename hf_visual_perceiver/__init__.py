@@ -6,6 +6,7 @@ Importing the package registers the models with transformers' auto classes and w
 from transformers import AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from hf_visual_perceiver.inference.onnx_models import create_onnx_engine
 from hf_visual_perceiver.inference.onnx_perceiver import OnnxPerceiver
 from hf_visual_perceiver.inference.pipeline import TASK, AdaptiveImageClassificationPipeline
 from hf_visual_perceiver.modeling import (
@@ -36,6 +37,7 @@ from hf_visual_perceiver.modeling import (
 )
 from hf_visual_perceiver.modeling.elastic import Budget, Family, register
 from hf_visual_perceiver.modeling.engines import ENGINES
+from hf_visual_perceiver.modeling.optimized import MODEL_ENGINES
 from hf_visual_perceiver.utils.bundled import bundled_checkpoint
 from hf_visual_perceiver.version import __version__  # noqa: F401
 
@@ -56,6 +58,7 @@ PIPELINE_REGISTRY.register_pipeline(
 
 # What `optimize_for_inference` takes by default; onnxruntime itself is imported when it is used.
 ENGINES["onnxruntime"] = OnnxPerceiver
+MODEL_ENGINES["onnxruntime"] = create_onnx_engine
 
 __all__ = [
     "ARCHITECTURES",

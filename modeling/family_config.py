@@ -130,15 +130,6 @@ class FamilyConfig(ElasticConfig, PreTrainedConfig):
             }
         return output
 
-    def knobs_for(self, **given: Any) -> dict[str, Any]:
-        """Validate arguments of `forward`; knobs that are missing or None have the config's defaults.
-
-        Raises:
-            ValueError: If a value is out of its range, or there is no such knob.
-        """
-        stored = {name: getattr(self, name) for name in self.knobs.values()}
-        return self.resolve(**{**stored, **{name: value for name, value in given.items() if value is not None}})
-
     def check_knobs(self, knobs: Iterable[str]) -> None:
         """Raise a `ValueError` unless all of these are names of knobs."""
         if unknown := set(knobs) - set(self.knobs.values()):

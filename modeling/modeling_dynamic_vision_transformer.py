@@ -22,9 +22,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_dynamic_vision_transformer import DynamicVisionTransformerConfig
-from .elastic import ElasticModel, Pass, check_pixel_values
+from .elastic import Pass, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .layers import MLP, DropPath, attend, drop_path_rates, split_heads
+from .optimized import OptimizableModel
 from .query_selection import as_number  # noqa: F401  likewise
 from .tokens_to_token import TokenPerformer, TokensToToken, sinusoids
 
@@ -238,8 +239,7 @@ class DynamicVisionTransformerParts:
         images = torch.arange(x.shape[0], device=x.device)
         logits = exits = None
         for i in range(max_exit):
-            tokens, reused = self.exits[i](x, reused)
-            answers = heads[i](tokens[:, 0])
+            answers, reused = self.answer(i, heads[i], x, reused)
             every.append(answers)
             if not early:
                 continue
@@ -257,6 +257,13 @@ class DynamicVisionTransformerParts:
         if logits is None or exits is None:
             return every[-1], torch.full_like(images, max_exit), tuple(every)
         return logits, exits, ()
+
+    def answer(
+        self, exit: int, head: nn.Module, pixel_values: torch.Tensor, reused: Reused | None
+    ) -> tuple[torch.Tensor, Reused | None]:
+        """The logits (B, labels) of one exit, and what it passes to the next."""
+        tokens, passed = self.exits[exit](pixel_values, reused)
+        return head(tokens[:, 0]), passed
 
 
 class DynamicVisionTransformerPreTrainedModel(PreTrainedModel):
@@ -338,7 +345,7 @@ class DynamicVisionTransformerModel(DynamicVisionTransformerPreTrainedModel, Dyn
         return DynamicVisionTransformerModelOutput(last_hidden_state=x, pooler_output=x[:, 0], used=used)
 
 
-class DynamicVisionTransformerForImageClassification(DynamicVisionTransformerPreTrainedModel, ElasticModel):
+class DynamicVisionTransformerForImageClassification(DynamicVisionTransformerPreTrainedModel, OptimizableModel):
     """The Dynamic Vision Transformer with a linear classifier at each exit.
 
     Example:

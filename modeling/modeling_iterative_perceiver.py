@@ -17,9 +17,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_iterative_perceiver import IterativePerceiverConfig
-from .elastic import ElasticModel, check_pixel_values
+from .elastic import check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .layers import MLP, attend, split_heads
+from .optimized import OptimizableModel
 from .query_selection import as_number  # noqa: F401  likewise
 
 
@@ -217,7 +218,7 @@ class IterativePerceiverNetwork(nn.Module):
         """
         if self.config.decoder_type != "query":
             raise ValueError(f"Expected `decoder_type` 'query' to decode, got {self.config.decoder_type!r}.")
-        B, D = len(latents), self.config.hidden_size
+        B, D = latents.shape[0], self.config.hidden_size  # `len` would fix the batch size of an exported graph
         fits = queries.shape[-1:] == (D,) and (queries.ndim == 2 or (queries.ndim == 3 and len(queries) == B))
         if not fits:
             raise ValueError(f"Expected queries of shape (n, {D}) or ({B}, n, {D}), got {tuple(queries.shape)}.")
@@ -302,7 +303,7 @@ class IterativePerceiverModel(IterativePerceiverPreTrainedModel, IterativePercei
         return IterativePerceiverModelOutput(last_hidden_state=x, pooler_output=self.pool(x), used=used)
 
 
-class IterativePerceiverForImageClassification(IterativePerceiverPreTrainedModel, ElasticModel):
+class IterativePerceiverForImageClassification(IterativePerceiverPreTrainedModel, OptimizableModel):
     """Perceiver or Perceiver IO with a linear classifier.
 
     Example:

@@ -17,9 +17,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_lookupvit import LookupViTConfig
-from .elastic import ElasticModel, check_pixel_values
+from .elastic import check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .layers import MLP, DropPath, attend, drop_path_rates, split_heads
+from .optimized import OptimizableModel
 from .query_selection import as_number, without_autocast  # noqa: F401  likewise
 
 
@@ -223,7 +224,7 @@ class LookupViTModel(LookupViTPreTrainedModel, LookupViTParts):
         return LookupViTModelOutput(last_hidden_state=x, pooler_output=x.mean(1), lookup_hidden_state=lookup, used=used)
 
 
-class LookupViTForImageClassification(LookupViTPreTrainedModel, ElasticModel):
+class LookupViTForImageClassification(LookupViTPreTrainedModel, OptimizableModel):
     """LookupViT with a linear classifier on the mean of each kind of tokens.
 
     Example:

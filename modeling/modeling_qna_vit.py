@@ -17,9 +17,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_qna_vit import QnAViTConfig
-from .elastic import ElasticModel, check_pixel_values
+from .elastic import check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .layers import MLP, DropPath, attend, drop_path_rates
+from .optimized import OptimizableModel
 from .query_selection import without_autocast
 
 
@@ -255,7 +256,7 @@ class QnAViTModel(QnAViTPreTrainedModel, QnAViTParts):
         return QnAViTModelOutput(last_hidden_state=x, pooler_output=x.mean(1), used=used)
 
 
-class QnAViTForImageClassification(QnAViTPreTrainedModel, ElasticModel):
+class QnAViTForImageClassification(QnAViTPreTrainedModel, OptimizableModel):
     """QnA-ViT with a linear classifier.
 
     Example:

@@ -8,7 +8,6 @@ batch. `PerceiverNetwork` and its layers are shared by the `PreTrainedModel`s in
 `timm_visual_perceiver.py`, so that one file of weights serves both.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +24,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, level_channels
-from .elastic import Budget, ElasticModel, GraphPlan, Pass, check_pixel_values, reference_model
-from .engines import create_engine
+from .elastic import Budget, ElasticModel, GraphPlan, Pass, reference_model
+from .engines import ENGINES
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .macs import count_macs  # noqa: F401  likewise
+from .optimized import OptimizedModel, check_in_memory, create_engine
 from .query_selection import cosine_similarities, keep_dissimilar
 from .ragged import PackedLayout  # noqa: F401  likewise
 from .spatial_init import token_features  # noqa: F401  likewise
@@ -174,35 +174,13 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverNetwork):
         )
 
 
-OPTIMISE_AGAIN = "load a model with `image_size=...` (timm: `img_size=...`) and optimise that"
-
-
-class OptimizedVisualPerceiver(nn.Module):
-    """A classifier that `optimize_for_inference` makes from a copy of the weights; it is called like the model.
-
-    Attributes:
-        config: The model's config.
-        dtype: Dtype of the computation.
-        device: Device of the images.
-    """
+class OptimizedVisualPerceiver(OptimizedModel):
+    """A classifier that `optimize_for_inference` makes from a copy of the weights; it is called like the model."""
 
     def __init__(self, parts: PerceiverNetwork, head: nn.Module, **settings: Any):
-        super().__init__()
         check_weights(parts)
-        self.config, self.engine = copy.deepcopy(parts.config), create_engine(parts, head, **settings)
-        self.dtype, self.device = self.engine.dtype, self.engine.device
-        self.eval()
-
-    def check_images(self, pixel_values: torch.Tensor) -> None:
-        """Raise a `ValueError` unless the engine can read these images."""
-        check_pixel_values(pixel_values, self.config, advice=OPTIMISE_AGAIN)
-        if pixel_values.device != self.device:
-            raise ValueError(f"Expected images on {self.device}, where the engine computes, got {pixel_values.device}.")
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "OptimizedVisualPerceiver":
-        raise RuntimeError(
-            "An optimised model cannot be moved or converted; move or convert the model and optimise it again."
-        )
+        like = parts.cross_attention.queries
+        super().__init__(parts.config, create_engine(ENGINES, (parts, head), like, **settings))
 
     def classify(
         self,
@@ -537,11 +515,7 @@ def clear_threshold(cosines: torch.Tensor, threshold: float, reach: float = 0.01
 def check_weights(parts: PerceiverNetwork) -> None:
     """Raise a `ValueError` if weights are not in memory, or linears have been replaced, as adapters do."""
     assert isinstance(parts, nn.Module)
-    without = [name for name, p in parts.named_parameters() if p.is_meta]
-    if without:
-        raise ValueError(
-            f"Expected weights in memory, got meta tensors such as {without[0]}: load the weights, and optimise before offloading."
-        )
+    check_in_memory(parts)
     names = {"query", "key_value", "qkv", "proj", "fc1", "fc2"}
     for path, module in parts.named_modules():
         if path.rpartition(".")[2] in names and not isinstance(module, nn.Linear):

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .elastic import Budget, ElasticConfig, ElasticModel
+from .elastic import Budget, ElasticConfig
+from .optimized import OptimizableModel
 
 
 class StaticConfig(ElasticConfig):
@@ -55,7 +56,7 @@ class StaticOutput(ImageClassifierOutput):
     used: torch.Tensor | None = None
 
 
-class StaticClassifier(nn.Module, ElasticModel):
+class StaticClassifier(nn.Module, OptimizableModel):
     """A timm classifier with one budget.
 
     Args:
@@ -88,7 +89,7 @@ class StaticClassifier(nn.Module, ElasticModel):
     def forward(self, pixel_values: torch.Tensor) -> StaticOutput:
         """Classify images (B, C, H, W)."""
         logits = self.network(pixel_values).logits
-        return StaticOutput(logits=logits, used=torch.ones(len(logits), dtype=torch.int64, device=logits.device))
+        return StaticOutput(logits=logits, used=torch.ones(logits.shape[0], dtype=torch.int64, device=logits.device))
 
 
 __all__ = ["StaticClassifier", "StaticConfig", "StaticOutput"]

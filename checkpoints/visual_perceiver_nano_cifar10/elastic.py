@@ -199,6 +199,15 @@ class ElasticConfig:
         """
         raise NotImplementedError
 
+    def knobs_for(self, **given: Any) -> dict[str, Any]:
+        """Validate arguments of `forward`; knobs that are missing or None have the config's defaults.
+
+        Raises:
+            ValueError: If a value is out of its range, or there is no such knob.
+        """
+        stored = {name: getattr(self, name) for name in self.knobs.values()}
+        return self.resolve(**{**stored, **{name: value for name, value in given.items() if value is not None}})
+
     def count_macs(self, budget: Budget | None = None, output: Any = None) -> Any:
         """Multiply-accumulates of an image.
 

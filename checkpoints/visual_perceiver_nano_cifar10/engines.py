@@ -54,43 +54,6 @@ class PlainPerceiver:
 ENGINES: dict[str, Callable[..., Any]] = {"torch": PlainPerceiver}
 
 
-def create_engine(
-    parts: Any, head: nn.Module, backend: str | None = None, dtype: torch.dtype | None = None, **settings: Any
-) -> Any:
-    """Create an engine by name; None is onnxruntime where it supports the dtype and device, else torch.
-
-    Args:
-        parts: The network: a `PerceiverNetwork` with a decoder.
-        head: The classifier.
-        backend: One of `ENGINES`.
-        dtype: Dtype to compute in; None is the network's.
-        **settings: Settings of onnxruntime; None leaves one out.
-
-    Raises:
-        ValueError: If there is no such engine, or it does not take a setting.
-    """
-    queries = parts.cross_attention.queries
-    dtype = dtype or queries.dtype
-    onnx_takes_it = dtype == torch.float32 and queries.device.type == "cpu"
-    settings = {name: value for name, value in settings.items() if value is not None}
-    if backend is None:
-        backend = "onnxruntime" if "onnxruntime" in ENGINES and (onnx_takes_it or settings) else "torch"
-    if backend not in ENGINES:
-        raise ValueError(
-            f"Expected `backend` among {', '.join(ENGINES)}, got {backend!r}; onnxruntime comes with the package "
-            "hf_visual_perceiver."
-        )
-    if backend == "torch":
-        if settings:
-            raise ValueError(f"Expected no {', '.join(settings)} with `backend` 'torch', got {settings}.")
-        return ENGINES[backend](parts, head, dtype)
-    if not onnx_takes_it:
-        raise ValueError(
-            f"Expected float32 on a CPU for `backend` {backend!r}, got {dtype} on {queries.device.type}; 'torch' takes it."
-        )
-    return ENGINES[backend](parts, head, **settings)
-
-
 @torch.no_grad()
 def fold_batch_norms(module: nn.Module) -> None:
     """Fold the batch norm of each `ConvBlock` into its convolution, in place; for inference only."""

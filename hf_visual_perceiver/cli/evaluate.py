@@ -86,7 +86,7 @@ def evaluate_command(
     if card and hasattr(network, "optimize_for_inference"):
         try:
             result = dataclasses.replace(result, int8=int8_accuracy(network, data, batch_size))
-        except ImportError as error:
+        except (ImportError, ValueError) as error:
             console.print(f"The card will not have the accuracy in int8: {error}", markup=False, highlight=False)
     console.print(evaluation_table(result))
     console.print(conditions_line(result.conditions), style="dim", highlight=False)

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,9 @@ def export_stage(stage: Stage) -> Graph:
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        # At first use of a budget the caller may be in a mode that would be traced, or that forbids tracing.
+        modes = torch.inference_mode(False), torch.autocast("cpu", enabled=False)
+        with warnings.catch_warnings(), modes[0], modes[1], torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 stage.module, tuple(stage.inputs.values()), dynamic_shapes=tuple(shapes.values())
@@ -222,6 +224,7 @@ class Sessions:
         weights: Weights by name; they are copied.
         num_threads: Number of threads per call; None is torch's number.
         int8: Quantise the weights of linear layers to 8 bits, and their inputs at run time.
+        make: Makes a graph that is not among `graphs`, from its name, when it is first used.
 
     Raises:
         ValueError: If the number of threads is not at least 1.
@@ -234,8 +237,10 @@ class Sessions:
         weights: Mapping[str, torch.Tensor],
         num_threads: int | None = None,
         int8: bool = False,
+        make: Callable[[str], Graph] | None = None,
     ):
         import_onnxruntime()
+        self.make = make
         self.num_threads, self.int8 = checked_threads(num_threads), int8
         self.graphs = dict(graphs)
         self.weights = {name: value.detach().cpu().numpy().copy() for name, value in weights.items()}
@@ -272,7 +277,11 @@ class Sessions:
             return self._sessions[stage]
 
     def _create(self, stage: str) -> Any:
-        onnxruntime, graph = import_onnxruntime(), self.graphs[stage]
+        onnxruntime = import_onnxruntime()
+        if stage not in self.graphs and self.make is not None:
+            made = self.make(stage)
+            self.graphs[stage] = quantised(made, self.weights) if self.int8 else made
+        graph = self.graphs[stage]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.num_threads, 1
         options.log_severity_level = 3

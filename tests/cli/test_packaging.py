@@ -87,6 +87,7 @@ REMOTE = [
     "family_config",
     "macs",
     "modeling_visual_perceiver",
+    "optimized",
     "query_selection",
     "ragged",
     "spatial_init",

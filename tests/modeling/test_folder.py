@@ -84,6 +84,7 @@ def test_contents(folder):
         "family_config.py",
         "macs.py",
         "modeling_visual_perceiver.py",
+        "optimized.py",
         "query_selection.py",
         "ragged.py",
         "spatial_init.py",
