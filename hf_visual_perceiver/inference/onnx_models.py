@@ -116,7 +116,7 @@ class OnnxModel:
     def run_stage(self, name: str, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Outputs of a stage, by name."""
         arrays = {key: value.detach().float().numpy() for key, value in inputs.items()}
-        outputs = self.sessions.run(name, **arrays)
+        outputs = self.sessions.run(name, None, **arrays)
         return dict(zip(self.sessions.outputs(name), map(torch.from_numpy, outputs), strict=True))
 
 
@@ -135,7 +135,10 @@ class AtBudget(nn.Module):
 class OnnxExits(OnnxModel, DynamicVisionTransformerParts):
     """The Dynamic Vision Transformer: a graph for each exit, and images that are sure enough leave the batch between them."""
 
-    first_stage = "exit_0"
+    @property
+    def first_stage(self) -> str:
+        """The first exit's; see `OnnxModel`."""
+        return "exit_0"
 
     def stage(self, name: str) -> Stage:
         """The stage of an exit, `exit_0` being the first."""

@@ -305,7 +305,8 @@ def test_commands(name, tmp_path, monkeypatch, capsys):
         onnx_models.OnnxModel, "run_stage", lambda self, stage, **x: used.append(stage) or call(self, stage, **x)
     )
     monkeypatch.setattr("hf_visual_perceiver.benchmark.benchmark.matmul_peak", lambda *_: 1.0)
-    pictures, budget = write_sample_images(tmp_path / "pictures", 2), Budget(**MODELS[name][2][0])
+    pictures, budget = tmp_path / "pictures", Budget(**MODELS[name][2][0])
+    write_sample_images(pictures, 2)
     point = ["--budget", budget.short(model.config.knobs)]
     for arguments, said in (
         (["predict", pictures, "--model", folder, "--fast", *point], "label"),
