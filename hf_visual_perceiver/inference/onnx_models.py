@@ -148,7 +148,8 @@ class OnnxExits(OnnxModel, DynamicVisionTransformerParts):
             with torch.no_grad():
                 _, *left = AtExit(self.model, i)(**inputs)
             inputs = {"pixel_values": x, **dict(zip(passed, left, strict=True))}
-        outputs = ("logits", *passed) if exit + 1 < self.config.num_exits else ("logits",)
+        # Inputs and outputs of a graph need different names.
+        outputs = ("logits", "own_tokens", "own_scores") if exit + 1 < self.config.num_exits else ("logits",)
         return Stage(AtExit(self.model, exit), inputs, dict.fromkeys(inputs, IMAGES), outputs)
 
     def __call__(self, pixel_values: torch.Tensor, **knobs: Any) -> Any:
@@ -162,8 +163,8 @@ class OnnxExits(OnnxModel, DynamicVisionTransformerParts):
     ) -> tuple[torch.Tensor, Reused | None]:
         """The logits (B, labels) of one exit, and what it passes to the next; its graph has the head."""
         earlier = {} if reused is None else {"tokens": reused.tokens, "scores": reused.scores}
-        outputs = self.run_stage(f"exit_{exit}", pixel_values=pixel_values, **earlier)
-        return outputs.pop("logits"), Reused(**outputs) if outputs else None
+        logits, *own = self.run_stage(f"exit_{exit}", pixel_values=pixel_values, **earlier).values()
+        return logits, Reused(*own) if own else None
 
 
 class AtExit(nn.Module):
