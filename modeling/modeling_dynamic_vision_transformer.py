@@ -180,7 +180,8 @@ class DynamicVisionTransformerExit(nn.Module):
         if config.stem == "t2t":
             self.projection = TokensToToken(config, exit)
         else:
-            self.projection = nn.Conv2d(config.num_channels, D, *(config.patches or [])[exit])
+            kernel, stride, padding = (config.patches or [])[exit]
+            self.projection = nn.Conv2d(config.num_channels, D, kernel, stride, padding)
         self.class_token = nn.Parameter(torch.empty(1, 1, D))
         if config.positions == "learned":
             self.position_embeddings = nn.Parameter(torch.empty(1, tokens, D))

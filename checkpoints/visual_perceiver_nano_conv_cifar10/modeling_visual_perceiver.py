@@ -200,7 +200,7 @@ class OptimizedVisualPerceiver(OptimizedModel):
             return self.engine.start(pixel_values)
         return IncrementalState.read(self.engine.parts, self.engine.head, pixel_values.to(self.dtype))
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         pixel_values: torch.Tensor,
         num_active_queries: int | torch.Tensor | None = None,

@@ -106,7 +106,7 @@ class OptimizableModel(ElasticModel):
         """
         assert isinstance(self, nn.Module)
         check_in_memory(self)
-        settings = {"backend": backend, "num_threads": num_threads, "int8": int8 or None}
+        settings: dict[str, Any] = {"backend": backend, "num_threads": num_threads, "int8": int8 or None}
         like = next(self.parameters())
         return OptimizedModel(self.config, create_engine(MODEL_ENGINES, (self,), like, dtype=dtype, **settings))
 

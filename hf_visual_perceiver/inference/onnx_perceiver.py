@@ -196,7 +196,7 @@ class OnnxPerceiver:
     def groups(self, lengths: np.ndarray, order: np.ndarray) -> Iterator[np.ndarray]:
         """Yield groups of images, shortest first, as positions (n,); together they have the lowest cost."""
         values, counts = np.unique(lengths, return_counts=True)
-        ends = range(1, len(values) + 1)
+        ends = list(range(1, len(values) + 1))
         if len(values) > 1:
             if self.cost is None:
                 self.cost = CallCost.measured(self)
