@@ -3,7 +3,7 @@
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hf_visual_perceiver.hub.space.repository import PublishedSpace
 
 
-def _two_places(context: typer.Context, value: list[str]) -> list[str]:
+def _two_places(context: typer.Context, value: Any) -> Any:  # typer takes no list[str] here on Python 3.10
     if len(value) > 2:
         raise typer.BadParameter(f"Expected a checkpoint and a repository, got {len(value)} arguments.", context)
     required_model(context, value[0] if len(value) == 2 else None)
