@@ -16,7 +16,7 @@ import torch
 
 from hf_visual_perceiver.evaluation.cascade import top_probability
 from hf_visual_perceiver.evaluation.confusion import Confusion
-from hf_visual_perceiver.modeling import Budget, ElasticConfig
+from hf_visual_perceiver.modeling import Budget, ElasticConfig, ElasticModel
 from hf_visual_perceiver.utils.conditions import measurement_conditions
 from hf_visual_perceiver.utils.console import tracked
 from hf_visual_perceiver.utils.files import read_json
@@ -238,7 +238,7 @@ def int8_accuracy(model: Any, data: "ImageDataset", batch_size: int = 256, progr
 def form_of(model: Any) -> dict[str, str]:
     """The model's dtype, and its attention implementation or form, for the conditions of a measurement."""
     attention = getattr(model.config, "_attn_implementation", None)
-    if not isinstance(model, torch.nn.Module):
+    if not isinstance(model, ElasticModel):
         form = {"form": "optimized"}
     else:
         form = {"form": "eager"} if attention is None else {"attention": str(attention)}
