@@ -297,7 +297,8 @@ class DynamicVisionTransformerPreTrainedModel(PreTrainedModel):
             else:
                 init.copy_(module.position_embeddings, sinusoids(*module.position_embeddings.shape[1:]))
         elif isinstance(module, TokenPerformer):  # orthogonal, and as long as T2T-ViT's
-            init.orthogonal_(module.directions, gain=len(module.directions) ** 0.5)
+            directions = torch.empty_like(module.directions, dtype=torch.float32)  # half precision has no QR on CPUs
+            init.copy_(module.directions, nn.init.orthogonal_(directions, gain=len(directions) ** 0.5))
 
 
 class DynamicVisionTransformerModel(DynamicVisionTransformerPreTrainedModel, DynamicVisionTransformerParts):
