@@ -72,7 +72,7 @@ def enlarge(x: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torc
     """A class token, kept, and patches on a grid, resampled to a finer grid: (A, 1 + h w, C) to (A, 1 + h' w', C).
 
     The paper says "upsample"; this is the rule of its code: nearest neighbours at twice the size, then average pooling.
-    Channels stay last in memory, without which torch's pooling takes half of a training step.
+    Channels stay last in memory, as torch's pooling is slow on CPUs otherwise.
     """
     if old == new:
         return x
