@@ -89,11 +89,11 @@ def main(
             folder, share, changes = run_folder(output, name, seed), 1.0, CHANGES[name]
             if name == PRETRAINED:
                 stem, share = folder.with_name(f"{folder.name}-stem"), 0.75
-                run(recipe, [*CHANGES[POOLED], *common], stem, 0.25 * pflop, end)
+                run(recipe, [*common, *CHANGES[POOLED]], stem, 0.25 * pflop, end)
                 changes = [f"initial_stem={stem}/model"]
                 if not (stem / "model").is_dir():
                     continue
-            run(recipe, [*changes, *common], folder, share * pflop, end)
+            run(recipe, [*common, *changes], folder, share * pflop, end)
     print_table(output, pflop)
 
 
