@@ -5,7 +5,7 @@
 trains the missing runs in the order of the list below, stops after the given time, and prints the accuracy on the validation
 images side by side. The same command continues. The teacher has to be trained before:
 
-    accelerate launch training/train.py --config training/recipes/cifar10_conv_teacher.yaml
+    accelerate launch training/train.py --config training/recipes/cifar10_wide_teacher.yaml
 """
 
 import time
@@ -37,6 +37,7 @@ PRETRAINED = "the first level learns with pooling before, for a quarter of the F
 # What differs from the recipe.
 CHANGES: dict[str, list[str]] = {
     "the recipe": [],
+    "AdamW, not Muon": ["optimizer=adamw", "learning_rate=2.0e-3", "weight_decay=0.05"],
     "no teacher": ["teacher=null"],
     "no classifiers of the stem": ["stem_loss=0"],
     "the output query reads all tokens": ["config.decoder_reads=all"],
