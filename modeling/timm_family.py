@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .elastic import FAMILIES
 from .family_config import FamilyConfig
 
 
@@ -117,9 +118,40 @@ class TimmClassifier(nn.Module):
         """Classify images at a budget: (B, C, H, W) -> (B, classes)."""
         return self.forward_head(self.forward_features(x, **knobs))
 
+    @torch.jit.ignore
+    def optimize_for_inference(self, **settings: Any) -> "OptimizedTimmClassifier":
+        """A copy of this classifier for inference, which is called like it and has no gradients.
+
+        Args:
+            **settings: `dtype`, `backend`, `num_threads` and `int8`, as in `OptimizableModel.optimize_for_inference`.
+
+        Raises:
+            ValueError: If the model has no classifier, or the backend does not take the settings.
+            ImportError: If onnxruntime is not installed, or onnx and onnxscript to make graphs.
+        """
+        if self.num_classes == 0:
+            raise ValueError("Expected a model with classes to optimise, got `num_classes` 0.")
+        model = FAMILIES[self.config.model_type].classifier(self.config)
+        prefix = f"{model.base_model_prefix}."
+        names = {name.removeprefix(prefix): name for name in model.state_dict()}
+        model.to(next(self.parameters())).load_state_dict({names[k]: v for k, v in self.state_dict().items()})
+        return OptimizedTimmClassifier(model.eval().optimize_for_inference(**settings))
+
     def adapt_tensor(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Fit a checkpoint's tensor to this model; by default unchanged."""
         return value
+
+
+class OptimizedTimmClassifier(nn.Module):
+    """The result of `TimmClassifier.optimize_for_inference`: (B, C, H, W) and knobs -> logits (B, classes)."""
+
+    def __init__(self, optimized: nn.Module):
+        super().__init__()
+        self.optimized = optimized
+        self.eval()
+
+    def forward(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
+        return self.optimized(x, **knobs).logits
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: TimmClassifier) -> dict[str, torch.Tensor]:

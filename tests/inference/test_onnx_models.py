@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import timm
 import torch
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
@@ -173,6 +174,25 @@ def test_exits_receive_the_images_that_are_not_sure(both, images, monkeypatch, s
     assert fast(images, exit_thresholds=0.0).exits.tolist() == [1] * 6
     assert fast(images, max_exit=1, exit_thresholds=math.inf).exits.tolist() == [1] * 6
     assert {stage for stage, _ in rows} == {"exit_0"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("dvt_nano_32", {"exit_thresholds": 0.11}),
+        ("lookupvit_nano_patch4_32", {"compressed_size": 3}),
+        ("perceiver_nano_32", {"num_iterations": 1}),
+        ("qna_vit_nano_32", {}),
+    ],
+)
+def test_timms_models(images, name, knobs):
+    model = timm.create_model(name, num_classes=10, initializer_range=0.1).eval()
+    backend = "onnxruntime" if name.startswith("perceiver") else "torch"  # an export takes seconds
+    fast = model.optimize_for_inference(backend=backend)
+    torch.testing.assert_close(fast(images, **knobs), model(images, **knobs), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="num_classes"):
+        timm.create_model(name, num_classes=0).optimize_for_inference()
 
 
 @torch.no_grad()

@@ -66,7 +66,9 @@ class TestForms:
 
     PARAMETERS = {"num_active_queries": 40, "dqs_threshold": 0.8, "top_k": 10}
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="The handler uses a GPU where there is one, without the engine.")
+    @pytest.mark.skipif(
+        torch.cuda.is_available(), reason="The handler uses a GPU where there is one, without the engine."
+    )
     def test_it_serves_with_the_engine(self, endpoint):
         assert isinstance(endpoint.model, OptimizedVisualPerceiver)
 
