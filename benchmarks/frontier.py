@@ -1,12 +1,14 @@
 """Accuracy against multiply-accumulates and against measured time, of all families and static networks side by side.
 
-    OMP_NUM_THREADS=1 python benchmarks/frontier.py [CHECKPOINT...] --dataset uoft-cs/cifar10 --plot frontier.png --json frontier.json
+    OMP_NUM_THREADS=1 python benchmarks/frontier.py [CHECKPOINT...] --dataset uoft-cs/cifar10 --fast --plot frontier.png --json frontier.json
 
 By default all folders in `checkpoints/`. Settings are chosen on other images than those reported, as by `visual-perceiver frontier`.
 Of a network's fixed budgets those are timed that are Pareto-efficient on the images for choosing, and all settings whose cost
-depends on the image. All are timed in eager PyTorch, in turn: one image after the other, the mean of `SINGLE` images, and batches.
+depends on the image. All are timed in turn, in eager PyTorch or with `--fast` in ONNX Runtime: one image after the other, the
+mean of `SINGLE` images, and batches.
 """
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -70,6 +72,18 @@ def load_networks(checkpoints: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
+def trained_epochs(folders: Mapping[str, str | Path]) -> dict[str, int]:
+    """Epochs that checkpoints were trained for, by name, of those that say so in their folder."""
+    found = {}
+    for name, folder in folders.items():
+        path = Path(folder, "training.json")
+        if path.is_file():
+            facts = json.loads(path.read_text())
+            stages = [facts, facts.get("earlier_training") or {}]
+            found[name] = round(sum(stage.get("epochs") or 0 for stage in stages))
+    return found
+
+
 def time_points(
     networks: Mapping[str, Any],
     points: Sequence[Point],
@@ -130,7 +144,7 @@ def timed_points(points: Sequence[Point]) -> list[Point]:
     return found
 
 
-def leaders_table(frontier: Frontier) -> str:
+def leaders_table(frontier: Frontier, epochs: Mapping[str, int]) -> str:
     """The best accuracy of each network within each limit of MACs, in Markdown; the best of all is bold."""
     headers, *cells = frontier.table()
     columns = list(zip(*(points for _, _, points in frontier.rows()), strict=True))
@@ -139,7 +153,8 @@ def leaders_table(frontier: Frontier) -> str:
         for row, point in zip(cells, points, strict=True):
             if point and point.accuracy == best:
                 row[column] = f"**{row[column]}**"
-    return markdown_table(headers, cells, left=2)
+    cells = [[row[0], row[1], str(epochs.get(row[0], "")), *row[2:]] for row in cells]
+    return markdown_table([*headers[:2], "epochs", *headers[2:]], cells, left=2)
 
 
 def budgets_table(times: Times) -> str:
@@ -166,7 +181,9 @@ def shade(colour: str, number: int) -> str:
     return to_hex([(1 - share) * channel + share * towards for channel in to_rgb(colour)])
 
 
-def figure_of(frontier: Frontier, times: Times, families: Mapping[str, str], batch_size: int) -> Figure:
+def figure_of(
+    frontier: Frontier, times: Times, families: Mapping[str, str], batch_size: int, epochs: Mapping[str, int]
+) -> Figure:
     """Accuracy against MACs, and against milliseconds per image at a batch size; a family has shades of one colour."""
     kinds = [*FAMILIES, StaticConfig.model_type]
     styles: dict[str, tuple[str, int]] = {}
@@ -176,6 +193,9 @@ def figure_of(frontier: Frontier, times: Times, families: Mapping[str, str], bat
     figure = Figure(figsize=(12, 6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     handles = draw_points(left, frontier.points, styles)
+    for handle in handles:
+        if handle.get_label() in epochs:
+            handle.set_label(f"{handle.get_label()}, {epochs[str(handle.get_label())]} epochs")
     what = "one image" if batch_size == 1 else f"batch {batch_size}"
     draw_points(right, frontier.points, styles, lambda point: times[point][batch_size], f"ms per image, {what}")
     right.set_ylabel("")
@@ -185,7 +205,7 @@ def figure_of(frontier: Frontier, times: Times, families: Mapping[str, str], bat
         axes.xaxis.set_minor_formatter(NullFormatter())
     hardware, threads = (frontier.conditions.get(key) for key in ("hardware", "threads"))
     left.set_title(frontier_title(frontier), fontsize=10)
-    right.set_title(f"{hardware}, threads {threads}, eager PyTorch", fontsize=10)
+    right.set_title(f"{hardware}, threads {threads}, {frontier.conditions.get('form')}", fontsize=10)
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9)
     return figure
 
@@ -199,7 +219,8 @@ def main(
     macs: Annotated[list[float], typer.Option(help="MACs limit in millions; repeat.")] = [10, 20, 40, 60],  # noqa: B006
     batch_size: Annotated[list[int], typer.Option(help="To time; repeat. The plot has the last.")] = [1, 256],  # noqa: B006
     repetitions: Annotated[int, typer.Option(min=1, help="Of all settings.")] = 7,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 1,
+    fast: Annotated[bool, typer.Option("--fast", help="Time in ONNX Runtime.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw to this .png, .svg or .pdf.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")] = None,
 ) -> None:
@@ -214,10 +235,11 @@ def main(
     data, choosing = load_images(source, split), load_images(source, choose)
     networks = load_networks(checkpoints)
     points = [p for name, model in networks.items() for p in measure_points(name, model, data, choosing)]
-    times = time_points(networks, timed_points(points), data, batch_size, repetitions)
+    timed = {name: model.optimize_for_inference() for name, model in networks.items()} if fast else networks
+    times = time_points(timed, timed_points(points), data, batch_size, repetitions)
     conditions = measurement_conditions(
         dtype="float32",
-        form="eager",
+        form="onnxruntime" if fast else "eager",
         images=len(data),
         images_to_choose_by=len(choosing),
         dataset=dataset_label(dataset, dataset_name),
@@ -228,12 +250,14 @@ def main(
     )
     frontier = Frontier(points, [1e6 * limit for limit in macs], conditions)
     families = {name: model.config.model_type for name, model in networks.items()}
-    print(f"{leaders_table(frontier)}\n\n{budgets_table(times)}\n\n{conditions_line(conditions)}")
+    names = {model_label(name): name for name in checkpoints or []}
+    epochs = trained_epochs(names or {name: shipped("checkpoints") / name for name in networks})
+    print(f"{leaders_table(frontier, epochs)}\n\n{budgets_table(times)}\n\n{conditions_line(conditions)}")
     if json_file:
         rows = [{**asdict(p), "family": families[p.model], "ms_per_image": times.get(p)} for p in points]
         write_json(json_file, {**frontier.to_dict(), "points": rows})
     if plot:
-        save_figure(figure_of(frontier, times, families, batch_size[-1]), plot)
+        save_figure(figure_of(frontier, times, families, batch_size[-1], epochs), plot)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,16 @@ import frontier
 import numpy as np
 import pytest
 import torch
-from frontier import budgets_table, figure_of, leaders_table, load_networks, main, time_points, timed_points
+from frontier import (
+    budgets_table,
+    figure_of,
+    leaders_table,
+    load_networks,
+    main,
+    time_points,
+    timed_points,
+    trained_epochs,
+)
 from matplotlib.colors import rgb_to_hsv, to_rgb
 from support import save_networks
 
@@ -28,14 +37,26 @@ POINTS = [
 ]
 
 
-def test_run_on_all_families(tmp_path, cifar10, capsys, monkeypatch):
+@pytest.mark.parametrize("fast", [False, True])
+def test_run_on_all_families(fast, tmp_path, cifar10, capsys, monkeypatch):
     monkeypatch.setattr(frontier, "SINGLE", 4)
     folders = save_networks(tmp_path, load_images(cifar10, "test[:2]").label_names)
+    if fast:  # an export takes seconds
+        folders = {"timm_wrapper": folders["timm_wrapper"]}
     options = {"dataset": cifar10, "split": "test[:16]", "choose": "train[-16:]", "macs": [1.0, 1000.0]}
     files = {"plot": tmp_path / "f.png", "json_file": tmp_path / "f.json"}
-    main([*folders.values()], dataset_name="d", batch_size=[1, 3], repetitions=2, threads=1, **options, **files)
+    main(
+        [*folders.values()],
+        dataset_name="d",
+        batch_size=[1, 3],
+        repetitions=2,
+        threads=1,
+        fast=fast,
+        **options,
+        **files,
+    )
     printed, written = capsys.readouterr().out, json.loads(files["json_file"].read_text())
-    assert "| network | settings | <= 1 M | <= 1000 M |" in printed
+    assert "| network | settings | epochs | <= 1 M | <= 1000 M |" in printed
     assert "| timm_wrapper | full | 40.8 |" in printed
     timed = [p for p in written["points"] if p["ms_per_image"]]
     assert {p["model"] for p in timed} == folders.keys()
@@ -46,6 +67,7 @@ def test_run_on_all_families(tmp_path, cifar10, capsys, monkeypatch):
         assert min(p["ms_per_image"].values()) > 0
     facts = written["conditions"]
     assert (facts["images"], facts["dataset"], facts["threads"], facts["repetitions"]) == (16, "d", 1, 2)
+    assert facts["form"] == ("onnxruntime" if fast else "eager")
     assert {"hardware", "torch", "command"} <= facts.keys()
     assert files["plot"].stat().st_size > 5000
 
@@ -86,18 +108,20 @@ def test_times_are_of_all_images_in_batches(cifar10, monkeypatch):
 def test_tables_and_figure():
     times = {p: {1: 2 * p.macs / 1e6, 256: p.macs / 1e6} for p in timed_points(POINTS)}
     measured = Frontier(POINTS, [1e6, 1e7, 2e7], {"dataset": "d", "images": 9, "hardware": "h", "threads": 1})
-    assert leaders_table(measured).splitlines()[2:] == [
-        "| a | fixed |  | 70.00 (K=1) | 70.00 (K=1) |",
-        "| a | any |  | 70.00 (K=1) | 70.00 (K=1) |",
-        "| b | fixed |  | **75.00 (K=1)** | 75.00 (K=1) |",
-        "| static | fixed |  |  | **90.00 (full)** |",
+    assert leaders_table(measured, {"b": 80}).splitlines()[2:] == [
+        "| a | fixed |  |  | 70.00 (K=1) | 70.00 (K=1) |",
+        "| a | any |  |  | 70.00 (K=1) | 70.00 (K=1) |",
+        "| b | fixed | 80 |  | **75.00 (K=1)** | 75.00 (K=1) |",
+        "| static | fixed |  |  |  | **90.00 (full)** |",
     ]
     rows = budgets_table(times).splitlines()
     assert rows[0].endswith("| ms per image, batch 1 | ms per image, batch 256 |")
     assert rows[2] == "| a | K=1 | 5.0 | 70.00 ± 1.00 | 10 | 5 |"
     assert len(rows) == 2 + 4
     families = {"a": "lookupvit", "b": "lookupvit", "static": "timm_wrapper"}
-    left, right = figure_of(measured, times, families, 1).axes
+    figure = figure_of(measured, times, families, 1, {"static": 80})
+    assert "static, 80 epochs" in [text.get_text() for text in figure.legends[0].get_texts()]
+    left, right = figure.axes
     lines = {line.get_label(): line for line in right.get_lines()}
     np.testing.assert_allclose(lines["a"].get_xydata(), [[10, 70], [60, 80]])
     np.testing.assert_allclose(left.get_lines()[0].get_xydata(), [[5, 70], [30, 80]])
@@ -106,6 +130,12 @@ def test_tables_and_figure():
     assert lines["a"].get_color() == lines["a, adaptive"].get_color() != lines["b"].get_color()
     assert lines["static"].get_marker() != lines["b"].get_marker()
     assert right.get_xlabel() == "ms per image, one image"
+
+
+def test_epochs_of_all_stages(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "training.json").write_text('{"epochs": 7.9, "earlier_training": {"epochs": 72.2}}')
+    assert trained_epochs({"a": tmp_path / "a", "b": tmp_path / "b"}) == {"a": 80}
 
 
 def test_checkpoints_by_default_are_those_that_load(tmp_path, monkeypatch, capsys):
