@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hf_visual_perceiver.data.images import ImageDataset
 
 # Set before anything is measured, so that nothing is fitted to the reported images.
-CASCADE_THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+CASCADE_THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
 FIXED, ADAPTIVE, CASCADE = "fixed", "adaptive", "cascade"
 CASCADES = {f"cascade at {threshold:g}": threshold for threshold in CASCADE_THRESHOLDS}
 MARKS = {ADAPTIVE: "s", CASCADE: "^"}
