@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/frontier.py [CHECKPOINT...] --dataset uoft-cs/cifar10 --fast --plot frontier.png --json frontier.json
 
-By default all folders in `checkpoints/`. Settings are chosen on other images than those reported, as by `visual-perceiver frontier`.
+By default all folders in `checkpoints/` and `benchmarks/baselines/`, static networks by the families' recipe. Settings are chosen on other images than those reported, as by `visual-perceiver frontier`.
 Of a network's fixed budgets those are timed that are Pareto-efficient on the images for choosing, and all settings whose cost
 depends on the image. All are timed in turn, in eager PyTorch or with `--fast` in ONNX Runtime: one image after the other, the
 mean of `SINGLE` images, and batches.
@@ -47,13 +47,20 @@ from hf_visual_perceiver.utils.files import check_picture, check_writable, write
 from hf_visual_perceiver.utils.tables import markdown_table
 
 
+BASELINES = Path(__file__).parent / "baselines"
 SINGLE = 64  # a call at batch size 1 classifies as many images, because the cost of some settings depends on the image
 # Milliseconds per image of each point that is timed, by batch size.
 Times = Mapping[Point, Mapping[int, float]]
 
 
+def default_folders() -> dict[str, Path]:
+    """The folders in `checkpoints/` and `benchmarks/baselines/` that hold a checkpoint, by name."""
+    places = (shipped("checkpoints"), BASELINES)
+    return {path.parent.name: path.parent for place in places for path in sorted(place.glob("*/config.json"))}
+
+
 def load_networks(checkpoints: Sequence[str] | None) -> dict[str, Any]:
-    """Load checkpoints, by their names in results; None is all folders in `checkpoints/` that hold one.
+    """Load checkpoints, by their names in results; None is all of `default_folders`.
 
     Raises:
         ValueError: If a given checkpoint cannot be loaded, two have the same name, or there is none.
@@ -62,11 +69,11 @@ def load_networks(checkpoints: Sequence[str] | None) -> dict[str, Any]:
         check_names([model_label(name) for name in checkpoints])
         return {model_label(name): load_model(name) for name in checkpoints}
     found = {}
-    for folder in sorted(path.parent for path in shipped("checkpoints").glob("*/config.json")):
+    for name, folder in default_folders().items():
         try:
-            found[folder.name] = load_model(str(folder))
+            found[name] = load_model(str(folder))
         except ValueError as error:
-            print_error(f"{folder.name} is left out: {error}")
+            print_error(f"{name} is left out: {error}")
     if not found:
         raise ValueError("Expected a checkpoint in checkpoints/ that can be loaded, got none.")
     return found
@@ -251,7 +258,7 @@ def main(
     frontier = Frontier(points, [1e6 * limit for limit in macs], conditions)
     families = {name: model.config.model_type for name, model in networks.items()}
     names = {model_label(name): name for name in checkpoints or []}
-    epochs = trained_epochs(names or {name: shipped("checkpoints") / name for name in networks})
+    epochs = trained_epochs(names or default_folders())
     print(f"{leaders_table(frontier, epochs)}\n\n{budgets_table(times)}\n\n{conditions_line(conditions)}")
     if json_file:
         rows = [{**asdict(p), "family": families[p.model], "ms_per_image": times.get(p)} for p in points]

@@ -62,6 +62,7 @@ def evaluate_command(
     from hf_visual_perceiver.evaluation.plots import plot_tradeoff
     from hf_visual_perceiver.hub.card import write_card
     from hf_visual_perceiver.inference.loading import choose_device, default_dataset, load_model, load_optimized
+    from hf_visual_perceiver.modeling import FAMILIES
     from hf_visual_perceiver.utils.conditions import command_line, conditions_line
 
     console, name = output_console(json_file), chosen_model(checkpoint, model)
@@ -70,6 +71,10 @@ def evaluate_command(
     if card and fast:
         raise ValueError("Expected either --write-card or --fast, got both.")
     network = (load_optimized if fast else load_model)(name, choose_device(device), dtype)
+    if card and network.config.model_type not in FAMILIES:
+        raise ValueError(
+            f"Expected a network of {', '.join(FAMILIES)} for --write-card, got a {network.config.model_type}."
+        )
     data = at_most(load_images(dataset or default_dataset(), split), max_images)
     result = evaluate(
         network,

@@ -143,7 +143,10 @@ def test_checkpoints_by_default_are_those_that_load(tmp_path, monkeypatch, capsy
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")
     monkeypatch.setattr(frontier, "shipped", lambda name: tmp_path)
-    assert load_networks(None).keys() == folders.keys()
+    baselines = {folder.name for folder in frontier.BASELINES.iterdir()}
+    assert baselines == {"resnet20_cifar10", "vit_nano_cifar10"}
+    assert load_networks(None).keys() == folders.keys() | baselines
+    monkeypatch.setattr(frontier, "BASELINES", tmp_path / "none")
     assert "broken is left out: Expected" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(ValueError, match="different names, got qna_vit more than once"):
         load_networks([folders["qna_vit"], folders["qna_vit"]])

@@ -140,6 +140,10 @@ def test_info(tmp_path):
         (["evaluate", "--plot", "{folder}/plot.txt"], "Expected a plot's file to end in .png, .svg or .pdf"),
         (["evaluate", "--json", "{folder}/absent/r.json"], "Expected a file name in an existing folder"),
         (["evaluate", "--model", "org/absent", "--write-card"], "Expected a local model folder for --write-card"),
+        (
+            ["evaluate", "--model", "benchmarks/baselines/vit_nano_cifar10", "--write-card"],
+            "for --write-card, got a timm_wrapper",
+        ),
         (["info", "--model", "{folder}"], "Expected a folder or Hub id of a checkpoint"),
     ],
 )
