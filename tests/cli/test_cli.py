@@ -17,6 +17,9 @@ from hf_visual_perceiver.evaluation.evaluate import Evaluation
 from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
 
 
+FEW = ["--max-images", "200"]
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
@@ -31,7 +34,7 @@ def cli(*arguments):
 
 
 def test_evaluate(tmp_path):
-    result = cli("evaluate", "--plot", tmp_path / "plot.png", "--json", tmp_path / "result.json")
+    result = cli("evaluate", *FEW, "--plot", tmp_path / "plot.png", "--json", tmp_path / "result.json")
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert len(rows) == 12
@@ -45,7 +48,7 @@ def test_evaluate(tmp_path):
 
 def test_evaluate_at_chosen_points(tmp_path):
     chosen = ["--budget", "K=3, t=0.5", "--budget", "t=0.5,K=5", "--budget", "K=3,t=0.5"]
-    result = cli("evaluate", *chosen, "--json", tmp_path / "r.json", "--dtype", "bfloat16")
+    result = cli("evaluate", *FEW, *chosen, "--json", tmp_path / "r.json", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [r["budget"] for r in rows] == [
@@ -59,7 +62,7 @@ def test_fast_gives_the_same_answers(pictures, tmp_path):
     points = ["--budget", "K=5, t=0.8", "--budget", "t=0.8"]
     rows = []
     for flags in ([], ["--fast"]):
-        result = cli("evaluate", *points, *flags, "--json", tmp_path / "r.json")
+        result = cli("evaluate", *FEW, *points, *flags, "--json", tmp_path / "r.json")
         assert result.returncode == 0, result.stderr
         assert ("form optimized" in unwrapped(result.stdout)) == bool(flags)
         rows.append(json.loads((tmp_path / "r.json").read_text())["rows"])

@@ -15,6 +15,7 @@ from hf_visual_perceiver.cli.options import model_label
 from hf_visual_perceiver.data.images import load_images, normalise
 from hf_visual_perceiver.evaluation.cascade import Cascade
 from hf_visual_perceiver.evaluation.frontier import (
+    CASCADES,
     Frontier,
     Point,
     best_point,
@@ -121,7 +122,7 @@ def test_all_families_in_one_call(tmp_path, cifar10):
     points = json.loads((tmp_path / "frontier.json").read_text())["points"]
     counts = {name: Counter(p["kind"] for p in points if p["model"] == name) for name in folders}
     assert list(counts) == list(dict.fromkeys(p["model"] for p in points))
-    assert counts["visual_perceiver"] == {"fixed": 3, "adaptive": 6, "cascade": 8}
+    assert counts["visual_perceiver"] == {"fixed": 3, "adaptive": 6, "cascade": len(CASCADES)}
     assert counts["iterative_perceiver"] == {"fixed": 4}
     assert counts["dynamic_vision_transformer"] == {"fixed": 3, "adaptive": 5}
     assert counts["qna_vit"] == counts["timm_wrapper"] == {"fixed": 1}

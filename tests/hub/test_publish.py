@@ -123,7 +123,7 @@ class TestLayout:
         for key in ("pipeline_tag", "library_name", "license", "datasets", "metrics"):
             assert after.data.get(key) == before.data.get(key) is not None
         assert after.data.eval_results == before.data.eval_results
-        assert len(after.data.eval_results) == 14
+        assert len(after.data.eval_results) == 13
         assert (
             "visual_perceiver_nano_cifar10"
             not in after.text[after.text.index("## Use") : after.text.index("## On the Hub")]
