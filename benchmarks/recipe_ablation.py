@@ -86,7 +86,9 @@ def main(
     # Seeds outside: an ablation that is cut short has every change once.
     for seed in range(seeds):
         for name in only or CHANGES:
-            common = [f"dataset={dataset}", "evaluate_every=null", "log_every=50", f"seed={seed}", *(overrides or [])]
+            # The moving average of so short a run still has the first weights in it.
+            own = ["ema_decay=null", "evaluate_every=null", "log_every=50", f"seed={seed}"]
+            common = [f"dataset={dataset}", *own, *(overrides or [])]
             folder, share, changes = run_folder(output, name, seed), 1.0, CHANGES[name]
             if name == PRETRAINED:
                 stem, share = folder.with_name(f"{folder.name}-stem"), 0.75
