@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/frontier.py [CHECKPOINT...] --dataset uoft-cs/cifar10 --fast --plot frontier.png --json frontier.json
 
-By default all folders in `checkpoints/` and `benchmarks/baselines/`, static networks by the families' recipe. Settings are chosen on other images than those reported, as by `visual-perceiver frontier`.
+By default all folders in `checkpoints/` and in `benchmarks/baselines/`, which has static networks trained by the families'
+recipe. Settings are chosen on other images than those reported, as by `visual-perceiver frontier`.
 Of a network's fixed budgets those are timed that are Pareto-efficient on the images for choosing, and all settings whose cost
 depends on the image. All are timed in turn, in eager PyTorch or with `--fast` in ONNX Runtime: one image after the other, the
 mean of `SINGLE` images, and batches.
