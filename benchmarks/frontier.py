@@ -4,8 +4,7 @@
 
 By default all folders in `checkpoints/` and in `benchmarks/baselines/`, which has static networks trained by the families'
 recipe. Settings are chosen on other images than those reported, as by `visual-perceiver frontier`.
-Of a network's fixed budgets those are timed that are Pareto-efficient on the images for choosing, and all settings whose cost
-depends on the image. All are timed in turn, in eager PyTorch or with `--fast` in ONNX Runtime: one image after the other, the
+Of each kind of a network's settings those are timed that are Pareto-efficient on the images for choosing. All are timed in turn, in eager PyTorch or with `--fast` in ONNX Runtime: one image after the other, the
 mean of `SINGLE` images, and batches.
 """
 
@@ -144,12 +143,9 @@ class Passes:
 
 
 def timed_points(points: Sequence[Point]) -> list[Point]:
-    """The efficient fixed budgets of each network, ascending in cost, and all of its other settings."""
-    found = []
-    for model in dict.fromkeys(point.model for point in points):
-        own = [point for point in points if point.model == model]
-        found += efficient([p for p in own if p.kind == FIXED]) + [p for p in own if p.kind != FIXED]
-    return found
+    """The efficient settings of each kind of each network, ascending in cost."""
+    kinds = dict.fromkeys((point.model, point.kind) for point in points)
+    return [p for kind in kinds for p in efficient([point for point in points if (point.model, point.kind) == kind])]
 
 
 def leaders_table(frontier: Frontier, epochs: Mapping[str, int]) -> str:

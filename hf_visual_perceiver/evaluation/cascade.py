@@ -25,9 +25,9 @@ class CascadeOutput:
     """The output of a cascade.
 
     Attributes:
-        logits: (B, labels), from each image's last stage.
+        logits: (B, labels), from each image's last stage; of mirrored images the mean of both views.
         used: (B,) how much the last stage used, such as the number of queries.
-        stage: (B,) the stage at which each image stopped.
+        stage: (B,) the stage at which each image stopped; the number of stages if it was mirrored after them.
     """
 
     logits: torch.Tensor
@@ -62,7 +62,9 @@ class Cascade:
         model: Model in eval mode; its own default budget is ignored.
         stages: Fixed budgets, at which all images cost the same, ascending in cost.
         thresholds: One per stage except the last: the top probability at which an image stops there. 0 stops all
-            images, a value above 1 none. The last stage stops all.
+            images, a value above 1 none. The last stage stops all; with `mirror` it has a threshold too.
+        mirror: Whether the images below the last stage's threshold are classified once more at that stage, mirrored left
+            to right, and answer with the mean of the logits of both views. It fits classes that a mirror does not change.
 
     Raises:
         ValueError: If the stages or the thresholds are not as described.
@@ -75,11 +77,12 @@ class Cascade:
         [8, 8]
     """
 
-    def __init__(self, model: Any, stages: Sequence[Budget], thresholds: Sequence[float]):
-        self.model = model
+    def __init__(self, model: Any, stages: Sequence[Budget], thresholds: Sequence[float], mirror: bool = False):
+        self.model, self.mirror = model, mirror
         self.stages = check_stages(model.config, stages)
-        if len(thresholds) != len(stages) - 1:
-            raise ValueError(f"Expected {len(stages) - 1} thresholds for {len(stages)} stages, got {len(thresholds)}.")
+        if len(thresholds) != (count := len(stages) - 1 + mirror):
+            views = " and a mirrored view" if mirror else ""
+            raise ValueError(f"Expected {count} thresholds for {len(stages)} stages{views}, got {len(thresholds)}.")
         self.thresholds = [as_number(threshold) for threshold in thresholds]
         for threshold in self.thresholds:
             if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
@@ -92,8 +95,7 @@ class Cascade:
         Args:
             pixel_values: (B, C, H, W), normalised.
         """
-        start = getattr(self.model, "start", None)
-        state = Rerun(self.model, pixel_values) if start is None else start(pixel_values)
+        state = self.start(pixel_values)
         B, device = pixel_values.shape[0], pixel_values.device
         going = torch.arange(B, device=device)  # images still in the batch
         logits: torch.Tensor | None = None
@@ -109,16 +111,31 @@ class Cascade:
             if stage == len(self.thresholds):
                 break
             on = top_probability(answer) < self.thresholds[stage]
-            going = going[on]
+            going, answer = going[on], answer[on]
             if len(going) == 0:
                 break
             state = state[on]
         assert logits is not None, "a cascade has at least one stage"
+        if self.mirror and len(going):
+            mirrored = self.start(pixel_values[going].flip(-1)).extend(**self.stages[-1].kwargs)
+            logits = logits.index_copy(0, going, (answer + mirrored.logits) / 2)
+            stopped[going] = len(self.stages)
         return CascadeOutput(logits, used, stopped)
+
+    def start(self, pixel_values: torch.Tensor) -> Any:
+        """The state from which images go on from budget to budget."""
+        start = getattr(self.model, "start", None)
+        return Rerun(self.model, pixel_values) if start is None else start(pixel_values)
+
+    def count_macs(self) -> list[int]:
+        """Multiply-accumulates of an image that stops at each stage, and last those of one that is mirrored, if any is."""
+        macs = self.model.config.count_stages(self.stages)
+        return [*macs, macs[-1] + self.model.config.count_macs(self.stages[-1])] if self.mirror else macs
 
     def save(self, path: str | Path) -> None:
         """Write the stages and thresholds as JSON, such as `cascade.json` in the checkpoint's folder."""
-        write_json(path, {"stages": [stage.kwargs for stage in self.stages], "thresholds": self.thresholds})
+        stages = [stage.kwargs for stage in self.stages]
+        write_json(path, {"stages": stages, "thresholds": self.thresholds, "mirror": self.mirror})
 
     @classmethod
     def load(cls, model: Any, path: str | Path) -> "Cascade":
@@ -130,11 +147,12 @@ class Cascade:
         try:
             values = json.loads(Path(path).read_text())
             stages, thresholds = [Budget(**stage) for stage in values["stages"]], list(values["thresholds"])
+            mirror = bool(values.get("mirror", False))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"Expected {path} to contain the stages and thresholds of a cascade, got {error!r}."
             ) from error
-        return cls(model, stages, thresholds)
+        return cls(model, stages, thresholds, mirror)
 
 
 def check_stages(config: ElasticConfig, stages: Sequence[Budget]) -> list[Budget]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,9 +21,8 @@ if TYPE_CHECKING:
     from hf_visual_perceiver.data.images import ImageDataset
 
 # Set before anything is measured, so that nothing is fitted to the reported images.
-CASCADE_THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
+CASCADE_THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.997, 0.998, 0.999)
 FIXED, ADAPTIVE, CASCADE = "fixed", "adaptive", "cascade"
-CASCADES = {f"cascade at {threshold:g}": threshold for threshold in CASCADE_THRESHOLDS}
 MARKS = {ADAPTIVE: "s", CASCADE: "^"}
 
 
@@ -33,7 +33,8 @@ class Point:
     Attributes:
         model: Name of the network.
         setting: Name of the setting, such as "K=16".
-        kind: "fixed" if all images cost the same, "adaptive" if the cost depends on the image, or "cascade".
+        kind: "fixed" if all images cost the same, "adaptive" if the cost depends on the image, or "cascade", which some
+            images may leave mirrored.
         macs: Mean multiply-accumulates per image, on the reported images.
         accuracy: Accuracy on the reported images, in [0, 1].
         standard_error: Standard error of that accuracy.
@@ -54,11 +55,7 @@ class Point:
 def measure_points(
     name: str, model: Any, data: "ImageDataset", choosing: "ImageDataset", batch_size: int = 256, progress: bool = True
 ) -> list[Point]:
-    """Measure all settings of a network: its fixed and adaptive budgets, and cascades of the fixed ones.
-
-    Cascades are only measured if the model can continue from a smaller budget (`start`). A cascade stops an image at
-    the first budget whose top probability reaches a threshold, which is one of CASCADE_THRESHOLDS and the same for all
-    budgets.
+    """Measure all settings of a network: its fixed and adaptive budgets, and the cascades of `cascades_of`.
 
     Args:
         name: Name of the network in the result.
@@ -71,21 +68,8 @@ def measure_points(
     Raises:
         ValueError: If the images do not fit the model.
     """
-    config = model.config
-    fixed, adaptive = config.budgets(), config.adaptive_budgets()
-    reported, chosen = (
-        measure_budgets(model, images, [*fixed, *adaptive], batch_size, progress) for images in (data, choosing)
-    )
-    ways = [
-        (m.budget.short(config.knobs), ADAPTIVE if config.is_adaptive(m.budget) else FIXED, (m.correct, m.macs))
-        for m in reported
-    ]
-    others = [(m.correct, m.macs) for m in chosen]
-    if len(fixed) > 1 and hasattr(model, "start"):
-        costs = np.asarray(config.count_stages(fixed), dtype=float)
-        for name_of_cascade, threshold in CASCADES.items():
-            ways.append((name_of_cascade, CASCADE, cascaded(reported[: len(fixed)], costs, threshold)))
-            others.append(cascaded(chosen[: len(fixed)], costs, threshold))
+    cascades = cascades_of(model)
+    reported, chosen = (measure_settings(model, cascades, images, batch_size, progress) for images in (data, choosing))
     return [
         Point(
             name,
@@ -94,25 +78,82 @@ def measure_points(
             float(macs.mean()),
             float(correct.mean()),
             float(np.sqrt(correct.mean() * (1 - correct.mean()) / len(correct))),
-            float(chosen_macs.mean()),
-            float(chosen_correct.mean()),
+            float(chosen[setting][2].mean()),
+            float(chosen[setting][1].mean()),
         )
-        for (setting, kind, (correct, macs)), (chosen_correct, chosen_macs) in zip(ways, others, strict=True)
+        for setting, (kind, correct, macs) in reported.items()
     ]
 
 
-def cascaded(stages: Sequence[Measurement], costs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+def cascades_of(model: Any) -> dict[str, Cascade]:
+    """The cascades that a network is measured with, by the names of settings.
+
+    A cascade stops an image at the first budget whose top probability reaches a threshold of CASCADE_THRESHOLDS, which is
+    the same for all budgets. Those with a mirror end at one of the budgets, and classify images that are below the threshold
+    there once more, mirrored. They begin at the smallest budget if the model can continue from it (`start`); otherwise
+    they have one budget only.
+    """
+    budgets, continues = model.config.budgets(), hasattr(model, "start")
+    found = {}
+    for threshold in CASCADE_THRESHOLDS:
+        if len(budgets) > 1 and continues:
+            found[f"cascade at {threshold:g}"] = Cascade(model, budgets, [threshold] * (len(budgets) - 1))
+        for i, budget in enumerate(budgets):
+            stages, last = budgets[: i + 1] if continues else [budget], budget.short(model.config.knobs)
+            setting = f"{'cascade to ' if len(stages) > 1 else ''}{last} + mirror at {threshold:g}"
+            found[setting] = Cascade(model, stages, [threshold] * len(stages), mirror=True)
+    return found
+
+
+def measure_settings(
+    model: Any, cascades: Mapping[str, Cascade], data: "ImageDataset", batch_size: int, progress: bool
+) -> dict[str, tuple[str, np.ndarray, np.ndarray]]:
+    """The kind of each setting, and which images it classifies correctly and what each costs: (n,) each."""
+    config = model.config
+    fixed = config.budgets()
+    one_view = measure_budgets(model, data, [*fixed, *config.adaptive_budgets()], batch_size, progress)
+    both_views = measure_budgets(BothViews(model), data, fixed, batch_size, progress)
+    found = {}
+    for m in one_view:
+        kind = ADAPTIVE if config.is_adaptive(m.budget) else FIXED
+        found[m.budget.short(config.knobs)] = (kind, m.correct, m.macs)
+    for setting, cascade in cascades.items():
+        found[setting] = (CASCADE, *cascaded(cascade, one_view, both_views))
+    return found
+
+
+class BothViews:
+    """A model that answers with the mean of the logits of an image and of its mirror image."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, pixel_values: torch.Tensor, **knobs: Any) -> Any:
+        output, mirrored = (self.model(view, **knobs) for view in (pixel_values, pixel_values.flip(-1)))
+        output.logits = (output.logits + mirrored.logits) / 2
+        return output
+
+
+def cascaded(
+    cascade: Cascade, one_view: Sequence[Measurement], both_views: Sequence[Measurement]
+) -> tuple[np.ndarray, np.ndarray]:
     """Which images a cascade classifies correctly and what each costs, (n,) each, from separate runs of its stages.
 
     Args:
-        stages: Measurements of the fixed budgets, ascending.
-        costs: (S,) cost of stopping at each stage.
-        threshold: Top probability at which an image stops.
+        cascade: The cascade.
+        one_view: Measurements of its budgets, among others.
+        both_views: The same of `BothViews`.
     """
-    confidence = np.stack([m.confidence for m in stages], axis=1)  # (n, S)
-    correct = np.stack([m.correct for m in stages], axis=1)
-    stage = stopping_stages(confidence, [threshold] * (len(stages) - 1))
-    return correct[np.arange(len(stage)), stage], costs[stage]
+    answers = [m for m in one_view if m.budget in cascade.stages]
+    if cascade.mirror:
+        answers += [m for m in both_views if m.budget == cascade.stages[-1]]
+    confidence = np.stack([m.confidence for m in answers], axis=1)
+    correct = np.stack([m.correct for m in answers], axis=1)
+    stage = stopping_stages(confidence, cascade.thresholds)
+    return correct[np.arange(len(stage)), stage], np.asarray(cascade.count_macs(), dtype=float)[stage]
 
 
 def forward_at(model: Any, point: Point) -> Callable[[Any], Any]:
@@ -122,11 +163,9 @@ def forward_at(model: Any, point: Point) -> Callable[[Any], Any]:
         model: The model that the point was measured on.
         point: One of the results of `measure_points`.
     """
-    config = model.config
     if point.kind == CASCADE:
-        stages = config.budgets()
-        return Cascade(model, stages, [CASCADES[point.setting]] * (len(stages) - 1))
-    return partial(model, **config.resolve(**config.parse_budget(point.setting).kwargs))
+        return cascades_of(model)[point.setting]
+    return partial(model, **model.config.resolve(**model.config.parse_budget(point.setting).kwargs))
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -194,7 +233,7 @@ class Frontier:
 
 
 def plot_frontier(frontier: Frontier, path: str | Path) -> None:
-    """Plot accuracy against mean MACs: one colour per network, a line for its `efficient` fixed budgets, and marks."""
+    """Plot accuracy against mean MACs: one colour per network, a line for fixed budgets, marks for others."""
     save_figure(frontier_figure(frontier), path)
 
 
@@ -228,7 +267,7 @@ def draw_points(
 
     Args:
         axes: Where to draw.
-        points: Points of all networks. Of the fixed ones, those that are `efficient` are drawn.
+        points: Points of all networks. Of each kind, those that are `efficient` are drawn.
         styles: Colour of each network, and the number of its style among the networks of that colour.
         x: What a point's accuracy is drawn against.
         label: What `x` is.
@@ -242,7 +281,7 @@ def draw_points(
         size = 9 if static else 5
         handles += axes.plot(*_xy(fixed, x), form, color=colour, label=model, markersize=size)
         for kind, mark in MARKS.items():
-            if those := [point for point in own if point.kind == kind]:
+            if those := efficient([point for point in own if point.kind == kind]):
                 kinds.add(kind)
                 axes.plot(*_xy(those, x), mark, color=colour, fillstyle="none", label=f"{model}, {kind}")
     axes.set_xscale("log")

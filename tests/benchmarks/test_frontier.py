@@ -60,7 +60,8 @@ def test_run_on_all_families(fast, tmp_path, cifar10, capsys, monkeypatch):
     assert "| timm_wrapper | full | 40.8 |" in printed
     timed = [p for p in written["points"] if p["ms_per_image"]]
     assert {p["model"] for p in timed} == folders.keys()
-    assert all(p["kind"] == "fixed" for p in written["points"] if p not in timed)
+    of_all, of_timed = ({(p["model"], p["kind"]) for p in found} for found in (written["points"], timed))
+    assert of_timed == of_all
     for p in timed:
         assert p["family"] == p["model"]
         assert p["ms_per_image"].keys() == {"1", "3"}

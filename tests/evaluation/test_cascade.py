@@ -56,6 +56,26 @@ def test_numbers_of_other_libraries(model, tmp_path):
     assert (cascade.stages, cascade.thresholds) == (stages, [0.5])
 
 
+@torch.no_grad()
+def test_unsure_images_are_mirrored(model, images):
+    """Images below the last threshold answer with both views; they alone are run again."""
+    rows = []
+    model.visual_perceiver.layers[0].register_forward_hook(lambda m, args, out: rows.append(tuple(out.shape[:2])))
+    few, full = (model(images, num_active_queries=K) for K in (2, 12))
+    first, last = (top_probability(output.logits).median().item() for output in (few, full))
+    rows.clear()
+    output = Cascade(model, [Budget(num_active_queries=2), Budget()], [first, last], mirror=True)(images)
+    mirrored = top_probability(full.logits) < last
+    mirrored &= top_probability(few.logits) < first
+    assert 0 < mirrored.sum() < 4
+    expected = torch.where((output.stage == 0)[:, None], few.logits, full.logits)
+    both = (full.logits + model(images.flip(-1), num_active_queries=12).logits) / 2
+    torch.testing.assert_close(output.logits, torch.where(mirrored[:, None], both, expected), atol=1e-5, rtol=1e-5)
+    assert torch.equal(output.stage == 2, mirrored)
+    assert torch.equal(output.used == 12, output.stage > 0)
+    assert rows[:3] == [(8, 2), ((output.stage > 0).sum().item(), 12), (mirrored.sum().item(), 12)]
+
+
 def test_one_stage_is_the_model_bit_for_bit(model, images):
     output = Cascade(model, [Budget(num_active_queries=7)], [])(images)
     with torch.no_grad():
@@ -99,7 +119,9 @@ def test_counted_macs_are_those_of_the_real_forward(stop):
     model = VisualPerceiverForImageClassification(config).eval()
     cascade = Cascade(model, STAGES, [2.0 if stage < stop else 0.0 for stage in range(2)])
     image = torch.randn(1, 3, 16, 16)
-    assert counted(lambda: cascade(image)) == 2 * config.count_stages(STAGES)[stop]
+    assert counted(lambda: cascade(image)) == 2 * config.count_stages(STAGES)[stop] == 2 * cascade.count_macs()[stop]
+    twice = Cascade(model, STAGES[: stop + 1], [2.0] * (stop + 1), mirror=True)
+    assert counted(lambda: twice(image)) == 2 * twice.count_macs()[-1]
 
 
 def test_images_that_stop_leave_the_batch(model, images, thresholds):
@@ -158,11 +180,12 @@ def test_the_search_and_the_cascade_stop_alike(model, images):
     assert np.array_equal(used, np.array(QUERIES)[stopping_stages(confidence, choice.thresholds)])
 
 
-def test_saved_beside_the_checkpoint(model, images, thresholds, tmp_path):
-    cascade = Cascade(model, STAGES, thresholds)
+@pytest.mark.parametrize("mirror", [False, True])
+def test_saved_beside_the_checkpoint(model, images, thresholds, tmp_path, mirror):
+    cascade = Cascade(model, STAGES, [*thresholds, 2.0] if mirror else thresholds, mirror)
     cascade.save(tmp_path / "cascade.json")
     again = Cascade.load(model, tmp_path / "cascade.json")
-    assert (again.stages, again.thresholds) == (cascade.stages, cascade.thresholds)
+    assert (again.stages, again.thresholds, again.mirror) == (cascade.stages, cascade.thresholds, mirror)
     assert torch.equal(again(images).logits, cascade(images).logits)
     (tmp_path / "cascade.json").write_text('{"stages": [1]}')
     with pytest.raises(ValueError, match="stages and thresholds"):
@@ -184,6 +207,11 @@ def test_saved_beside_the_checkpoint(model, images, thresholds, tmp_path):
 def test_bad_cascades(model, stages, thresholds, message):
     with pytest.raises(ValueError, match=message):
         Cascade(model, [Budget(num_active_queries=K) for K in stages], thresholds)
+
+
+def test_a_mirror_has_a_threshold(model):
+    with pytest.raises(ValueError, match="Expected 2 thresholds for 2 stages and a mirrored view, got 1"):
+        Cascade(model, [Budget(num_active_queries=4), Budget()], [0.5], mirror=True)
 
 
 def test_stages_are_not_adaptive(model):

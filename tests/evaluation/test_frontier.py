@@ -15,7 +15,7 @@ from hf_visual_perceiver.cli.options import model_label
 from hf_visual_perceiver.data.images import load_images, normalise
 from hf_visual_perceiver.evaluation.cascade import Cascade
 from hf_visual_perceiver.evaluation.frontier import (
-    CASCADES,
+    CASCADE_THRESHOLDS,
     Frontier,
     Point,
     best_point,
@@ -44,7 +44,7 @@ def test_points_are_what_the_model_and_its_cascades_do(trained, cifar10):
     assert {points[name].kind for name in ("K=8", "full")} == {"fixed"}
     assert (points["t=0.8"].kind, points["cascade at 0.6"].kind) == ("adaptive", "cascade")
     assert points["K=8"].macs == trained.config.count_macs(stages[3])
-    for setting in ("K=8", "full", "t=0.8", "cascade at 0.6"):
+    for setting in ("K=8", "full", "t=0.8", "cascade at 0.6", "cascade to K=4 + mirror at 0.6", "K=1 + mirror at 0.6"):
         right = forward_at(trained, points[setting])(normalise(data.images, cfg["mean"], cfg["std"])).logits.argmax(-1)
         assert points[setting].accuracy == pytest.approx((right.numpy() == data.labels).mean())
 
@@ -92,11 +92,16 @@ def test_a_timm_classifier_is_one_point(tmp_path, cifar10):
     network = TimmWrapperForImageClassification(config).eval()
     network.save_pretrained(tmp_path / "run" / "model")
     loaded, data = load_model(str(tmp_path / "run" / "model")), load_images(cifar10, "test[:60]")
-    (found,) = measure_points("r", loaded, data, data, 30, progress=False)
+    found, *mirrored = measure_points("r", loaded, data, data, 30, progress=False)
+    x = normalise(data.images, [0.5] * 3, [0.25] * 3)
     with torch.no_grad():
-        logits = network(normalise(data.images, [0.5] * 3, [0.25] * 3)).logits
+        logits, others = network(x).logits, network(x.flip(-1)).logits
     assert found.accuracy == pytest.approx((logits.argmax(-1).numpy() == data.labels).mean())
     assert (found.setting, found.kind, found.macs) == ("full", "fixed", 40_813_184)
+    assert [m.setting for m in mirrored] == [f"full + mirror at {threshold:g}" for threshold in CASCADE_THRESHOLDS]
+    # So early in its training it is sure of nothing, and sees all images twice.
+    assert mirrored[-1].macs == 2 * found.macs
+    assert mirrored[-1].accuracy == pytest.approx(((logits + others).argmax(-1).numpy() == data.labels).mean())
     with pytest.raises(ValueError, match="no knobs for a timm classifier, got num_active_queries"):
         loaded.config.resolve(num_active_queries=4)
     assert model_label(str(tmp_path / "run" / "model")) == "run"
@@ -122,9 +127,10 @@ def test_all_families_in_one_call(tmp_path, cifar10):
     points = json.loads((tmp_path / "frontier.json").read_text())["points"]
     counts = {name: Counter(p["kind"] for p in points if p["model"] == name) for name in folders}
     assert list(counts) == list(dict.fromkeys(p["model"] for p in points))
-    assert counts["visual_perceiver"] == {"fixed": 3, "adaptive": 6, "cascade": len(CASCADES)}
-    assert counts["iterative_perceiver"] == {"fixed": 4}
-    assert counts["dynamic_vision_transformer"] == {"fixed": 3, "adaptive": 5}
-    assert counts["qna_vit"] == counts["timm_wrapper"] == {"fixed": 1}
+    many = len(CASCADE_THRESHOLDS)
+    assert counts["visual_perceiver"] == {"fixed": 3, "adaptive": 6, "cascade": (1 + 3) * many}
+    assert counts["iterative_perceiver"] == {"fixed": 4, "cascade": 4 * many}
+    assert counts["dynamic_vision_transformer"] == {"fixed": 3, "adaptive": 5, "cascade": 3 * many}
+    assert counts["qna_vit"] == counts["timm_wrapper"] == {"fixed": 1, "cascade": many}
     again = CliRunner().invoke(app, ["frontier", folders["qna_vit"], f"{folders['qna_vit']}/", *options])
     assert "different names, got qna_vit more than once" in str(again.exception)

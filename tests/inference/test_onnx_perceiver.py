@@ -179,11 +179,12 @@ def test_going_on_reads_new_queries_alone_and_of_images_that_are_left(both, imag
 
 
 @torch.no_grad()
-def test_a_cascade(both, images):
-    model, engine = both
-    thresholds = [0.4, 0.5]
+@pytest.mark.parametrize("mirror", [False, True])
+def test_a_cascade(both, images, mirror):
+    thresholds = [0.4, 0.5, 2.0][: 2 + mirror]
     stages = [Budget(num_active_queries=2), Budget(num_active_queries=4), Budget()]
-    expected, output = Cascade(model, stages, thresholds)(images), Cascade(engine, stages, thresholds)(images)
+    expected, output = (Cascade(model, stages, thresholds, mirror)(images) for model in both)
+    assert torch.equal(output.stage, expected.stage)
     assert torch.equal(output.used, expected.used)
     torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
