@@ -25,7 +25,7 @@ from torch import nn
 from hf_visual_perceiver import bundled_checkpoint
 from hf_visual_perceiver.benchmark.timing import interleaved
 from hf_visual_perceiver.data.images import load_images, normalise
-from hf_visual_perceiver.evaluation.cascade import Cascade
+from hf_visual_perceiver.inference.cascade import Cascade
 from hf_visual_perceiver.inference.loading import default_dataset, load_model
 from hf_visual_perceiver.inference.onnx_graphs import Sessions, Stage, export_stage
 from hf_visual_perceiver.modeling import Budget, count_macs

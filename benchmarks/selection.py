@@ -25,10 +25,11 @@ from rich.progress import track
 from rich.table import Table
 
 from hf_visual_perceiver.data.images import ImageDataset, load_images, normalise, pixels_of_size
-from hf_visual_perceiver.evaluation.cascade import search_thresholds, stopping_stages, top_probability
+from hf_visual_perceiver.evaluation.cascade import search_thresholds, stopping_stages
 from hf_visual_perceiver.evaluation.evaluate import labels_of_model
 from hf_visual_perceiver.evaluation.plots import check_picture, save_figure
 from hf_visual_perceiver.evaluation.predictor import choose_budgets, fit_predictor, predicted_macs
+from hf_visual_perceiver.inference.cascade import top_probability
 from hf_visual_perceiver.inference.loading import SAMPLE, choose_device, default_dataset, default_model, load_model
 from hf_visual_perceiver.modeling import Budget, VisualPerceiverForImageClassification, count_macs, select_queries
 from hf_visual_perceiver.modeling.macs import count_trunk_macs

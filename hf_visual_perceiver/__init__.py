@@ -6,7 +6,7 @@ Importing the package registers the models with transformers' auto classes and w
 from transformers import AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from hf_visual_perceiver.evaluation.cascade import Cascade
+from hf_visual_perceiver.inference.cascade import Cascade
 from hf_visual_perceiver.inference.onnx_models import create_onnx_engine
 from hf_visual_perceiver.inference.onnx_perceiver import OnnxPerceiver
 from hf_visual_perceiver.inference.pipeline import TASK, AdaptiveImageClassificationPipeline

@@ -11,11 +11,11 @@ from hf_visual_perceiver.cli.options import (
     FastOption,
     JsonOption,
     ModelOption,
-    OneBudgetOption,
     chosen_model,
     output_console,
     write_result,
 )
+from hf_visual_perceiver.modeling import Budget
 from hf_visual_perceiver.utils.console import print_error
 from hf_visual_perceiver.utils.tables import terminal_table
 
@@ -23,7 +23,13 @@ from hf_visual_perceiver.utils.tables import terminal_table
 def predict_command(
     images: Annotated[list[str], typer.Argument(help="Image files, folders of images, or - for an image on stdin.")],
     model: ModelOption = None,
-    budget: OneBudgetOption = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help='Compute budget, such as "K=16", "K=16, t=0.8" or "full", or a cascade, such as "cascade to K=16 + mirror '
+            'at 0.99"; by default that of config.json.'
+        ),
+    ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Number of labels to show per image.")] = 3,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
@@ -36,12 +42,15 @@ def predict_command(
     Unreadable files are reported and the others are classified; the exit status is then 1.
     """
     from hf_visual_perceiver.data.image_files import list_images, read_image
+    from hf_visual_perceiver.inference.cascade import Cascade
     from hf_visual_perceiver.inference.classification import classify
     from hf_visual_perceiver.inference.loading import choose_device, load_model, load_optimized
 
     files = list_images(images)
     network = (load_optimized if fast else load_model)(chosen_model(None, model), choose_device(device), dtype)
-    chosen = None if budget is None else network.config.parse_budget(budget)
+    chosen: Budget | Cascade | None = None
+    if budget is not None:
+        chosen = Cascade.parse(network, budget) if " at " in budget else network.config.parse_budget(budget)
     results, unreadable = [], []
     for first in range(0, len(files), batch_size):
         readable = []

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hf_visual_perceiver.evaluation.cascade import top_probability
 from hf_visual_perceiver.evaluation.confusion import Confusion
+from hf_visual_perceiver.inference.cascade import top_probability
 from hf_visual_perceiver.modeling import Budget, ElasticConfig, ElasticModel
 from hf_visual_perceiver.utils.conditions import measurement_conditions
 from hf_visual_perceiver.utils.console import tracked

@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hf_visual_perceiver.evaluation.cascade import Cascade, stopping_stages
+from hf_visual_perceiver.evaluation.cascade import stopping_stages
 from hf_visual_perceiver.evaluation.evaluate import Measurement, measure_budgets
 from hf_visual_perceiver.evaluation.plots import save_figure
+from hf_visual_perceiver.inference.cascade import Cascade
 
 
 if TYPE_CHECKING:
@@ -93,16 +94,12 @@ def cascades_of(model: Any) -> dict[str, Cascade]:
     there once more, mirrored. They begin at the smallest budget if the model can continue from it (`start`); otherwise
     they have one budget only.
     """
-    budgets, continues = model.config.budgets(), hasattr(model, "start")
-    found = {}
-    for threshold in CASCADE_THRESHOLDS:
-        if len(budgets) > 1 and continues:
-            found[f"cascade at {threshold:g}"] = Cascade(model, budgets, [threshold] * (len(budgets) - 1))
-        for i, budget in enumerate(budgets):
-            stages, last = budgets[: i + 1] if continues else [budget], budget.short(model.config.knobs)
-            setting = f"{'cascade to ' if len(stages) > 1 else ''}{last} + mirror at {threshold:g}"
-            found[setting] = Cascade(model, stages, [threshold] * len(stages), mirror=True)
-    return found
+    budgets, cascade = model.config.budgets(), "cascade to " if hasattr(model, "start") else ""
+    names = [f"{cascade}{budget.short(model.config.knobs)} + mirror" for budget in budgets]
+    if cascade and len(budgets) > 1:
+        names.append("cascade")
+    settings = [f"{name} at {threshold:g}" for threshold in CASCADE_THRESHOLDS for name in names]
+    return {setting: Cascade.parse(model, setting) for setting in settings}
 
 
 def measure_settings(
@@ -164,7 +161,7 @@ def forward_at(model: Any, point: Point) -> Callable[[Any], Any]:
         point: One of the results of `measure_points`.
     """
     if point.kind == CASCADE:
-        return cascades_of(model)[point.setting]
+        return Cascade.parse(model, point.setting)
     return partial(model, **model.config.resolve(**model.config.parse_budget(point.setting).kwargs))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_visual_perceiver.evaluation.cascade import check_stages
+from hf_visual_perceiver.inference.cascade import check_stages
 from hf_visual_perceiver.modeling import Budget
 
 

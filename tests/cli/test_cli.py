@@ -6,15 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from support import run, unwrapped
 
 from hf_visual_perceiver.cli.evaluate import evaluation_table
 from hf_visual_perceiver.cli.main import main
+from hf_visual_perceiver.data.image_processor import create_image_processor
 from hf_visual_perceiver.data.images import load_images
 from hf_visual_perceiver.data.sample_images import write_sample_images
 from hf_visual_perceiver.evaluation.evaluate import Evaluation
+from hf_visual_perceiver.inference.cascade import Cascade
 from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
+from hf_visual_perceiver.modeling import Budget
 
 
 FEW = ["--max-images", "200"]
@@ -91,6 +95,19 @@ def test_predict(pictures, tmp_path):
 
 
 @torch.no_grad()
+def test_predict_by_a_cascade(pictures, tmp_path):
+    cli("predict", pictures, "--budget", "cascade to K=4 + mirror at 0.9", "--json", tmp_path / "r.json")
+    model = load_model(default_model())
+    cascade = Cascade(model, [Budget(num_active_queries=K) for K in (1, 2, 4)], [0.9] * 3, mirror=True)
+    for result in json.loads((tmp_path / "r.json").read_text())["images"]:
+        with Image.open(result["file"]) as image:
+            pixels = create_image_processor(model.config)(images=image.convert("RGB"), return_tensors="pt")
+        output = cascade(pixels["pixel_values"])
+        assert result["macs"] == cascade.count_macs()[output.stage.item()]
+        assert max(result["labels"].values()) == pytest.approx(output.logits.softmax(-1).max().item(), rel=1e-4)
+
+
+@torch.no_grad()
 def test_predict_agrees_with_the_model(pictures, tmp_path):
     from hf_visual_perceiver.data.images import normalise
 
@@ -136,6 +153,7 @@ def test_info(tmp_path):
         (["predict", "{folder}/absent.png"], "Cannot read {folder}/absent.png"),
         (["predict", "{picture}", "--budget", "K=0"], "integer in [1, 32], got 0"),
         (["predict", "{picture}", "--budget", "t=-2"], "at least -1, got -2"),
+        (["predict", "{picture}", "--budget", "cascade to K=33 at 0.9"], "integer in [1, 32], got 33"),
         (["evaluate", "--budget", "K=33"], "integer in [1, 32], got 33"),
         (["evaluate", "--dataset", "{folder}/absent"], "got {folder}/absent, which does not exist"),
         (["evaluate", "--dtype", "int8"], "float32, bfloat16 or float16, got 'int8'"),

@@ -22,7 +22,6 @@ from transformers.modeling_outputs import ModelOutput
 from hf_visual_perceiver.benchmark.benchmark import benchmark, benchmark_table
 from hf_visual_perceiver.data.images import ImageDataset
 from hf_visual_perceiver.evaluation.calibration import Target, calibrate, candidate_budgets, with_default
-from hf_visual_perceiver.evaluation.cascade import Cascade, top_probability
 from hf_visual_perceiver.evaluation.evaluate import Evaluation, default_budgets, evaluate
 from hf_visual_perceiver.evaluation.retrieval import measure_retrieval
 from hf_visual_perceiver.evaluation.robustness import measure_robustness
@@ -30,6 +29,7 @@ from hf_visual_perceiver.export.graph import export_onnx, export_program
 from hf_visual_perceiver.export.runtime import load_exported
 from hf_visual_perceiver.hub.card import render_card
 from hf_visual_perceiver.hub.folder_check import check_points
+from hf_visual_perceiver.inference.cascade import Cascade, top_probability
 from hf_visual_perceiver.inference.classification import classify
 from hf_visual_perceiver.inference.loading import load_config, load_model
 from hf_visual_perceiver.modeling import FAMILIES, Budget, ElasticConfig, ElasticModel, Family, Pass

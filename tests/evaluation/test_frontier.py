@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from hf_visual_perceiver.cli.main import app
 from hf_visual_perceiver.cli.options import model_label
 from hf_visual_perceiver.data.images import load_images, normalise
-from hf_visual_perceiver.evaluation.cascade import Cascade
 from hf_visual_perceiver.evaluation.frontier import (
     CASCADE_THRESHOLDS,
     Frontier,
@@ -24,6 +23,7 @@ from hf_visual_perceiver.evaluation.frontier import (
     frontier_figure,
     measure_points,
 )
+from hf_visual_perceiver.inference.cascade import Cascade
 from hf_visual_perceiver.inference.loading import load_model
 
 
@@ -44,7 +44,14 @@ def test_points_are_what_the_model_and_its_cascades_do(trained, cifar10):
     assert {points[name].kind for name in ("K=8", "full")} == {"fixed"}
     assert (points["t=0.8"].kind, points["cascade at 0.6"].kind) == ("adaptive", "cascade")
     assert points["K=8"].macs == trained.config.count_macs(stages[3])
-    for setting in ("K=8", "full", "t=0.8", "cascade at 0.6", "cascade to K=4 + mirror at 0.6", "K=1 + mirror at 0.6"):
+    for setting in (
+        "K=8",
+        "full",
+        "t=0.8",
+        "cascade at 0.6",
+        "cascade to K=4 + mirror at 0.6",
+        "cascade to K=1 + mirror at 0.6",
+    ):
         right = forward_at(trained, points[setting])(normalise(data.images, cfg["mean"], cfg["std"])).logits.argmax(-1)
         assert points[setting].accuracy == pytest.approx((right.numpy() == data.labels).mean())
 

@@ -14,8 +14,8 @@ import torch
 from support import PATIENCE, REPOSITORY, small_config
 
 from hf_visual_perceiver.cli import main as cli
-from hf_visual_perceiver.evaluation.cascade import Cascade
 from hf_visual_perceiver.inference import onnx_graphs, onnx_perceiver
+from hf_visual_perceiver.inference.cascade import Cascade
 from hf_visual_perceiver.inference.onnx_graphs import Graph, Sessions, read_graphs, write_graphs
 from hf_visual_perceiver.inference.onnx_perceiver import CallCost, OnnxPerceiver
 from hf_visual_perceiver.modeling import Budget, VisualPerceiverForImageClassification

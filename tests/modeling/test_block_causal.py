@@ -6,7 +6,7 @@ from support import small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_visual_perceiver.evaluation.cascade import Cascade
+from hf_visual_perceiver.inference.cascade import Cascade
 from hf_visual_perceiver.modeling import Budget, Pass, VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.modeling.spatial_init import cell, sobol_point
 
