@@ -1,6 +1,6 @@
 """`visual-perceiver predict`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,9 +15,12 @@ from hf_visual_perceiver.cli.options import (
     output_console,
     write_result,
 )
-from hf_visual_perceiver.modeling import Budget
 from hf_visual_perceiver.utils.console import print_error
 from hf_visual_perceiver.utils.tables import terminal_table
+
+
+if TYPE_CHECKING:
+    from hf_visual_perceiver.modeling import Budget
 
 
 def predict_command(
