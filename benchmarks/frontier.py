@@ -4,8 +4,8 @@
 
 By default all folders in `checkpoints/` and in `benchmarks/baselines/`, which has static networks trained by the families'
 recipe. Settings are chosen on other images than those reported, as by `visual-perceiver frontier`.
-Of each kind of a network's settings those are timed that are Pareto-efficient on the images for choosing. All are timed in turn, in eager PyTorch or with `--fast` in ONNX Runtime: one image after the other, the
-mean of `SINGLE` images, and batches.
+Of each kind of a network's settings those are timed that are Pareto-efficient on the images for choosing. All are timed in
+turn, in eager PyTorch or with `--fast` in ONNX Runtime: one image after the other, the mean of `SINGLE` images, and batches.
 """
 
 import json

@@ -154,8 +154,10 @@ class Cascade:
         if match["first"]:
             cost = config.count_macs(stages[0])
             stages = [budget for budget in config.budgets() if config.count_macs(budget) < cost] + stages
+        if not (count := len(stages) - 1 + mirror):
+            raise ValueError(f'Expected several stages or "+ mirror", without which no threshold counts, got {text!r}.')
         try:
-            return cls(model, stages, [float(match["p"])] * (len(stages) - 1 + mirror), mirror)
+            return cls(model, stages, [float(match["p"])] * count, mirror)
         except ValueError as error:
             raise ValueError(f"{text!r} is not a cascade of this model: {error}") from error
 

@@ -193,7 +193,8 @@ def test_names(model, monkeypatch, text, queries, mirror):
         ("K=4", "such as \"cascade to K=16 [+] mirror at 0.99\", got 'K=4'"),
         ("cascade to K=99 at 0.5", "integer in"),
         ("t=0.8 + mirror at 0.5", "'t=0.8 [+] mirror at 0.5' is not a cascade of this model: Expected stages at which"),
-        ("K=4 at 1.2.3", "not a cascade|could not convert"),
+        ("K=4 + mirror at 1.2.3", "is not a cascade of this model: could not convert"),
+        ("K=4 at 0.9", "several stages or \"[+] mirror\", without which no threshold counts, got 'K=4 at 0.9'"),
     ],
 )
 def test_bad_names(model, text, message):
