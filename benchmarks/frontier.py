@@ -1,9 +1,9 @@
 """Accuracy against multiply-accumulates and against measured time, of all families and static networks side by side.
 
-    OMP_NUM_THREADS=1 python benchmarks/frontier.py [CHECKPOINT...] --dataset uoft-cs/cifar10 --fast --plot frontier.png --json frontier.json
+    python benchmarks/frontier.py [CHECKPOINT...] --dataset uoft-cs/cifar10 --fast --plot frontier.png --json frontier.json
 
 By default all folders in `checkpoints/` and in `benchmarks/baselines/`, which has static networks trained by the families'
-recipe. Settings are chosen on other images than those reported, as by `visual-perceiver frontier`.
+recipe; `benchmarks/eight_epochs/` has all systems after 8 epochs. Settings are chosen on other images than those reported, as by `visual-perceiver frontier`.
 Of each kind of a network's settings those are timed that are Pareto-efficient on the images for choosing. All are timed in
 turn, in eager PyTorch or with `--fast` in ONNX Runtime: one image after the other, the mean of `SINGLE` images, and batches.
 """
@@ -223,7 +223,7 @@ def main(
     macs: Annotated[list[float], typer.Option(help="MACs limit in millions; repeat.")] = [10, 20, 40, 60],  # noqa: B006
     batch_size: Annotated[list[int], typer.Option(help="To time; repeat. The plot has the last.")] = [1, 256],  # noqa: B006
     repetitions: Annotated[int, typer.Option(min=1, help="Of all settings.")] = 7,
-    threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the timed calls.")] = 1,
     fast: Annotated[bool, typer.Option("--fast", help="Time in ONNX Runtime.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw to this .png, .svg or .pdf.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")] = None,
@@ -234,11 +234,11 @@ def main(
     for path in (plot, json_file):
         if path is not None:
             check_writable(path)
-    torch.set_num_threads(threads)
     source = dataset or default_dataset()
     data, choosing = load_images(source, split), load_images(source, choose)
     networks = load_networks(checkpoints)
     points = [p for name, model in networks.items() for p in measure_points(name, model, data, choosing)]
+    torch.set_num_threads(threads)  # accuracy does not depend on it
     timed = {name: model.optimize_for_inference() for name, model in networks.items()} if fast else networks
     times = time_points(timed, timed_points(points), data, batch_size, repetitions)
     conditions = measurement_conditions(

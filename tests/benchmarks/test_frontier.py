@@ -21,6 +21,8 @@ from support import save_networks
 
 from hf_visual_perceiver.data.images import load_images
 from hf_visual_perceiver.evaluation.frontier import Frontier, Point
+from hf_visual_perceiver.modeling import FAMILIES
+from hf_visual_perceiver.modeling.static_classifier import StaticConfig
 
 
 def point(model: str, setting: str, macs: float, accuracy: float, kind: str = "fixed") -> Point:
@@ -137,6 +139,27 @@ def test_epochs_of_all_stages(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "training.json").write_text('{"epochs": 7.9, "earlier_training": {"epochs": 72.2}}')
     assert trained_epochs({"a": tmp_path / "a", "b": tmp_path / "b"}) == {"a": 80}
+
+
+def test_networks_of_the_comparison_after_equal_training_were_trained_alike():
+    folders = sorted(frontier.BASELINES.with_name("eight_epochs").glob("*/"))
+    networks = load_networks([str(folder) for folder in folders])
+    assert {model.config.model_type for model in networks.values()} == {*FAMILIES, StaticConfig.model_type}
+    assert set(trained_epochs({folder.name: folder for folder in folders}).values()) == {8}
+    recipes = [json.loads((folder / "training.json").read_text())["recipe"] for folder in folders]
+    for key in (
+        "teacher",
+        "steps",
+        "batch_size",
+        "learning_rate",
+        "optimizer",
+        "weight_decay",
+        "ema_decay",
+        "augmentation",
+    ):
+        assert {json.dumps(recipe[key], sort_keys=True) for recipe in recipes} == {
+            json.dumps(recipes[0][key], sort_keys=True)
+        }
 
 
 def test_checkpoints_by_default_are_those_that_load(tmp_path, monkeypatch, capsys):
