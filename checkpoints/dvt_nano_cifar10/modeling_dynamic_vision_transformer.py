@@ -81,6 +81,26 @@ def enlarge(x: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torc
     return torch.cat([x[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
+class Enlarge(nn.Module):
+    """`enlarge`, or the same as a product with a constant matrix where pooling is slow: in its backward pass and in graphs."""
+
+    matrix: torch.Tensor
+
+    def __init__(self, old: tuple[int, int], new: tuple[int, int]):
+        super().__init__()
+        self.old, self.new = old, new
+        self.register_buffer("matrix", self.computed_matrix(), persistent=False)
+
+    def computed_matrix(self) -> torch.Tensor:
+        """(1 + h' w', 1 + h w)."""
+        return enlarge(torch.eye(1 + math.prod(self.old))[None], self.old, self.new)[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad or torch.compiler.is_exporting():
+            return self.matrix.to(x.dtype) @ x
+        return enlarge(x, self.old, self.new)
+
+
 @dataclass(frozen=True)
 class Reused:
     """What an exit passes to the next one.
@@ -102,15 +122,15 @@ class RelationReuse(nn.Module):
 
     def __init__(self, maps: int, old: tuple[int, int], new: tuple[int, int]):
         super().__init__()
-        self.old, self.new = old, new
+        self.enlarge = Enlarge(old, new)
         self.fc1 = nn.Conv2d(maps, 3 * maps, 1)
         self.fc2 = nn.Conv2d(3 * maps, maps, 1)
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
         x = self.fc2(F.gelu(self.fc1(scores))).permute(0, 2, 3, 1).contiguous()  # (B, T', T', L H)
         B, _, T, maps = x.shape
-        x = enlarge(x.flatten(2), self.old, self.new).unflatten(2, (T, maps))  # who reads
-        x = enlarge(x.flatten(0, 1), self.old, self.new).unflatten(0, (B, -1))  # what is read
+        x = self.enlarge(x.flatten(2)).unflatten(2, (T, maps))  # who reads
+        x = self.enlarge(x.flatten(0, 1)).unflatten(0, (B, -1))  # what is read
         return x.permute(0, 3, 1, 2)
 
 
@@ -119,12 +139,12 @@ class FeatureReuse(nn.Module):
 
     def __init__(self, config: DynamicVisionTransformerConfig, old: tuple[int, int], new: tuple[int, int]):
         super().__init__()
-        self.old, self.new = old, new
+        self.enlarge = Enlarge(old, new)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config.hidden_size, config.reuse_hidden_size, config.reuse_size, config.hidden_act)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = enlarge(self.mlp(self.norm(tokens)), self.old, self.new)
+        x = self.enlarge(self.mlp(self.norm(tokens)))
         return F.pad(x[:, 1:], (0, 0, 1, 0))
 
 
@@ -296,6 +316,8 @@ class DynamicVisionTransformerPreTrainedModel(PreTrainedModel):
                 init.trunc_normal_(module.position_embeddings, std=std)
             else:
                 init.copy_(module.position_embeddings, sinusoids(*module.position_embeddings.shape[1:]))
+        elif isinstance(module, Enlarge):
+            init.copy_(module.matrix, module.computed_matrix())
         elif isinstance(module, TokenPerformer):  # orthogonal, and as long as T2T-ViT's
             directions = torch.empty_like(module.directions, dtype=torch.float32)  # half precision has no QR on CPUs
             init.copy_(module.directions, nn.init.orthogonal_(directions, gain=len(directions) ** 0.5))

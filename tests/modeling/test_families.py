@@ -24,6 +24,8 @@ from hf_visual_perceiver.modeling.configuration_qna_vit import QnAViTConfig
 from hf_visual_perceiver.modeling.elastic import Budget, Pass
 from hf_visual_perceiver.modeling.modeling_dynamic_vision_transformer import (
     DynamicVisionTransformerForImageClassification,
+    Enlarge,
+    enlarge,
 )
 from hf_visual_perceiver.modeling.modeling_iterative_perceiver import (
     IterativePerceiverForImageClassification,
@@ -195,7 +197,8 @@ def test_t2t_vits_of_the_papers(name, fields, parameters, gmacs):
     config = DynamicVisionTransformerConfig.from_architecture(name, num_labels=1000, **fields)
     with torch.device("meta"):
         model = DynamicVisionTransformerForImageClassification(config)
-    assert sum(t.numel() for t in [*model.parameters(), *model.buffers()]) == parameters
+    buffers = [value for name, value in model.named_buffers() if not name.endswith("enlarge.matrix")]
+    assert sum(t.numel() for t in [*model.parameters(), *buffers]) == parameters
     assert [round(config.count_macs(budget) / 1e9, 3) for budget in config.budgets()] == gmacs
 
 
@@ -399,6 +402,18 @@ class TestDynamicVisionTransformer:
         expected = sum(F.cross_entropy(logits, labels) for logits in output.exit_logits)
         torch.testing.assert_close(output.loss, expected)
         assert len(output.exit_logits) == 2
+
+    @pytest.mark.parametrize(("old", "new"), [((2, 2), (4, 4)), ((4, 4), (6, 6)), ((7, 7), (10, 10)), ((3, 2), (4, 5))])
+    def test_enlarging_by_a_product_equals_pooling(self, old, new):
+        x = torch.randn(2, 1 + math.prod(old), 3)
+        enlarging = Enlarge(old, new)
+        for images, multiplies in ((x, False), (x.clone().requires_grad_(), True)):
+            with FlopCounterMode(display=False) as counter:
+                torch.testing.assert_close(enlarging(images), enlarge(x, old, new))
+            assert (counter.get_total_flops() > 0) == multiplies
+        graph = torch.export.export(enlarging, (x,))
+        assert "pool" not in str(graph.graph)
+        torch.testing.assert_close(graph.module()(x), enlarge(x, old, new))
 
     def test_exits_depend_on_what_they_reuse(self, images):
         model = small("dvt")
