@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_visual_perceiver import modeling
 from hf_visual_perceiver.inference.onnx_graphs import (
@@ -51,6 +52,9 @@ class OnnxModel:
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.model = reference_model(model).requires_grad_(False)
         self.config = self.model.config
+        if isinstance(self.model, PreTrainedModel):
+            # torch exports fused attention with its scale computed from shapes, anew in each call.
+            self.model.set_attn_implementation("eager")
         # The module that is exported has the model as its attribute `model`.
         weights = {f"model.{name}": value for name, value in self.model.state_dict(keep_vars=True).items()}
         weights |= {f"model.{name}": value for name, value in self.model.named_buffers()}
@@ -191,6 +195,6 @@ def create_onnx_engine(model: Any, **settings: Any) -> OnnxModel:
 
 @cache
 def code_hash() -> str:
-    """A hash of the models' code, on which the graphs depend."""
-    files = sorted(Path(modeling.__path__[0]).glob("*.py"))
+    """A hash of the code on which the graphs depend: the models' and this file."""
+    files = [*sorted(Path(modeling.__path__[0]).glob("*.py")), Path(__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
