@@ -79,6 +79,11 @@ def load_networks(checkpoints: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
+def in_form(networks: Mapping[str, Any], fast: bool) -> Mapping[str, Any]:
+    """The networks as they are, or in ONNX Runtime with torch's number of threads."""
+    return {name: model.optimize_for_inference() for name, model in networks.items()} if fast else networks
+
+
 def trained_epochs(folders: Mapping[str, str | Path]) -> dict[str, int]:
     """Epochs that checkpoints were trained for, by name, of those that say so in their folder."""
     found = {}
@@ -237,9 +242,10 @@ def main(
     source = dataset or default_dataset()
     data, choosing = load_images(source, split), load_images(source, choose)
     networks = load_networks(checkpoints)
-    points = [p for name, model in networks.items() for p in measure_points(name, model, data, choosing)]
-    torch.set_num_threads(threads)  # accuracy does not depend on it
-    timed = {name: model.optimize_for_inference() for name, model in networks.items()} if fast else networks
+    # Of one form, in which accuracy is measured with all cores and time with `threads`.
+    points = [p for name, model in in_form(networks, fast).items() for p in measure_points(name, model, data, choosing)]
+    torch.set_num_threads(threads)
+    timed = in_form(networks, fast)
     times = time_points(timed, timed_points(points), data, batch_size, repetitions)
     conditions = measurement_conditions(
         dtype="float32",

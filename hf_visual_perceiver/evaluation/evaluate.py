@@ -61,6 +61,7 @@ class Measurement:
         confidence: (n,) top probability.
         seconds: Time per image, one value per batch.
         reference_seconds: The full network's time per image on the same batches.
+        logits: (n, labels) if they were asked for.
     """
 
     budget: Budget
@@ -71,6 +72,7 @@ class Measurement:
     confidence: np.ndarray
     seconds: np.ndarray
     reference_seconds: np.ndarray
+    logits: np.ndarray | None = None
 
     @property
     def correct(self) -> np.ndarray:
@@ -246,7 +248,12 @@ def form_of(model: Any) -> dict[str, str]:
 
 
 def measure_budgets(
-    model: Any, data: "ImageDataset", budgets: Sequence[Budget], batch_size: int = 256, progress: bool = True
+    model: Any,
+    data: "ImageDataset",
+    budgets: Sequence[Budget],
+    batch_size: int = 256,
+    progress: bool = True,
+    keep_logits: bool = False,
 ) -> list[Measurement]:
     """Measure every image at each of `budgets`, in the given order; `evaluate` summarises the result.
 
@@ -273,7 +280,8 @@ def measure_budgets(
             elapsed, output = _timed_forward(model, pixels, budget)
             predictions, used = output.logits.argmax(-1).cpu().numpy(), output.used.cpu().numpy()
             macs, confidence = config.count_macs(budget, output).numpy(), top_probability(output.logits).cpu().numpy()
-            found[budget].append((predictions, used, macs, confidence))
+            logits = [output.logits.float().cpu().numpy()] if keep_logits else []
+            found[budget].append((predictions, used, macs, confidence, *logits))
             seconds[budget].append(elapsed / len(indices))
 
     reference = np.asarray(seconds[Budget()])
@@ -287,9 +295,10 @@ def measure_budgets(
             confidence=confidence,
             seconds=np.asarray(seconds[budget]),
             reference_seconds=reference,
+            logits=logits[0] if logits else None,
         )
         for budget in budgets
-        for predictions, used, macs, confidence in [map(np.concatenate, zip(*found[budget], strict=True))]
+        for predictions, used, macs, confidence, *logits in [map(np.concatenate, zip(*found[budget], strict=True))]
     ]
 
 

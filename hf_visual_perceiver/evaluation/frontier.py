@@ -1,7 +1,7 @@
 """The best accuracy within a limit of multiply-accumulates, for several networks side by side."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from hf_visual_perceiver.evaluation.cascade import stopping_stages
 from hf_visual_perceiver.evaluation.evaluate import Measurement, measure_budgets
 from hf_visual_perceiver.evaluation.plots import save_figure
-from hf_visual_perceiver.inference.cascade import Cascade
+from hf_visual_perceiver.inference.cascade import Cascade, top_probability
 
 
 if TYPE_CHECKING:
@@ -108,8 +108,11 @@ def measure_settings(
     """The kind of each setting, and which images it classifies correctly and what each costs: (n,) each."""
     config = model.config
     fixed = config.budgets()
-    one_view = measure_budgets(model, data, [*fixed, *config.adaptive_budgets()], batch_size, progress)
-    both_views = measure_budgets(BothViews(model), data, fixed, batch_size, progress)
+    one_view = measure_budgets(model, data, fixed, batch_size, progress, keep_logits=True)
+    mirrored = measure_budgets(Mirrored(model), data, fixed, batch_size, progress, keep_logits=True)
+    both_views = [of_both_views(*views) for views in zip(one_view, mirrored, strict=True)]
+    if adaptive := config.adaptive_budgets():
+        one_view += measure_budgets(model, data, adaptive, batch_size, progress)
     found = {}
     for m in one_view:
         kind = ADAPTIVE if config.is_adaptive(m.budget) else FIXED
@@ -119,8 +122,8 @@ def measure_settings(
     return found
 
 
-class BothViews:
-    """A model that answers with the mean of the logits of an image and of its mirror image."""
+class Mirrored:
+    """A model that sees the mirror images."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -129,9 +132,15 @@ class BothViews:
         return getattr(self.model, name)
 
     def __call__(self, pixel_values: torch.Tensor, **knobs: Any) -> Any:
-        output, mirrored = (self.model(view, **knobs) for view in (pixel_values, pixel_values.flip(-1)))
-        output.logits = (output.logits + mirrored.logits) / 2
-        return output
+        return self.model(pixel_values.flip(-1), **knobs)
+
+
+def of_both_views(one: Measurement, other: Measurement) -> Measurement:
+    """The measurement of the mean of both views' logits, with the MACs of one."""
+    assert one.logits is not None, "measured with logits"
+    assert other.logits is not None, "measured with logits"
+    logits = torch.from_numpy((one.logits + other.logits) / 2)
+    return replace(one, predictions=logits.argmax(-1).numpy(), confidence=top_probability(logits).numpy())
 
 
 def cascaded(
@@ -142,7 +151,7 @@ def cascaded(
     Args:
         cascade: The cascade.
         one_view: Measurements of its budgets, among others.
-        both_views: The same of `BothViews`.
+        both_views: Measurements of fixed budgets on both views; see `of_both_views`.
     """
     answers = [m for m in one_view if m.budget in cascade.stages]
     if cascade.mirror:
