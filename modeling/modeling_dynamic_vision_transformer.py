@@ -8,9 +8,9 @@ Shapes: B images, E exits, T tokens of an exit (its grid and a class token), D w
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -101,8 +101,7 @@ class Enlarge(nn.Module):
         return enlarge(x, self.old, self.new)
 
 
-@dataclass(frozen=True)
-class Reused:
+class Reused(NamedTuple):
     """What an exit passes to the next one.
 
     Attributes:
@@ -113,8 +112,8 @@ class Reused:
     tokens: torch.Tensor
     scores: torch.Tensor
 
-    def __getitem__(self, images: torch.Tensor) -> "Reused":
-        return Reused(self.tokens[images], self.scores[images])
+
+Answer = Callable[[int, torch.Tensor, Reused | None], tuple[torch.Tensor, Reused | None]]
 
 
 class RelationReuse(nn.Module):
@@ -241,13 +240,13 @@ class DynamicVisionTransformerParts:
         self.exits = nn.ModuleList(DynamicVisionTransformerExit(config, i) for i in range(config.num_exits))
 
     def run(
-        self, pixel_values: torch.Tensor, heads: Sequence[nn.Module], max_exit: int, thresholds: Sequence[float]
+        self, pixel_values: torch.Tensor, answer: Answer, max_exit: int, thresholds: Sequence[float]
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
         """Classify images, each at the first exit that is sure enough.
 
         Args:
             pixel_values: (B, C, S, S).
-            heads: Classifier of each exit.
+            answer: Runs an exit: its number, images and what the exit before passed on, to logits and what it passes on.
             max_exit: All images stop here.
             thresholds: Threshold of each exit but the last; an image stops where its top probability is at least this.
 
@@ -260,7 +259,7 @@ class DynamicVisionTransformerParts:
         images = torch.arange(x.shape[0], device=x.device)
         logits = exits = None
         for i in range(max_exit):
-            answers, reused = self.answer(i, heads[i], x, reused)
+            answers, reused = answer(i, x, reused)
             every.append(answers)
             if not early:
                 continue
@@ -274,17 +273,19 @@ class DynamicVisionTransformerParts:
             if sure.all():
                 break
             images, x = images[~sure], x[~sure]
-            reused = None if reused is None else reused[~sure]
+            reused = None if reused is None else Reused(*(part[~sure] for part in reused))
         if logits is None or exits is None:
             return every[-1], torch.full_like(images, max_exit), tuple(every)
         return logits, exits, ()
 
-    def answer(
-        self, exit: int, head: nn.Module, pixel_values: torch.Tensor, reused: Reused | None
-    ) -> tuple[torch.Tensor, Reused | None]:
-        """The logits (B, labels) of one exit, and what it passes to the next."""
-        tokens, passed = self.exits[exit](pixel_values, reused)
-        return head(tokens[:, 0]), passed
+    def answer_with(self, heads: Sequence[nn.Module]) -> Answer:
+        """`run`'s `answer` by the exits and these classifiers of theirs."""
+
+        def answer(exit: int, pixel_values: torch.Tensor, reused: Reused | None) -> tuple[torch.Tensor, Reused | None]:
+            tokens, passed = self.exits[exit](pixel_values, reused)
+            return heads[exit](tokens[:, 0]), passed
+
+        return answer
 
 
 class DynamicVisionTransformerPreTrainedModel(PreTrainedModel):
@@ -369,6 +370,25 @@ class DynamicVisionTransformerModel(DynamicVisionTransformerPreTrainedModel, Dyn
         return DynamicVisionTransformerModelOutput(last_hidden_state=x, pooler_output=x[:, 0], used=used)
 
 
+class DynamicVisionTransformerStep(nn.Module):
+    """One exit with its classifier, as a module of tensors only."""
+
+    passed = Reused._fields  # inputs from the exit before, and outputs for the next
+
+    def __init__(self, model: "DynamicVisionTransformerForImageClassification", exit: int):
+        super().__init__()
+        self.model, self.exit = model, exit
+
+    def forward(
+        self, pixel_values: torch.Tensor, tokens: torch.Tensor | None = None, scores: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Logits (B, labels), and what the next exit reuses."""
+        reused = None if tokens is None or scores is None else Reused(tokens, scores)
+        answer = self.model.dynamic_vision_transformer.answer_with(list(self.model.heads))
+        logits, left = answer(self.exit, pixel_values, reused)
+        return (logits, *(left or ()))
+
+
 class DynamicVisionTransformerForImageClassification(DynamicVisionTransformerPreTrainedModel, OptimizableModel):
     """The Dynamic Vision Transformer with a linear classifier at each exit.
 
@@ -413,16 +433,19 @@ class DynamicVisionTransformerForImageClassification(DynamicVisionTransformerPre
             ValueError: If the images or a knob are not as described.
         """
         knobs = self.config.knobs_for(exit_thresholds=exit_thresholds, max_exit=max_exit)
-        logits, exits, every = self.dynamic_vision_transformer.run(
-            pixel_values, list(self.heads), knobs["max_exit"], knobs["exit_thresholds"]
-        )
-        loss = None
+        answer = self.dynamic_vision_transformer.answer_with(list(self.heads))
+        output = self.run_exits(answer, pixel_values, **knobs)
         if labels is not None:
-            losses = [self.loss_function(labels, answers, self.config) for answers in every or (logits,)]
-            loss = torch.stack(losses).sum()
-        return DynamicVisionTransformerImageClassifierOutput(
-            loss=loss, logits=logits, exits=exits, exit_logits=every or None
-        )
+            every = output.exit_logits or (output.logits,)
+            output.loss = torch.stack([self.loss_function(labels, logits, self.config) for logits in every]).sum()
+        return output
+
+    def run_exits(
+        self, answer: Answer, pixel_values: torch.Tensor, max_exit: int, exit_thresholds: Sequence[float]
+    ) -> DynamicVisionTransformerImageClassifierOutput:
+        """Classify images with another way to run an exit, such as a graph; see `forward`, and `run` for `answer`."""
+        logits, exits, every = self.dynamic_vision_transformer.run(pixel_values, answer, max_exit, exit_thresholds)
+        return DynamicVisionTransformerImageClassifierOutput(logits=logits, exits=exits, exit_logits=every or None)
 
     def forward_budgets(self, pixel_values: torch.Tensor, passes: Sequence[Pass]) -> list[torch.Tensor]:
         """The logits (n, labels) of each pass's n images; passes over the whole batch without thresholds share one run."""
@@ -433,6 +456,10 @@ class DynamicVisionTransformerForImageClassification(DynamicVisionTransformerPre
         last = max(k["max_exit"] for k in knobs)
         every = self(pixel_values, max_exit=last, exit_thresholds=math.inf).exit_logits
         return [every[k["max_exit"] - 1] for k in knobs]
+
+    def exit_step(self, exit: int) -> nn.Module:
+        """An exit that can be exported alone; `run_exits` puts exits together."""
+        return DynamicVisionTransformerStep(self, exit)
 
     def blocks(self) -> Iterable[nn.Module]:
         """The layers of all exits."""

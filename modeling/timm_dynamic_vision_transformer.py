@@ -59,7 +59,7 @@ class DynamicVisionTransformer(DynamicVisionTransformerParts, TimmClassifier):
         """
         heads = [nn.Sequential(self.head_drop, head) for head in self.heads]
         given = self.config.knobs_for(**knobs)
-        return self.run(x, heads, given["max_exit"], given["exit_thresholds"])[0]
+        return self.run(x, self.answer_with(heads), given["max_exit"], given["exit_thresholds"])[0]
 
 
 register_architectures(DynamicVisionTransformer)

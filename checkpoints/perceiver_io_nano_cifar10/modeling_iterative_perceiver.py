@@ -6,7 +6,7 @@ Shapes: B images, M input tokens (pixels), C their channels, K active latents, D
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -313,6 +313,12 @@ class IterativePerceiverForImageClassification(IterativePerceiverPreTrainedModel
     """
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch
+    # Class of transformers that `from_transformers` takes -> `inputs`.
+    transformers_classes: ClassVar = {
+        "PerceiverForImageClassificationLearned": "learned",
+        "PerceiverForImageClassificationFourier": "fourier",
+        "PerceiverForImageClassificationConvProcessing": "conv",
+    }
 
     def __init__(self, config: IterativePerceiverConfig):
         super().__init__(config)
@@ -365,12 +371,12 @@ class IterativePerceiverForImageClassification(IterativePerceiverPreTrainedModel
             ValueError: If the model is of another kind, or has settings that this family lacks.
         """
         c, name = model.config, type(model).__name__
-        if name not in TRANSFORMERS_CLASSES:
-            raise ValueError(f"Expected transformers' {' or '.join(TRANSFORMERS_CLASSES)}, got {name}.")
+        if name not in cls.transformers_classes:
+            raise ValueError(f"Expected transformers' {' or '.join(cls.transformers_classes)}, got {name}.")
         for field, expected in TRANSFORMERS_SETTINGS.items():
             if getattr(c, field) != expected:
                 raise ValueError(f"Expected a Perceiver with `{field}` {expected!r}, got {getattr(c, field)!r}.")
-        inputs = TRANSFORMERS_CLASSES[name]
+        inputs = cls.transformers_classes[name]
         preprocessor = model.perceiver.input_preprocessor
         fields: dict[str, Any] = {"stem_channels": preprocessor.out_channels, "image_size": c.image_size}
         if inputs != "learned":
@@ -397,12 +403,6 @@ class IterativePerceiverForImageClassification(IterativePerceiverPreTrainedModel
         return network.eval()
 
 
-# transformers' class -> `inputs`.
-TRANSFORMERS_CLASSES = {
-    "PerceiverForImageClassificationLearned": "learned",
-    "PerceiverForImageClassificationFourier": "fourier",
-    "PerceiverForImageClassificationConvProcessing": "conv",
-}
 # What transformers' config can vary and this family cannot; its decoder has one head and this width whatever the config says.
 TRANSFORMERS_SETTINGS = {
     "qk_channels": None,

@@ -2,14 +2,14 @@
 
 from transformers import ViTImageProcessor
 
-from hf_visual_perceiver.modeling import VisualPerceiverConfig
+from hf_visual_perceiver.modeling import ElasticConfig
 
 
 # PIL's numbers, as in preprocessor_config.json, of timm's resampling filters.
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
-def create_image_processor(config: VisualPerceiverConfig) -> ViTImageProcessor:
+def create_image_processor(config: ElasticConfig) -> ViTImageProcessor:
     """Create a processor that prepares images as timm does for the same checkpoint.
 
     Raises:

@@ -7,8 +7,7 @@ import torch
 import transformers
 
 from hf_visual_perceiver.inference.loading import load_any_config, load_weights
-from hf_visual_perceiver.modeling import IterativePerceiverForImageClassification
-from hf_visual_perceiver.modeling.modeling_iterative_perceiver import TRANSFORMERS_CLASSES
+from hf_visual_perceiver.modeling import FAMILIES
 from hf_visual_perceiver.training.folder import save_folder
 
 
@@ -34,10 +33,12 @@ def convert(source: str, output: Path) -> tuple[Any, float]:
     if config.model_type != "perceiver":
         raise ValueError(f"Expected a model of type perceiver in {source}, got {config.model_type!r}.")
     name = str(next(iter(config.architectures or []), None))
-    if name not in TRANSFORMERS_CLASSES:
-        raise ValueError(f"Expected the weights of {' or '.join(TRANSFORMERS_CLASSES)} in {source}, got {name}.")
+    classes = [family.classifier for family in FAMILIES.values()]
+    takes = {of: ours for ours in classes for of in getattr(ours, "transformers_classes", ())}
+    if name not in takes:
+        raise ValueError(f"Expected the weights of {' or '.join(takes)} in {source}, got {name}.")
     theirs = load_weights(getattr(transformers, name), source).eval()
-    ours = IterativePerceiverForImageClassification.from_transformers(theirs)
+    ours = takes[name].from_transformers(theirs)
     side = ours.config.image_size
     image = torch.randn(1, ours.config.num_channels, side, side, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

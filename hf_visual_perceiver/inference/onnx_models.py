@@ -1,6 +1,6 @@
 """Families without an engine of their own in ONNX Runtime: one graph for each budget, made when the budget is first used.
 
-The Dynamic Vision Transformer has a graph for each exit instead, so that images can stop between them.
+A network with exits has a graph for each exit instead, so that images can stop between them.
 """
 
 import hashlib
@@ -22,9 +22,8 @@ from hf_visual_perceiver.inference.onnx_graphs import (
     graphs_of,
     import_onnxruntime,
 )
-from hf_visual_perceiver.modeling import Budget, DynamicVisionTransformerForImageClassification
+from hf_visual_perceiver.modeling import Budget
 from hf_visual_perceiver.modeling.elastic import reference_model
-from hf_visual_perceiver.modeling.modeling_dynamic_vision_transformer import DynamicVisionTransformerParts, Reused
 from hf_visual_perceiver.modeling.static_classifier import StaticClassifier
 
 
@@ -136,8 +135,12 @@ class AtBudget(nn.Module):
         return tuple(value.clone() for value in self.model(pixel_values, **self.knobs).values())
 
 
-class OnnxExits(OnnxModel, DynamicVisionTransformerParts):
-    """The Dynamic Vision Transformer: a graph for each exit, and images that are sure enough leave the batch between them."""
+class OnnxExits(OnnxModel):
+    """A network with exits: a graph for each, and images that are sure enough leave the batch between them.
+
+    The model has `exit_step(i)`, a module from images and what exit i - 1 passes on to logits and what exit i passes on, and
+    `run_exits`, which runs exits as far as images need them.
+    """
 
     @property
     def first_stage(self) -> str:
@@ -147,50 +150,31 @@ class OnnxExits(OnnxModel, DynamicVisionTransformerParts):
     def stage(self, name: str) -> Stage:
         """The stage of an exit, `exit_0` being the first."""
         exit, x = int(name.removeprefix("exit_")), self.examples
-        inputs, passed = {"pixel_values": x}, ("tokens", "scores")
+        inputs, step = {"pixel_values": x}, self.model.exit_step(exit)
         for i in range(exit):
             with torch.no_grad():
-                _, *left = AtExit(self.model, i)(**inputs)
-            inputs = {"pixel_values": x, **dict(zip(passed, left, strict=True))}
+                _, *left = self.model.exit_step(i)(**inputs)
+            inputs = {"pixel_values": x, **dict(zip(step.passed, left, strict=True))}
         # Inputs and outputs of a graph need different names.
-        outputs = ("logits", "own_tokens", "own_scores") if exit + 1 < self.config.num_exits else ("logits",)
-        return Stage(AtExit(self.model, exit), inputs, dict.fromkeys(inputs, IMAGES), outputs)
+        own = [f"own_{part}" for part in step.passed] if exit + 1 < self.config.num_exits else []
+        return Stage(step, inputs, dict.fromkeys(inputs, IMAGES), ("logits", *own))
 
     def __call__(self, pixel_values: torch.Tensor, **knobs: Any) -> Any:
         """The model's output; see `OnnxModel`."""
-        heads = list(self.model.heads)
-        logits, exits, every = self.run(pixel_values, heads, knobs["max_exit"], knobs["exit_thresholds"])
-        return self.output_class(logits=logits, exits=exits, exit_logits=every or None)
+        return self.model.run_exits(self.answer, pixel_values, **knobs)
 
     def answer(
-        self, exit: int, head: nn.Module, pixel_values: torch.Tensor, reused: Reused | None
-    ) -> tuple[torch.Tensor, Reused | None]:
-        """The logits (B, labels) of one exit, and what it passes to the next; its graph has the head."""
-        earlier = {} if reused is None else {"tokens": reused.tokens, "scores": reused.scores}
+        self, exit: int, pixel_values: torch.Tensor, passed: Any
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """The logits (B, labels) of one exit, and what it passes to the next."""
+        earlier = {} if passed is None else dict(zip(self.model.exit_step(exit).passed, passed, strict=True))
         logits, *own = self.run_stage(f"exit_{exit}", pixel_values=pixel_values, **earlier).values()
-        return logits, Reused(*own) if own else None
-
-
-class AtExit(nn.Module):
-    """One exit: images, and the tokens and scores of the exit before, to logits and what the next exit reuses."""
-
-    def __init__(self, model: Any, exit: int):
-        super().__init__()
-        self.model, self.exit = model, exit
-
-    def forward(
-        self, pixel_values: torch.Tensor, tokens: torch.Tensor | None = None, scores: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, ...]:
-        parts, head = self.model.dynamic_vision_transformer, self.model.heads[self.exit]
-        reused = None if tokens is None or scores is None else Reused(tokens, scores)
-        logits, left = parts.answer(self.exit, head, pixel_values, reused)
-        return (logits,) if left is None else (logits, left.tokens, left.scores)
+        return logits, tuple(own) or None
 
 
 def create_onnx_engine(model: Any, **settings: Any) -> OnnxModel:
     """The engine of a model, with `OnnxModel`'s settings."""
-    has_exits = isinstance(model, DynamicVisionTransformerForImageClassification)
-    return (OnnxExits if has_exits else OnnxModel)(model, **settings)
+    return (OnnxExits if hasattr(model, "exit_step") else OnnxModel)(model, **settings)
 
 
 @cache
