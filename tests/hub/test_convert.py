@@ -12,8 +12,8 @@ from support import papers_form, unwrapped, with_biases, with_statistics
 from transformers import PerceiverConfig
 from typer.testing import CliRunner
 
+from hf_visual_perceiver import IterativePerceiverForImageClassification
 from hf_visual_perceiver.cli.main import app
-from hf_visual_perceiver.hub import convert as module
 from hf_visual_perceiver.inference.loading import load_model
 
 
@@ -125,14 +125,14 @@ def test_a_folder_in_use_stays_as_it_is(tmp_path):
 
 def test_other_logits_are_not_written(tmp_path, monkeypatch):
     saved(tmp_path / "source", "ImageClassificationLearned")
-    converted = module.IterativePerceiverForImageClassification.from_transformers
+    converted = IterativePerceiverForImageClassification.from_transformers
 
     def wrong(model):
         network = converted(model)
         torch.nn.init.ones_(network.head.bias)
         return network
 
-    monkeypatch.setattr(module.IterativePerceiverForImageClassification, "from_transformers", wrong)
+    monkeypatch.setattr(IterativePerceiverForImageClassification, "from_transformers", wrong)
     refused = convert(tmp_path / "source", tmp_path / "output")
     assert "Expected logits equal to those of" in str(refused.exception)
     assert not (tmp_path / "output").exists()
