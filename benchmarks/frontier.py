@@ -215,7 +215,7 @@ def figure_of(
     hardware, threads = (frontier.conditions.get(key) for key in ("hardware", "threads"))
     left.set_title(frontier_title(frontier), fontsize=10)
     right.set_title(f"{hardware}, threads {threads}, {frontier.conditions.get('form')}", fontsize=10)
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
