@@ -4,7 +4,8 @@ A network with exits has a graph for each exit instead, so that images can stop 
 """
 
 import hashlib
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,11 @@ class OnnxExits(OnnxModel):
         """The first exit's; see `OnnxModel`."""
         return "exit_0"
 
+    @cached_property
+    def passed(self) -> Sequence[str]:
+        """Names of what an exit passes to the next one."""
+        return self.model.exit_step(0).passed
+
     def stage(self, name: str) -> Stage:
         """The stage of an exit, `exit_0` being the first."""
         exit, x = int(name.removeprefix("exit_")), self.examples
@@ -154,9 +160,9 @@ class OnnxExits(OnnxModel):
         for i in range(exit):
             with torch.no_grad():
                 _, *left = self.model.exit_step(i)(**inputs)
-            inputs = {"pixel_values": x, **dict(zip(step.passed, left, strict=True))}
+            inputs = {"pixel_values": x, **dict(zip(self.passed, left, strict=True))}
         # Inputs and outputs of a graph need different names.
-        own = [f"own_{part}" for part in step.passed] if exit + 1 < self.config.num_exits else []
+        own = [f"own_{part}" for part in self.passed] if exit + 1 < self.config.num_exits else []
         return Stage(step, inputs, dict.fromkeys(inputs, IMAGES), ("logits", *own))
 
     def __call__(self, pixel_values: torch.Tensor, **knobs: Any) -> Any:
@@ -167,7 +173,7 @@ class OnnxExits(OnnxModel):
         self, exit: int, pixel_values: torch.Tensor, passed: Any
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """The logits (B, labels) of one exit, and what it passes to the next."""
-        earlier = {} if passed is None else dict(zip(self.model.exit_step(exit).passed, passed, strict=True))
+        earlier = {} if passed is None else dict(zip(self.passed, passed, strict=True))
         logits, *own = self.run_stage(f"exit_{exit}", pixel_values=pixel_values, **earlier).values()
         return logits, tuple(own) or None
 
