@@ -3,7 +3,8 @@
     python benchmarks/frontier.py [CHECKPOINT...] --dataset uoft-cs/cifar10 --fast --plot frontier.png --json frontier.json
 
 By default all folders in `checkpoints/` and in `benchmarks/baselines/`, which has static networks trained by the families'
-recipe; `benchmarks/eight_epochs/` has all systems after 8 epochs. Settings are chosen on other images than those reported, as by `visual-perceiver frontier`.
+recipe; `benchmarks/eight_epochs/` has all systems after 8 epochs. Settings are chosen on other images than those reported,
+as by `visual-perceiver frontier`.
 Of each kind of a network's settings those are timed that are Pareto-efficient on the images for choosing. All are timed in
 turn, in eager PyTorch or with `--fast` in ONNX Runtime: one image after the other, the mean of `SINGLE` images, and batches.
 """
@@ -229,7 +230,7 @@ def main(
     batch_size: Annotated[list[int], typer.Option(help="To time; repeat. The plot has the last.")] = [1, 256],  # noqa: B006
     repetitions: Annotated[int, typer.Option(min=1, help="Of all settings.")] = 7,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the timed calls.")] = 1,
-    fast: Annotated[bool, typer.Option("--fast", help="Time in ONNX Runtime.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Measure and time in ONNX Runtime.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw to this .png, .svg or .pdf.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")] = None,
 ) -> None:
