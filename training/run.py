@@ -383,6 +383,9 @@ class TrainingRun:
             self.say(
                 f"Stopped after step {self.done} of {self.recipe.steps} ({reason}); --resume goes on. Curves: {curves}"
             )
+        # What is left of earlier passes refers to the process group and keeps its threads alive. One that still has a
+        # tensor to drop when Python exits aborts the process (pytorch/pytorch#190489).
+        self.accelerator.free_memory()
         self.accelerator.end_training()
         return finished
 

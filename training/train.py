@@ -69,6 +69,7 @@ def train(
     if resume and folder.finished(recipe.steps):
         if accelerator.is_main_process:
             console.print(f"The run is finished; its model is in {folder.model}.")
+        accelerator.end_training()
         return folder.model
     training = TrainingRun(recipe, folder, accelerator, recipe_name, resume)
     # All checks are done; from here on the folder is written to.

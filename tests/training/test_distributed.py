@@ -6,6 +6,7 @@ from support import run
 
 SCRIPT = """
 import copy
+import gc
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +41,9 @@ for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=Tru
         assert p.grad is None or not p.grad.any(), name
         continue
     torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
+# What refers to the process group keeps its threads alive, and a late one aborts the process when Python exits.
+del wrapped
+gc.collect()
 dist.destroy_process_group()
 """
 

@@ -452,6 +452,31 @@ def test_two_processes_give_the_losses_of_one(tmp_path, recipe_file, queries):
     assert facts[0]["validation_accuracy"] == pytest.approx(facts[1]["validation_accuracy"], abs=2e-3)
 
 
+THREADS_AT_THE_END = """
+import gc
+import sys
+from pathlib import Path
+from hf_visual_perceiver.training.recipe import load_recipe
+from hf_visual_perceiver.training.train import train
+
+gc.disable()  # a collection by chance would hide what is left over
+train(load_recipe(sys.argv[1], ["steps=2"]), sys.argv[2], resume=sys.argv[3] == "resume")
+names = [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in names if "gloo" in name], names
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads in /proc")
+def test_threads_of_gloo_end_before_python_does(tmp_path, recipe_file):
+    # One that still has a tensor to drop when Python exits aborts the process.
+    (tmp_path / "script.py").write_text(THREADS_AT_THE_END)
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for mode in ("new", "resume"):
+        arguments = [tmp_path / "script.py", recipe_file, tmp_path / "run", mode]
+        ended = run("torchrun", "--nproc_per_node", "2", *arguments, env=environment)
+        assert ended.returncode == 0, ended.stderr
+
+
 def test_accelerate_launch_on_a_checkouts_script(tmp_path, recipe_file):
     result = run(
         "accelerate",
