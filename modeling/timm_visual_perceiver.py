@@ -17,6 +17,7 @@ from .configuration_visual_perceiver import VisualPerceiverConfig
 from .elastic import check_pixel_values
 from .modeling_visual_perceiver import OptimizedVisualPerceiver, VisualPerceiverPreTrainedModel
 from .timm_family import TimmClassifier, register_architectures
+from .visual_perceiver_incremental import IncrementalState
 from .visual_perceiver_layers import adapt_checkpoint_tensor, resample_positions
 from .visual_perceiver_network import ActiveTokens, DenseTokens, PerceiverNetwork
 
@@ -27,6 +28,8 @@ except ImportError:
     _input = None  # type: ignore[assignment]
 
 __all__ = ["VisualPerceiver"]
+
+OTHER_SIZES = "`set_input_size`, or `img_size=...` of `create_model`, takes other sizes"
 
 # Compares shapes in Python, which torch.fx cannot trace.
 register_notrace_function(check_pixel_values)
@@ -111,9 +114,7 @@ class VisualPerceiver(PerceiverNetwork, TimmClassifier):
             None if isinstance(num_active_queries, Proxy) else num_active_queries,
             None if isinstance(dqs_threshold, Proxy) else dqs_threshold,
         )
-        check_pixel_values(
-            x, self.config, advice="`set_input_size`, or `img_size=...` of `create_model`, takes other sizes"
-        )
+        check_pixel_values(x, self.config, advice=OTHER_SIZES)
         return self.begin(x, K, threshold)
 
     def _classify(self, active: ActiveTokens, pre_logits: bool = False) -> torch.Tensor:
@@ -150,6 +151,24 @@ class VisualPerceiver(PerceiverNetwork, TimmClassifier):
         return self._classify(self.process(self._begin(x, num_active_queries, dqs_threshold)))
 
     @torch.jit.ignore
+    def start(self, x: torch.Tensor) -> IncrementalState:
+        """Read images, to classify them with few queries and later with more; see `VisualPerceiverForImageClassification`.
+
+        Args:
+            x: Normalised images, (B, C, H, W).
+
+        Raises:
+            ValueError: If the images are not of the model's size, or the decoder is pruned or not in use (`global_pool=""`).
+        """
+        self._check_decodes()
+        check_pixel_values(x, self.config, advice=OTHER_SIZES)
+        return IncrementalState.read(self, self, x)
+
+    def _check_decodes(self) -> None:
+        if self.decoder is None or not self.global_pool:
+            raise ValueError(f"Expected a model with `global_pool` 'token', got {self.global_pool!r}.")
+
+    @torch.jit.ignore
     def optimize_for_inference(
         self,
         dtype: torch.dtype | None = None,
@@ -169,8 +188,7 @@ class VisualPerceiver(PerceiverNetwork, TimmClassifier):
             ValueError: If the decoder is pruned or not in use (`global_pool=""`), or the backend does not take the settings.
             ImportError: If onnxruntime is not installed.
         """
-        if self.decoder is None or not self.global_pool:
-            raise ValueError(f"Expected a model with `global_pool` 'token', got {self.global_pool!r}.")
+        self._check_decodes()
         settings = {"backend": backend, "num_threads": num_threads, "int8": int8 or None}
         return OptimizedClassifier(self, self.head, dtype=dtype, **settings)
 

@@ -8,6 +8,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageClassification
 
+from hf_visual_perceiver.modeling.conv_stem import ConvBlock, ConvStem
+
 
 @torch.no_grad()
 def load_initial_weights(model: Any, source: str) -> list[str]:
@@ -65,7 +67,8 @@ def load_initial_stem(model: Any, source: str) -> None:
         source: A folder or Hub id of that timm model in transformers' `TimmWrapper`.
 
     Raises:
-        ValueError: If there is no such classifier, or its stem has other shapes; `model` is then unchanged.
+        ValueError: If there is no such classifier, or its stem has other shapes, downsampling, shortcuts or activation;
+            `model` is then unchanged.
     """
     own = model.stem
     try:
@@ -90,7 +93,23 @@ def load_initial_stem(model: Any, source: str) -> None:
         raise ValueError(
             f"Expected a stem of {len(own.state_dict())} tensors, got {len(weights)} in {Path(source).name}."
         )
+    for name, expected in choices_of(own).items():
+        if (given := choices_of(stem)[name]) != expected:
+            raise ValueError(
+                f"Expected `initial_stem` with {name} {expected}, as in the recipe's `config`, got {given} in "
+                f"{Path(source).name}."
+            )
     own.load_state_dict(weights)
+
+
+def choices_of(stem: ConvStem) -> dict[str, Any]:
+    """What the shapes of a stem's weights do not show."""
+    blocks = [block for block in stem.modules() if isinstance(block, ConvBlock)]
+    return {
+        "downsampling": "pool" if stem.pool else "stride",
+        "shortcuts": [block.residual for block in blocks],
+        "activation": type(blocks[0].act).__name__,
+    }
 
 
 def earlier_training(source: str) -> dict[str, Any] | None:

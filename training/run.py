@@ -93,6 +93,12 @@ class TrainingRun:
         self.source = open_data(recipe, accelerator.device, accelerator.process_index, accelerator.num_processes)
         self.network = create_model(recipe, self.source.label_names)
         self.size, self.preprocessing = input_facts(self.network)
+        if recipe.augmentation.alternating_flip and not self.known_images():
+            height, width = self.size
+            raise ValueError(
+                f"Expected decoded images of the network's size {height}x{width} with `augmentation.alternating_flip`, "
+                "got others, which are resized anew at each use."
+            )
         self.ladder = ladder_of(self.network)
         self.fresh: list[str] = []
         self.earlier: dict[str, Any] | None = None
@@ -137,10 +143,14 @@ class TrainingRun:
         )
         self.done = 0  # number of finished steps
 
+    def known_images(self) -> bool:
+        """Whether the training images are decoded and of the network's size, so that each has an index and an epoch."""
+        return self.source.training is not None and fits_in_memory(self.source.training, self.size)
+
     def facts_of_cache(self, loss: TeacherLoss) -> dict[str, Any]:
         """The facts that a cache of the teacher's logits has to match."""
         data = self.source.training
-        if self.teacher is None or data is None or not fits_in_memory(data, self.size):
+        if self.teacher is None or data is None or not self.known_images():
             raise ValueError("Expected decoded images of the network's size with `teacher.cache`, got others.")
         return cache_facts(self.teacher, self.recipe.augmentation, self.preprocessing, data, loss.views)
 
@@ -183,8 +193,8 @@ class TrainingRun:
             )
         if self.fresh:
             self.say(f"{recipe.initial_model} has other labels: the head begins with random weights.")
+        self.prepare_cache()  # first: if it cannot be written, there is no half a run
         main_process_alone(accelerator, lambda: self.folder.start(recipe))
-        self.prepare_cache()
         accelerator.init_trackers("hf_visual_perceiver", config={"recipe": self.recipe_name, "seed": recipe.seed})
         if recipe.compile:
             compile_blocks(self.network)

@@ -117,9 +117,9 @@ def open_cache(folder: str | Path, facts: dict[str, Any], augment: BatchAugmenta
     """
     folder = Path(folder)
     try:
-        made = json.loads((folder / FACTS).read_text())
+        made = dict(json.loads((folder / FACTS).read_text()))
         logits = np.load(folder / LOGITS, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"Expected a teacher's cached answers in {folder}, got: {error}") from error
     for key, expected in facts.items():
         given = made.get(key)
@@ -152,7 +152,7 @@ def create_cache(
     """Compute and write a cache; the folder is written atomically. Progress is shown on stderr.
 
     Args:
-        folder: A new or empty folder.
+        folder: A folder that does not exist.
         facts: Facts to store with the cache, from `cache_facts`.
         augment: Function that makes a view, from `view_augmentation`.
         teacher: The teacher.

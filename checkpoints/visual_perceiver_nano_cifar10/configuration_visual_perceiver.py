@@ -439,6 +439,19 @@ class VisualPerceiverConfig(FamilyConfig):
         trunks = accumulate(added)
         return [count_macs(self, K) - count_trunk_macs(self, K) + paid for K, paid in zip(stages, trunks, strict=True)]
 
+    def queries_of_all(self, num_active_queries: Any = None, least: int = 0) -> int:
+        """Validate a K that is the same for all images and at least `least`, the number that is computed already.
+
+        Raises:
+            ValueError: If it is not such an integer in [1, Q]; None is Q.
+        """
+        K = self.resolve(num_active_queries=num_active_queries)["num_active_queries"]
+        if not isinstance(K, int):
+            raise ValueError(f"Expected one `num_active_queries` for all images, got {num_active_queries!r}.")
+        if least > K:
+            raise ValueError(f"Expected at least the {least} queries of the last call, got {K}.")
+        return K
+
     def operating_point(self, num_active_queries: Any = None, dqs_threshold: float | None = None) -> tuple[Any, Any]:
         """Validate arguments of `forward` and fill in the config's defaults: (K, t), where t is None without selection.
 

@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, level_channels
-from .elastic import Budget, ElasticModel, GraphPlan, Pass, reference_model
+from .elastic import Budget, ElasticModel, GraphPlan, Pass, check_pixel_values, reference_model
 from .engines import ENGINES
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .macs import count_macs  # noqa: F401  likewise
@@ -198,7 +198,7 @@ class OptimizedVisualPerceiver(OptimizedModel):
         self.check_images(pixel_values)
         if hasattr(self.engine, "start"):
             return self.engine.start(pixel_values)
-        return IncrementalState.read(self.engine.parts, self.engine.head, pixel_values.to(self.dtype))
+        return IncrementalState.read(self.engine.parts, self.engine, pixel_values.to(self.dtype))
 
     def forward(  # type: ignore[override]
         self,
@@ -407,6 +407,9 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
         Args:
             pixel_values: (B, C, H, W), normalised.
 
+        Raises:
+            ValueError: If the images are not of the config's size.
+
         Example:
             >>> config = VisualPerceiverConfig(num_labels=10, trunk_attention="block_causal")
             >>> model = VisualPerceiverForImageClassification(config).eval()
@@ -415,7 +418,8 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
             >>> torch.allclose(more.logits, model(torch.zeros(2, 3, 32, 32), num_active_queries=16).logits, atol=1e-5)
             True
         """
-        return IncrementalState.read(self.visual_perceiver, self.head, pixel_values)
+        check_pixel_values(pixel_values, self.config)
+        return IncrementalState.read(self.visual_perceiver, self, pixel_values)
 
     def optimize_for_inference(
         self,

@@ -1,6 +1,7 @@
 """Outputs of the Visual Perceiver, and its incremental inference."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,29 +74,29 @@ class IncrementalState:
 
     Attributes:
         parts: The network.
-        head: The classifier.
+        owner: The model or engine; its `head` classifies.
         keys_and_values: Keys and values of the images' tokens at this level, each (B, H, N, d).
         level: The last level of the stem that was computed.
         features: Features of that level, (B, C, h, w) of several resolutions, which the next level reads.
         tokens: (B, K, D) after the cross-attention block.
         past: Keys and values of the K tokens in each block of the trunk, each (B, H, K, d); empty with the paper's trunk.
         processed: (B, K, D) tokens after the trunk.
-        versions: Versions of the weights when the images were read.
+        weights: What the network consisted of when the images were read.
     """
 
     parts: PerceiverNetwork
-    head: nn.Module
+    owner: Any
     keys_and_values: KeysAndValues
     level: int
     features: list[torch.Tensor]
     tokens: torch.Tensor
     past: list[KeysAndValues]
     processed: torch.Tensor
-    versions: tuple[tuple[int, int], ...]
+    weights: "WeightSnapshot"
 
     @classmethod
     @torch.no_grad()
-    def read(cls, parts: PerceiverNetwork, head: nn.Module, pixel_values: torch.Tensor) -> "IncrementalState":
+    def read(cls, parts: PerceiverNetwork, owner: Any, pixel_values: torch.Tensor) -> "IncrementalState":
         """Read images; see `VisualPerceiverForImageClassification.start`."""
         cross = parts.cross_attention
         (inputs,), features = parts.embeddings(pixel_values)  # (B, N, D)
@@ -105,7 +106,8 @@ class IncrementalState:
             heads = parts.config.num_attention_heads
             empty = none.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, 0, d)
             past = [(empty, empty)] * len(parts.layers)
-        return cls(parts, head, cross.keys_and_values(inputs), 0, features, none, past, none, weight_versions(parts))
+        weights = WeightSnapshot(parts, owner.head)
+        return cls(parts, owner, cross.keys_and_values(inputs), 0, features, none, past, none, weights)
 
     @property
     def num_active_queries(self) -> int:
@@ -117,13 +119,12 @@ class IncrementalState:
         """Classify with the first K queries, or all, of which the earlier ones are not repeated.
 
         Raises:
-            ValueError: If K is out of its range or smaller than before, or the weights have changed.
+            ValueError: If K is out of its range, not the same for all images or smaller than before, or the model has
+                changed.
         """
         parts, before = self.parts, self.num_active_queries
-        K = parts.config.resolve(num_active_queries=num_active_queries)["num_active_queries"]
-        if before > K:
-            raise ValueError(f"Expected at least the {before} queries of the last call, got {K}.")
-        if weight_versions(parts) != self.versions:
+        K = parts.config.queries_of_all(num_active_queries, least=before)
+        if not self.weights.are_those_of(parts, self.owner.head):
             raise ValueError(
                 "Expected the weights that read the images, got others: the model has changed; call `start` again."
             )
@@ -131,7 +132,7 @@ class IncrementalState:
             self.add(K)
         pooled = parts.decode(DenseTokens(self.processed))
         active = parts.active_queries(DenseTokens(self.processed))
-        return VisualPerceiverImageClassifierOutput(logits=self.head(pooled), active_queries=active)
+        return VisualPerceiverImageClassifierOutput(logits=self.owner.head(pooled), active_queries=active)
 
     def add(self, K: int) -> None:
         """Compute the missing tokens of the first K queries."""
@@ -168,10 +169,41 @@ class IncrementalState:
         )
 
 
-def weight_versions(parts: PerceiverNetwork) -> tuple[tuple[int, int], ...]:
-    """The identity of each weight, and the number of writes to it; they change when the weights do.
+class WeightSnapshot:
+    """Modules, weights and statistics at one moment, to notice later changes: writes, replacements, another dtype or device.
 
-    Offloaded weights are left out, as they are new tensors at each use.
+    Offloaded tensors are left out, as they are new at each use. torch does not count writes in place to `.data`.
+
+    Args:
+        *roots: Modules, which are taken with all that is in them.
     """
-    assert isinstance(parts, nn.Module)
-    return tuple((id(p), 0 if p.is_inference() else p._version) for p in parts.parameters() if not p.is_meta)
+
+    def __init__(self, *roots: nn.Module):
+        self.roots = roots
+        modules = [module for root in roots for module in root.modules()]
+        self.children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self.tensors = [
+            (slots, name, tensor, *state_of(tensor))
+            for m in modules
+            for slots in (m._parameters, m._buffers)
+            for name, tensor in slots.items()
+            if tensor is not None and not tensor.is_meta
+        ]
+
+    def are_those_of(self, *roots: nn.Module) -> bool:
+        """Whether the roots are the same, and nothing in them has changed."""
+        # Slots are looked up one by one, as walking through the modules would take longer than a small network.
+        return (
+            all(a is b for a, b in zip(self.roots, roots, strict=True))
+            and all(slots.get(name) is child for slots, name, child in self.children)
+            and all(
+                slots.get(name) is tensor and state_of(tensor) == (version, place)
+                for slots, name, tensor, version, place in self.tensors
+            )
+        )
+
+
+def state_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """The number of writes to a tensor, and its address in memory, which assignments to `.data` and `.to` change."""
+    plain = type(tensor) in (torch.Tensor, nn.Parameter)  # others may have no memory of their own
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr() if plain else 0

@@ -46,8 +46,17 @@ class Rerun:
     pixel_values: torch.Tensor
 
     def extend(self, **knobs: Any) -> Any:
-        """The model's output at a budget."""
-        return self.model(self.pixel_values, **self.model.config.resolve(**knobs))
+        """The model's output at a budget.
+
+        Raises:
+            ValueError: If it is a tensor.
+        """
+        output = self.model(self.pixel_values, **self.model.config.resolve(**knobs))
+        if isinstance(output, torch.Tensor):  # timm's models say nothing about what images used
+            raise ValueError(
+                f"Expected a transformers classifier, or a model that has `start`, got {type(self.model).__name__}."
+            )
+        return output
 
     def __getitem__(self, images: torch.Tensor) -> "Rerun":
         return Rerun(self.model, self.pixel_values[images])

@@ -367,12 +367,10 @@ class OnnxState:
         """Compute logits with the first K queries, or all if None, continuing from the queries so far.
 
         Raises:
-            ValueError: If K is out of range or smaller than before.
+            ValueError: If K is out of range, not the same for all images or smaller than before.
         """
         engine, before = self.engine, self.num_active_queries
-        K = engine.config.resolve(num_active_queries=num_active_queries)["num_active_queries"]
-        if before > K:
-            raise ValueError(f"Expected at least {before} queries, the number already computed, got {K}.")
+        K = engine.config.queries_of_all(num_active_queries, least=before)
         causal = engine.config.trunk_attention == "block_causal"
         # Queries attend to their whole block, so a block that was cut off has to be recomputed. If K is unchanged, only
         # the last block is recomputed, to get the logits.

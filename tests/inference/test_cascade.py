@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from support import small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -222,3 +223,10 @@ def test_a_model_that_cannot_go_on_runs_anew(model, images, thresholds):
 def test_bad_images(model):
     with pytest.raises(ValueError, match="shape"):
         Cascade(model, STAGES, [0.5, 0.5])(torch.zeros(3, 16, 16))
+
+
+def test_a_timm_model_that_cannot_go_on():
+    lookup = timm.create_model("lookupvit_nano_patch4_32").eval()
+    cascade = Cascade(lookup, [Budget(compressed_size=3), Budget()], [0.5])
+    with pytest.raises(ValueError, match="a transformers classifier, or a model that has `start`, got LookupViT"):
+        cascade(torch.zeros(2, 3, 32, 32))

@@ -1,6 +1,7 @@
 """Block-causal trunks: the output of the first K queries does not depend on later ones, and extending repeats no work."""
 
 import pytest
+import timm
 import torch
 from support import small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -46,6 +47,24 @@ def test_going_on_equals_one_pass(images, fields):
 
 
 @torch.no_grad()
+def test_timms_model_goes_on_too(images):
+    small = {"embed_dim": 24, "depth": 2, "num_queries": 12, "img_size": 16, "num_classes": 5}
+    model = timm.create_model("visual_perceiver_nano_patch4_32", **small, **CAUSAL).eval()
+    state = model.start(images)
+    for K in (3, 12):
+        torch.testing.assert_close(state.extend(K).logits, model(images, num_active_queries=K), rtol=1e-5, atol=1e-5)
+    assert set(Cascade(model, [Budget(num_active_queries=2), Budget()], [1.1])(images).used.tolist()) == {12}
+    model.reset_classifier(3)
+    with pytest.raises(ValueError, match="the model has changed"):
+        state.extend(12)
+    with pytest.raises(ValueError, match=r"`img_size=\.\.\.` of `create_model`"):
+        model.start(images[..., :8, :8])
+    model.reset_classifier(3, global_pool="")
+    with pytest.raises(ValueError, match="`global_pool` 'token', got ''"):
+        model.start(images)
+
+
+@torch.no_grad()
 def test_some_of_the_images_go_on(causal, images):
     state = causal.start(images)
     state.extend(4)
@@ -64,7 +83,31 @@ def test_going_on_refuses(causal, images):
         state.extend(4)
     with pytest.raises(ValueError, match="num_active_queries"):
         state.extend(13)
-    causal.visual_perceiver.layers[0].mlp.fc1.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="one `num_active_queries` for all"):
+        state.extend(torch.tensor([8] * len(images)))
+    with pytest.raises(ValueError, match="images of size 16x16, got 8x8; a model loaded"):
+        causal.start(images[..., :8, :8])
+
+
+CHANGES = {
+    "a write": lambda model: model.visual_perceiver.layers[0].mlp.fc1.weight.mul_(1.5),
+    "a write to the head": lambda model: model.head.weight.mul_(1.5),
+    "other data": lambda model: setattr(model.head.weight, "data", model.head.weight.data + 1),
+    "a new head": lambda model: setattr(model, "head", torch.nn.Linear(24, 5)),
+    "a new layer": lambda model: setattr(model.visual_perceiver.layers[0].mlp, "fc1", torch.nn.Linear(24, 48)),
+    "a dtype": lambda model: model.bfloat16(),
+    "batch norms that learn": lambda model: model.train()(torch.randn(4, 3, 16, 16)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_going_on_notices_that_the_model_has_changed(images, change):
+    stem = {"stem": "conv", "stem_widths": [[4], [6], [12]]}
+    model = VisualPerceiverForImageClassification(small_config(**CAUSAL, **stem)).eval()
+    state = model.start(images)
+    state.extend(4)
+    CHANGES[change](model)
     with pytest.raises(ValueError, match="the model has changed"):
         state.extend(12)
 

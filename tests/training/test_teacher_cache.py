@@ -110,9 +110,10 @@ class TestAnswers:
         np.save(folder / "logits.npy", np.zeros((3, 5, 10), np.float16))
         with pytest.raises(ValueError, match=r"logits.npy of shape \(3, 200, 10\)"):
             open_cache(folder, facts, augment)
-        (folder / "cache.json").write_text("{")
-        with pytest.raises(ValueError, match="cached answers"):
-            open_cache(folder, facts, augment)
+        for text in ("{", "[]", "[1]"):
+            (folder / "cache.json").write_text(text)
+            with pytest.raises(ValueError, match=r"cached answers|this run's|at least 3 views"):
+                open_cache(folder, facts, augment)
 
 
 class TestRuns:
@@ -168,6 +169,12 @@ class TestRuns:
             train(shorter, tmp_path / "b")
         assert not (tmp_path / "b").exists()
 
+    def test_one_that_cannot_be_written_leaves_no_run_behind(self, teacher, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OSError, match="file"):
+            train(student(teacher, tmp_path / "file" / "answers"), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
@@ -209,6 +216,13 @@ class TestStem:
         wider = {**STUDENT["config"], "stem_widths": [[4], [6], [9]]}
         with pytest.raises(ValueError, match=r"stages.2.0.conv.weight of shape \[8, 6, 3, 3\] for \[9, 6, 3, 3\]"):
             train(recipe_from_dict({**STUDENT, "config": wider, "initial_stem": teacher}), tmp_path / "run")
+        for field, value, message in (
+            ("stem_downsample", "stride", "with downsampling stride, .* got pool"),
+            ("hidden_act", "relu", "with activation ReLU, .* got GELU"),
+        ):
+            other = {**STUDENT["config"], field: value}
+            with pytest.raises(ValueError, match=message):
+                train(recipe_from_dict({**STUDENT, "config": other, "initial_stem": teacher}), tmp_path / "run")
         with pytest.raises(ValueError, match="`initial_stem` to be a folder or Hub id"):
             train(recipe_from_dict({**STUDENT, "initial_stem": str(tmp_path)}), tmp_path / "run")
         patches = {"architecture": "visual_perceiver_nano_patch4_32", "config": {}, "budgets": {"schedule": "uniform"}}
@@ -217,6 +231,13 @@ class TestStem:
         with pytest.raises(ValueError, match="conv with `stem_loss`, got 'patch'"):
             recipe_from_dict({**STUDENT, **patches, "stem_loss": 0.5})
         assert not (tmp_path / "run").exists()
+
+
+def test_flips_that_alternate_refuse_images_of_another_size(tmp_path):
+    larger = recipe_from_dict({**STUDENT, "config": {**STUDENT["config"], "image_size": 40}})
+    with pytest.raises(ValueError, match=r"size 40x40 with `augmentation\.alternating_flip`"):
+        train(larger, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_flips_alternate_from_epoch_to_epoch():
