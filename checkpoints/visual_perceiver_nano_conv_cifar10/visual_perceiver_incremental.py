@@ -178,7 +178,7 @@ class WeightSnapshot:
         *roots: Modules, which are taken with all that is in them.
     """
 
-    def __init__(self, *roots: nn.Module):
+    def __init__(self, *roots: Any):
         self.roots = roots
         modules = [module for root in roots for module in root.modules()]
         self.children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
@@ -190,7 +190,7 @@ class WeightSnapshot:
             if tensor is not None and not tensor.is_meta
         ]
 
-    def are_those_of(self, *roots: nn.Module) -> bool:
+    def are_those_of(self, *roots: Any) -> bool:
         """Whether the roots are the same, and nothing in them has changed."""
         # Slots are looked up one by one, as walking through the modules would take longer than a small network.
         return (
