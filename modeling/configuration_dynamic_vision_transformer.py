@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from .elastic import Budget
 from .family_config import FamilyConfig, check_heads
-from .query_selection import as_number  # noqa: F401  transformers 5.4 copies what this file imports alone
+from .query_selection import as_number
 
 
 # What the networks on T2T-ViT (Yuan et al. 2021) have in common.
@@ -159,7 +159,14 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         if not sides or any(a > b for a, b in itertools.pairwise(sides)):
             raise ValueError(f"Expected `patches` of at least one exit, with grids that grow, got grids of {sides}.")
         self.check_choices(hidden_act=ACT2FN)
-        self.resolve(max_exit=self.max_exit, exit_thresholds=self.exit_thresholds)
+        thresholds = self.resolve(max_exit=self.max_exit, exit_thresholds=self.exit_thresholds)["exit_thresholds"]
+        if isinstance(self.exit_thresholds, Iterable):
+            self.exit_thresholds = thresholds  # Python's numbers, which config.json can store
+
+    @property
+    def fixed_image_size(self) -> bool:
+        """Whether weights fit images of `image_size` alone."""
+        return self.positions == "learned"
 
     @property
     def grids(self) -> list[tuple[int, int]]:
@@ -202,6 +209,10 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         """One threshold for all exits."""
         return [Budget(exit_thresholds=[p] * (self.num_exits - 1)) for p in (0.5, 0.7, 0.8, 0.9, 0.95)]
 
+    def stopping_budget(self, thresholds: Sequence[float]) -> Budget:
+        """A threshold for each exit but the last."""
+        return Budget(exit_thresholds=[float(t) for t in thresholds])
+
     def is_adaptive(self, budget: Budget) -> bool:
         """Whether an image can stop early."""
         return any(t != math.inf for t in self.resolve(**budget.kwargs)["exit_thresholds"])
@@ -214,21 +225,20 @@ class DynamicVisionTransformerConfig(FamilyConfig):
         """
         self.check_knobs(knobs)
         E = self.num_exits
-        last: Any = knobs.get("max_exit")
-        thresholds: Any = knobs.get("exit_thresholds")
+        last, thresholds = as_number(knobs.get("max_exit")), as_number(knobs.get("exit_thresholds"))
         last = E if last is None else last
         if isinstance(last, bool) or not isinstance(last, int) or not 1 <= last <= E:
             raise ValueError(f"Expected `max_exit` to be an integer in [1, {E}], got {last!r}.")
-        if isinstance(thresholds, (int, float)) and not isinstance(thresholds, bool):
-            thresholds = [thresholds] * (E - 1)
-        values = [math.inf] * (E - 1) if thresholds is None else list(thresholds)
-        if len(values) != E - 1 or any(
+        several = isinstance(thresholds, Iterable)
+        values = [as_number(t) for t in thresholds] if several else [math.inf if thresholds is None else thresholds]
+        if (several and len(values) != E - 1) or any(
             isinstance(t, bool) or not isinstance(t, (int, float)) or not t >= 0 for t in values
         ):
             raise ValueError(
-                f"Expected `exit_thresholds` to be a number of at least 0 or {E - 1} of them, got {thresholds!r}."
+                f"Expected `exit_thresholds` to be a number of at least 0 or {E - 1} of them, where infinity stops no image, "
+                f"got {thresholds!r}."
             )
-        return {"max_exit": last, "exit_thresholds": [float(t) for t in values]}
+        return {"max_exit": last, "exit_thresholds": [float(t) for t in (values if several else values * (E - 1))]}
 
     def count_macs(self, budget: Budget | None = None, output: Any = None) -> Any:
         """Multiply-accumulates of an image; see `ElasticConfig.count_macs`.

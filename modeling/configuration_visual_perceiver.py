@@ -180,10 +180,6 @@ class VisualPerceiverConfig(FamilyConfig):
                 self.image_size = self.image_size[0]
         self._check()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # config.json cannot store tensors or NumPy's numbers.
-        super().__setattr__(name, as_number(value) if name in ("num_active_queries", "dqs_threshold") else value)
-
     def _check(self) -> None:
         sizes = ("patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
         self.check_positive(*sizes, "intermediate_size", "num_queries", "num_cross_attention_heads")

@@ -131,6 +131,7 @@ class ElasticConfig:
         citation: BibTeX.
         first_conv: Name of the convolution that reads the image's channels, which timm adapts to other numbers of them.
         classifiers: Name or names of the classifiers in timm's model.
+        fixed_image_size: Whether weights fit images of `image_size` alone.
     """
 
     unit: ClassVar[str]
@@ -140,6 +141,7 @@ class ElasticConfig:
     citation: ClassVar[str] = ""
     first_conv: ClassVar[Any] = None
     classifiers: ClassVar[Any] = "head"
+    fixed_image_size: ClassVar[Any] = False
     image_size: Any
     num_channels: int
     id2label: Any
@@ -177,6 +179,17 @@ class ElasticConfig:
             settable = dict.fromkeys(name for b in known for name in b.kwargs)
             raise ValueError(f"Expected knobs to search among {', '.join(settable) or 'none'}, got {', '.join(names)}.")
         return [*found, Budget()]
+
+    def stopping_budget(self, thresholds: Sequence[float]) -> Budget | None:
+        """The budget at which an image stops at `budgets()[i]` once its top probability reaches `thresholds[i]`.
+
+        Args:
+            thresholds: One for each of `budgets()` but the last; infinity stops no image.
+
+        Returns:
+            None if the family has no such budget, as here.
+        """
+        return None
 
     def knob_names(self, knobs: Sequence[str] = ()) -> list[str]:
         """Full names of knobs that are given by name or short name; none given is the family's first knob.
@@ -331,7 +344,7 @@ def check_pixel_values(
 ) -> None:
     """Raise a `ValueError` unless `pixel_values` is a non-empty floating-point batch of the config's image size.
 
-    `any_size` allows every multiple of the patch size. `advice` ends the message for images of another size.
+    `any_size` allows every multiple of the patch size. `advice` ends the message for images of another size, if weights fit any.
     """
     if pixel_values is None or pixel_values.ndim != 4:
         given = None if pixel_values is None else tuple(pixel_values.shape)
@@ -353,7 +366,39 @@ def check_pixel_values(
             )
     elif (height, width) != config.image_height_width:
         expected = "x".join(map(str, config.image_height_width))
+        if config.fixed_image_size:
+            advice = "the position embeddings are for this size alone"
         raise ValueError(f"Expected images of size {expected}, got {height}x{width}; {advice}.")
+
+
+# What transformers, such as its Trainer, may pass to the `forward` of every model, and what asks a model to record.
+PASSED = ("return_dict", "num_items_in_batch")
+RECORDED = ("output_attentions", "output_hidden_states")
+
+
+def check_keywords(model: Any, given: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` if `forward` would ignore a keyword, or if it or the config asks to record what the model cannot.
+
+    Args:
+        model: A `PreTrainedModel`.
+        given: What `forward` takes as `**kwargs`; None is not given.
+    """
+    config = model.config
+    if not given and not config.output_attentions and not config.output_hidden_states:
+        return
+    records = bool(model._can_record_outputs)
+    for name in () if records else RECORDED:
+        value = getattr(config, name) if given.get(name) is None else given[name]
+        if value:
+            raise ValueError(
+                f"Expected `{name}` to be False, as {type(model).__name__} records nothing, got {value!r}."
+            )
+    unknown = [name for name, value in given.items() if value is not None and name not in (*PASSED, *RECORDED)]
+    if unknown:
+        forward: Any = type(model).forward
+        code = getattr(forward, "__wrapped__", forward).__code__  # without transformers' decorator
+        names = (*code.co_varnames[1 : code.co_argcount], *PASSED, *(RECORDED if records else ()))
+        raise ValueError(f"Expected keywords of `forward` among {', '.join(names)}, got {', '.join(unknown)}.")
 
 
 @dataclass(frozen=True)

@@ -3,28 +3,41 @@
 from typing import Any
 
 from .conv_stem import level_macs, stem_macs
+from .elastic import Budget
 
 
-def count_macs(config: Any, num_active_queries: int | None = None, num_candidates: int | None = None) -> int:
+def count_macs(
+    config: Any, num_active_queries: int | None = None, num_candidates: int | None = None, **knobs: Any
+) -> int:
     """Multiply-accumulates of one image (what the paper's Table 1 calls FLOP, and half of what torch counts as FLOP).
 
     Counts matrix products, as `torch.utils.flop_counter` does; norms, activations and softmax are left out. The queries'
     projection, K D^2, is counted although it is work per batch rather than per image.
 
+    For other families, and with further knobs, this is `config.count_macs` of the budget that the knobs make.
+
     Args:
-        config: The model's config.
+        config: The config of a model of any family.
         num_active_queries: Queries that go through the self-attention blocks; None is the config's value, or Q.
-        num_candidates: With Dynamic Query Selection, the queries that the cross-attention computed and the selection
-            compared, at least `num_active_queries`. Their attention and their similarities are then counted too.
+        num_candidates: For the Visual Perceiver: with Dynamic Query Selection, the queries that the cross-attention
+            computed and the selection compared, at least `num_active_queries`. Their attention and their similarities
+            are then counted too.
+        **knobs: The family's other keywords of `forward`, such as `max_exit`; those that are missing or None have the
+            config's value. With thresholds, an image that uses all that they allow is counted.
 
     Raises:
-        ValueError: If a number of queries is out of its range.
+        ValueError: If a value is out of its range, or the family has no such knob.
 
     Example:
-        >>> from hf_visual_perceiver import VisualPerceiverConfig
+        >>> from hf_visual_perceiver import DynamicVisionTransformerConfig, VisualPerceiverConfig
         >>> count_macs(VisualPerceiverConfig(num_labels=10), num_active_queries=64)
         394200960
+        >>> count_macs(DynamicVisionTransformerConfig(num_labels=10), max_exit=1)
+        7177856
     """
+    if knobs or config.model_type != "visual_perceiver":
+        given = {"num_active_queries": num_active_queries, "num_candidates": num_candidates, **knobs}
+        return config.count_macs(Budget(**config.knobs_for(**given)))
     K, _ = config.operating_point(num_active_queries)
     C, _ = config.operating_point(num_active_queries if num_candidates is None else num_candidates)
     if C < K:

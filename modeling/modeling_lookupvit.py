@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_lookupvit import LookupViTConfig
-from .elastic import check_pixel_values
+from .elastic import check_keywords, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .layers import MLP, DropPath, attend, drop_path_rates, split_heads
 from .optimized import OptimizableModel
@@ -210,11 +210,12 @@ class LookupViTModel(LookupViTPreTrainedModel, LookupViTParts):
         Args:
             pixel_values: (B, C, S, S), normalised.
             compressed_size: Side of the grid, or (rows, columns); None is the config's, or the largest.
-            **kwargs: transformers' `return_dict`.
+            **kwargs: transformers' `return_dict` and `num_items_in_batch`.
 
         Raises:
-            ValueError: If the images or the grid are not as described.
+            ValueError: If the images or the grid are not as described, or another keyword would be ignored.
         """
+        check_keywords(self, kwargs)
         check_pixel_values(pixel_values, self.config)
         size = self.config.knobs_for(compressed_size=compressed_size)["compressed_size"]
         if isinstance(size, torch.Tensor):
@@ -259,11 +260,12 @@ class LookupViTForImageClassification(LookupViTPreTrainedModel, OptimizableModel
             labels: (B,) class indices.
             compressed_size: Side of the grid, (rows, columns), or a tensor (B,) with a side for each image; images of
                 equal grids run together. None is the config's, or the largest.
-            **kwargs: transformers' `return_dict`.
+            **kwargs: transformers' `return_dict` and `num_items_in_batch`.
 
         Raises:
-            ValueError: If the images or a grid are not as described.
+            ValueError: If the images or a grid are not as described, or another keyword would be ignored.
         """
+        check_keywords(self, kwargs)
         check_pixel_values(pixel_values, self.config)
         size = self.config.knobs_for(compressed_size=compressed_size)["compressed_size"]
         if isinstance(size, torch.Tensor):

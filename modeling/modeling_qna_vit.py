@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_qna_vit import QnAViTConfig
-from .elastic import check_pixel_values
+from .elastic import check_keywords, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .layers import MLP, DropPath, attend, drop_path_rates
 from .optimized import OptimizableModel
@@ -249,8 +249,12 @@ class QnAViTModel(QnAViTPreTrainedModel, QnAViTParts):
 
         Args:
             pixel_values: (B, C, S, S), normalised.
-            **kwargs: transformers' `return_dict`.
+            **kwargs: transformers' `return_dict` and `num_items_in_batch`.
+
+        Raises:
+            ValueError: If the images are not as described, or another keyword would be ignored.
         """
+        check_keywords(self, kwargs)
         x = self.run(pixel_values)
         used = torch.ones(x.shape[0], dtype=torch.long, device=x.device)
         return QnAViTModelOutput(last_hidden_state=x, pooler_output=x.mean(1), used=used)
@@ -283,9 +287,13 @@ class QnAViTForImageClassification(QnAViTPreTrainedModel, OptimizableModel):
         Args:
             pixel_values: (B, C, S, S), normalised.
             labels: (B,) class indices.
-            **kwargs: transformers' `return_dict`.
+            **kwargs: transformers' `return_dict` and `num_items_in_batch`.
+
+        Raises:
+            ValueError: If the images are not as described, or another keyword would be ignored.
         """
-        outputs = self.qna_vit(pixel_values)
+        check_keywords(self, kwargs)
+        outputs = self.qna_vit(pixel_values, **kwargs)
         logits = self.head(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return QnAViTImageClassifierOutput(loss=loss, logits=logits, used=outputs.used)

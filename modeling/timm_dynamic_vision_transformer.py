@@ -13,7 +13,7 @@ from .timm_family import TimmClassifier, register_architectures
 class DynamicVisionTransformer(DynamicVisionTransformerParts, TimmClassifier):
     """Dynamic Vision Transformer with timm's interface.
 
-    `forward_features` and `forward_head` run the last exit; `forward` takes `exit_thresholds` and `max_exit`.
+    `forward_features` and `forward_head` run all exits; `forward` takes `exit_thresholds` and `max_exit`.
 
     Example:
         >>> import timm
@@ -39,10 +39,20 @@ class DynamicVisionTransformer(DynamicVisionTransformerParts, TimmClassifier):
         return self.heads
 
     def forward_features(self, x: torch.Tensor, **knobs: Any) -> torch.Tensor:
-        """Tokens of the last exit, or of `max_exit`: (B, C, S, S) -> (B, T, D)."""
+        """Tokens of the last exit, which `forward_head` classifies: (B, C, S, S) -> (B, T, D).
+
+        Raises:
+            ValueError: If the images are not as described, or images would stop at an earlier exit, by the knobs or the config.
+        """
+        given, full = self.config.knobs_for(**knobs), self.config.resolve()
+        if given != full:
+            raise ValueError(
+                f"Expected `max_exit` {full['max_exit']} and infinite `exit_thresholds` for the features of the last exit, got "
+                f"{given['max_exit']} and {given['exit_thresholds']}; `model(x, max_exit=...)` classifies at an earlier one."
+            )
         check_pixel_values(x, self.config)
         reused = None
-        for stage in self.exits[: self.config.knobs_for(**knobs)["max_exit"]]:
+        for stage in self.exits:
             tokens, reused = stage(x, reused)
         return tokens
 

@@ -36,7 +36,7 @@ class TimmClassifier(nn.Module):
     pretrained_class: Any  # transformers' base class of the family
     build_parts: Callable[[Any], None]  # the mixin's
     forward_features: Callable[..., torch.Tensor]  # (B, C, H, W) and knobs -> tokens (B, n, D)
-    feature_cfg: Mapping[str, Any] = {}  # timm's settings of `features_only`
+    feature_cfg: Mapping[str, Any] = {}  # timm's settings of `features_only`, which a model without them does not have
 
     def __init__(
         self,
@@ -183,6 +183,8 @@ def _entrypoint(model: type[TimmClassifier], name: str, config: Any) -> Callable
     defaults = {key: value for key, value in config.timm_model_args.items() if key not in ("img_size", "in_chans")}
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if kwargs.get("features_only") and not model.feature_cfg:
+            raise RuntimeError(f"features_only not implemented for {config.title} models.")  # as timm's own models do
         return build_model_with_cfg(
             model,
             name,

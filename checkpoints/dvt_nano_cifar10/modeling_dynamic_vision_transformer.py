@@ -22,7 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_dynamic_vision_transformer import DynamicVisionTransformerConfig
-from .elastic import Pass, check_pixel_values
+from .elastic import Pass, check_keywords, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .layers import MLP, DropPath, attend, drop_path_rates, split_heads
 from .optimized import OptimizableModel
@@ -352,11 +352,12 @@ class DynamicVisionTransformerModel(DynamicVisionTransformerPreTrainedModel, Dyn
             pixel_values: (B, C, S, S), normalised.
             max_exit: In [1, E]; None is the config's, or E.
             exit_thresholds: None or infinity: without classifiers no image can stop early.
-            **kwargs: transformers' `return_dict`.
+            **kwargs: transformers' `return_dict` and `num_items_in_batch`.
 
         Raises:
-            ValueError: If the images or a knob are not as described.
+            ValueError: If the images or a knob are not as described, or another keyword would be ignored.
         """
+        check_keywords(self, kwargs)
         check_pixel_values(pixel_values, self.config)
         last = self.config.max_exit if max_exit is None else max_exit
         knobs = self.config.resolve(max_exit=last, exit_thresholds=exit_thresholds)
@@ -427,11 +428,12 @@ class DynamicVisionTransformerForImageClassification(DynamicVisionTransformerPre
             exit_thresholds: An image stops at an exit where its top probability is at least the threshold, one for each exit
                 but the last, or one for all. None is the config's, or no early stops; infinity is no stop.
             max_exit: In [1, E]: all images stop here at the latest. None is the config's, or E.
-            **kwargs: transformers' `return_dict`.
+            **kwargs: transformers' `return_dict` and `num_items_in_batch`.
 
         Raises:
-            ValueError: If the images or a knob are not as described.
+            ValueError: If the images or a knob are not as described, or another keyword would be ignored.
         """
+        check_keywords(self, kwargs)
         knobs = self.config.knobs_for(exit_thresholds=exit_thresholds, max_exit=max_exit)
         answer = self.dynamic_vision_transformer.answer_with(list(self.heads))
         output = self.run_exits(answer, pixel_values, **knobs)

@@ -64,6 +64,7 @@ class LookupViTConfig(FamilyConfig):
     named: ClassVar[Mapping[str, Mapping[str, Any]]] = LOOKUPVIT_ARCHITECTURES
     modeling_module: ClassVar[str] = "modeling_lookupvit"
     class_prefix: ClassVar[str] = "LookupViT"
+    fixed_image_size: ClassVar[Any] = True
     first_conv: ClassVar[Any] = "embeddings.projection"
     classifiers: ClassVar[Any] = ("head", "lookup_head")
 

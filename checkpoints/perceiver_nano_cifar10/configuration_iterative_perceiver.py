@@ -151,6 +151,11 @@ class IterativePerceiverConfig(FamilyConfig):
         return None if self.inputs == "fourier" else "stem.conv"
 
     @property
+    def fixed_image_size(self) -> bool:
+        """Whether weights fit images of `image_size` alone."""
+        return self.inputs == "learned"
+
+    @property
     def token_side(self) -> int:
         """Tokens along a side of the image."""
         return ((self.image_size - 1) // 2 - 2) // 2 + 1 if self.inputs == "conv" else self.image_size

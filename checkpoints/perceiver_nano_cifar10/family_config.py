@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .elastic import Budget, ElasticConfig
+from .query_selection import as_number
 
 
 @strict
@@ -43,6 +44,10 @@ class FamilyConfig(ElasticConfig, PreTrainedConfig):
         for key in (*self.timm_keys, "image_processor_type"):
             kwargs.pop(key, None)
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # config.json cannot store tensors or NumPy's numbers.
+        super().__setattr__(name, as_number(value) if name in self.knobs.values() else value)
 
     @classmethod
     def from_architecture(cls, name: str, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_iterative_perceiver import IterativePerceiverConfig
-from .elastic import check_pixel_values
+from .elastic import check_keywords, check_pixel_values
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .layers import MLP, attend, split_heads
 from .optimized import OptimizableModel
@@ -292,11 +292,12 @@ class IterativePerceiverModel(IterativePerceiverPreTrainedModel, IterativePercei
             pixel_values: (B, C, S, S), normalised.
             num_active_queries: Use the first K latents; None is the config's value, or all.
             num_iterations: Number of iterations; None is the config's value, or all.
-            **kwargs: transformers' `return_dict`.
+            **kwargs: transformers' `return_dict` and `num_items_in_batch`.
 
         Raises:
-            ValueError: If the images or a knob are not as described.
+            ValueError: If the images or a knob are not as described, or another keyword would be ignored.
         """
+        check_keywords(self, kwargs)
         knobs = self.config.knobs_for(num_active_queries=num_active_queries, num_iterations=num_iterations)
         x = self.run(pixel_values, **knobs)
         used = torch.full((x.shape[0],), x.shape[1], device=x.device)
@@ -343,12 +344,13 @@ class IterativePerceiverForImageClassification(IterativePerceiverPreTrainedModel
             labels: (B,) class indices.
             num_active_queries: As in `IterativePerceiverModel.forward`.
             num_iterations: As in `IterativePerceiverModel.forward`.
-            **kwargs: transformers' `return_dict`.
+            **kwargs: transformers' `return_dict` and `num_items_in_batch`.
 
         Raises:
-            ValueError: If the images or a knob are not as described.
+            ValueError: If the images or a knob are not as described, or another keyword would be ignored.
         """
-        outputs = self.iterative_perceiver(pixel_values, num_active_queries, num_iterations)
+        check_keywords(self, kwargs)
+        outputs = self.iterative_perceiver(pixel_values, num_active_queries, num_iterations, **kwargs)
         logits = self.head(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return IterativePerceiverImageClassifierOutput(loss=loss, logits=logits, used=outputs.used)
@@ -365,14 +367,18 @@ class IterativePerceiverForImageClassification(IterativePerceiverPreTrainedModel
         evaluation. Learned positions get the projection that follows them there.
 
         Args:
-            model: A `PerceiverForImageClassificationLearned`, `...Fourier` or `...ConvProcessing`.
+            model: A loaded `PerceiverForImageClassificationLearned`, `...Fourier` or `...ConvProcessing`.
 
         Raises:
             ValueError: If the model is of another kind, or has settings that this family lacks.
         """
-        c, name = model.config, type(model).__name__
+        name = type(model).__name__
         if name not in cls.transformers_classes:
-            raise ValueError(f"Expected transformers' {' or '.join(cls.transformers_classes)}, got {name}.")
+            given = name if isinstance(model, nn.Module) else repr(model)
+            raise ValueError(
+                f"Expected a loaded model of transformers' {' or '.join(cls.transformers_classes)}, got {given}."
+            )
+        c = model.config
         for field, expected in TRANSFORMERS_SETTINGS.items():
             if getattr(c, field) != expected:
                 raise ValueError(f"Expected a Perceiver with `{field}` {expected!r}, got {getattr(c, field)!r}.")

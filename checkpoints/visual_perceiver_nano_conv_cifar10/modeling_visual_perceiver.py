@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_visual_perceiver import VisualPerceiverConfig
 from .conv_stem import ConvBlock, level_channels
-from .elastic import Budget, ElasticModel, GraphPlan, Pass, check_pixel_values, reference_model
+from .elastic import Budget, ElasticModel, GraphPlan, Pass, check_keywords, check_pixel_values, reference_model
 from .engines import ENGINES
 from .family_config import FamilyConfig  # noqa: F401  transformers 5.4 copies what this file imports alone
 from .macs import count_macs  # noqa: F401  likewise
@@ -152,11 +152,12 @@ class VisualPerceiverModel(VisualPerceiverPreTrainedModel, PerceiverNetwork):
                 earlier query (section 3.4); at least -1, and 1 keeps all. None is the config's value, or no selection;
                 infinity turns selection off. If hidden states or attentions are recorded, dropped queries are masked instead.
             interpolate_pos_encoding: Allow images of any multiple of the patch size, by resampling the positions.
-            **kwargs: transformers' `output_hidden_states`, `output_attentions`, `return_dict`.
+            **kwargs: transformers' `output_hidden_states`, `output_attentions`, `return_dict` and `num_items_in_batch`.
 
         Raises:
-            ValueError: If the images, K or the threshold are not as described.
+            ValueError: If the images, K or the threshold are not as described, or another keyword would be ignored.
         """
+        check_keywords(self, kwargs)
         K, threshold = self.config.operating_point(num_active_queries, dqs_threshold)
         need_weights, need_states = (
             bool(getattr(self.config, name, False) if kwargs.get(name) is None else kwargs[name])
@@ -263,11 +264,12 @@ class VisualPerceiverForImageClassification(VisualPerceiverPreTrainedModel, Elas
             num_active_queries: As in `VisualPerceiverModel.forward`.
             dqs_threshold: As in `VisualPerceiverModel.forward`.
             interpolate_pos_encoding: As in `VisualPerceiverModel.forward`.
-            **kwargs: transformers' `output_hidden_states`, `output_attentions`, `return_dict`.
+            **kwargs: transformers' `output_hidden_states`, `output_attentions`, `return_dict` and `num_items_in_batch`.
 
         Raises:
-            ValueError: If the images, K, the threshold or, on a CPU, the labels are not as described.
+            ValueError: If the images, K, the threshold or, on a CPU, the labels are not as described, or another keyword would be ignored.
         """
+        check_keywords(self, kwargs)
         outputs = self.visual_perceiver(
             pixel_values,
             num_active_queries=num_active_queries,

@@ -33,6 +33,7 @@ from hf_visual_perceiver.inference.cascade import Cascade, top_probability
 from hf_visual_perceiver.inference.classification import classify
 from hf_visual_perceiver.inference.loading import load_config, load_model
 from hf_visual_perceiver.modeling import FAMILIES, Budget, ElasticConfig, ElasticModel, Family, Pass
+from hf_visual_perceiver.modeling.elastic import check_keywords
 from hf_visual_perceiver.training.folder import save_folder
 from hf_visual_perceiver.training.objective import Objective
 from hf_visual_perceiver.training.schedules import create_schedule, describe, step_macs
@@ -103,9 +104,9 @@ class EarlyExitModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=0.3)
             nn.init.zeros_(module.bias)
 
-    def forward(self, pixel_values, **knobs):
-        given = {**self.config.default_budget.kwargs, **{k: v for k, v in knobs.items() if v is not None}}
-        last = self.config.resolve(**given)["max_exit"]
+    def forward(self, pixel_values, max_exit=None, exit_threshold=None, **kwargs):
+        check_keywords(self, kwargs)
+        last = self.config.knobs_for(max_exit=max_exit, exit_threshold=exit_threshold)["max_exit"]
         x = pixel_values
         for conv in self.convs[:last]:
             x = conv(x).relu()
@@ -121,13 +122,12 @@ class EarlyExitForImageClassification(EarlyExitModel, ElasticModel):
         self.heads = nn.ModuleList(nn.Linear(config.width, config.num_labels) for _ in range(EXITS))
         self.post_init()
 
-    def forward(self, pixel_values, max_exit=None, exit_threshold=None, **_):
-        given = {"max_exit": max_exit, "exit_threshold": exit_threshold}
-        given = {k: v for k, v in given.items() if v is not None}
-        knobs = self.config.resolve(**{**self.config.default_budget.kwargs, **given})
+    def forward(self, pixel_values, max_exit=None, exit_threshold=None, **kwargs):
+        check_keywords(self, kwargs)
+        knobs = self.config.knobs_for(max_exit=max_exit, exit_threshold=exit_threshold)
         B, x = pixel_values.shape[0], pixel_values
         if knobs["exit_threshold"] > 1:  # all stay to the end
-            pooled = self.trunk(x, max_exit=knobs["max_exit"])
+            pooled = self.trunk(x, max_exit=knobs["max_exit"], **kwargs)
             return EarlyExitOutput(logits=self.heads[knobs["max_exit"] - 1](pooled.pooler_output), used=pooled.used)
         going = torch.arange(B, device=x.device)
         logits = x.new_zeros(B, self.config.num_labels)
@@ -231,6 +231,16 @@ class TestConfig:
         assert changed.default_budget == budget
         assert type(config).from_dict(with_default(values, Budget())).default_budget == Budget()
 
+    def test_numbers_of_other_libraries_are_stored(self, elastic, tmp_path):
+        config = elastic.config
+        if config.model_type == "early_exit":  # its config is not the package's
+            return
+        for number in (np.int64, torch.tensor):
+            for knobs in (budget.kwargs for budget in config.budgets()[:-1]):
+                changed = type(config)(**{name: number(value) for name, value in knobs.items()})
+                changed.save_pretrained(tmp_path)
+                assert type(config).from_pretrained(tmp_path).default_budget == Budget(**knobs)
+
 
 class TestModel:
     @torch.no_grad()
@@ -277,6 +287,55 @@ class TestModel:
             assert 0 < step_macs(config, schedule, 3) <= 3 * config.count_macs(Budget())
         assert all(p.grad is not None for p in elastic.parameters())
         assert list(elastic.blocks())
+
+
+class TestKeywords:
+    def test_unknown_ones_are_refused(self, elastic, pixels):
+        for model in (elastic, elastic.base_model):
+            for given in ({"max_exits": 1, "num_querys": 2}, {"max_exits": 1, "num_querys": 2, "return_dict": True}):
+                with pytest.raises(ValueError, match="Expected keywords") as error:
+                    model(pixels, **given)
+                expected, names = str(error.value).split(", got ")
+                assert names == "max_exits, num_querys."
+                assert expected.startswith("Expected keywords of `forward` among pixel_values, ")
+                assert ("output_attentions" in expected) == bool(model._can_record_outputs)
+                assert model is elastic.base_model or all(knob in expected for knob in elastic.config.knobs.values())
+
+    def test_what_transformers_passes_is_allowed(self, elastic, pixels):
+        passed = {"num_items_in_batch": torch.tensor(6), "output_attentions": False, "output_hidden_states": None}
+        passed["input_ids"] = None  # of wrappers for text models, such as some of PEFT's
+        for model in (elastic, elastic.base_model):
+            with torch.no_grad():
+                expected, given = model(pixels), model(pixels, **passed)
+            assert given.keys() == expected.keys()
+            assert given[next(iter(given))].equal(expected[next(iter(expected))])
+
+    def test_what_is_not_recorded_is_refused(self, elastic, pixels):
+        elastic.set_attn_implementation("eager")  # transformers records no other attention
+        budget = elastic.config.resolve(**elastic.config.budgets()[0].kwargs)
+        for name in ("output_attentions", "output_hidden_states"):
+            for model, knobs in ((elastic, budget), (elastic, {}), (elastic.base_model, {})):
+                setattr(elastic.config, name, False)
+                for given in ({name: True}, {}):  # then the config asks for it
+                    if model._can_record_outputs:
+                        assert model(pixels, **given, **knobs)[name.removeprefix("output_")]
+                    else:
+                        with pytest.raises(
+                            ValueError, match=f"Expected `{name}` to be False, as .*{type(model).__name__} .*, got True"
+                        ):
+                            model(pixels, **given, **knobs)
+                    setattr(elastic.config, name, True)
+                assert name.removeprefix("output_") not in model(pixels, **{name: False}, **knobs)
+            setattr(elastic.config, name, False)
+
+    @torch.no_grad()
+    def test_compiles_as_one_graph(self, elastic, pixels):
+        knobs = elastic.config.resolve(**elastic.config.budgets()[0].kwargs)
+        expected = elastic(pixels, **knobs).logits
+        torch.compiler.reset()
+        compiled = torch.compile(elastic, fullgraph=True, backend="eager")
+        for passed in ({}, {"output_attentions": False, "num_items_in_batch": 6}):
+            torch.testing.assert_close(compiled(pixels, **knobs, **passed).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 class TestTools:

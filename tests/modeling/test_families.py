@@ -2,9 +2,11 @@
 
 import copy
 import math
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -91,24 +93,79 @@ VARIANTS = {
     },
     "lookupvit, softmax": {**SMALL["lookupvit"], "infusion": "softmax", "classify_with": "compressed"},
 }
-# Parameters and multiply-accumulates (in millions, of the smallest and the full budget) that the papers or their code give, and
-# those of the small networks, which are counted.
-PUBLISHED = {
-    "dvt_deit_small_224": (70_442_232, 1142.909952, 8800.629120),
-    "dvt_t2t_vit_12_224": (22_360_140, 467.702400, 3455.014176),
-    "dvt_t2t_vit_14_224": (67_735_916, 1200.582272, 9264.151296),
-    "dvt_nano_32": (1_329_118, 7.177856, 59.654784),
-    "perceiver_224": (44_912_254, None, 353_139.54816),
-    "perceiver_io_224": (48_440_627, None, 203_062.374400),
-    "perceiver_io_nano_32": (764_053, None, 57.904384),
-    "lookupvit_base_patch16_224": (137_024_720, None, None),
-    "lookupvit_nano_patch4_32": (902_372, 15.242112, 66.160512),
-    "qna_vit_tiny_224": (15_715_560, 2423.0, 2423.0),
-    "qna_vit_tiny_7x7_224": (15_753_960, 2511.0, 2511.0),
-    "qna_vit_small_224": (24_971_560, 4345.0, 4345.0),
-    "qna_vit_base_224": (55_670_008, 9506.0, 9506.0),
-    "qna_vit_nano_32": (996_058, 57.077504, 57.077504),
-}
+# Name, other arguments, parameters, and multiply-accumulates of some budgets: those that the papers or their code give, and of
+# what they do not give, LookupViT and the networks for 32 pixels, the counts. All to the decimals that are written.
+PUBLISHED = [
+    ("dvt_deit_small_224", {}, "70,442,232", {"exit=1": "1142.909952 M", "exit=2": "3.643 G", "full": "8800.629120 M"}),
+    ("dvt_t2t_vit_12_224", {}, "22,360,140", {"exit=1": "467.702400 M", "exit=2": "1.446 G", "full": "3455.014176 M"}),
+    ("dvt_t2t_vit_14_224", {}, "67,735,916", {"exit=1": "1200.582272 M", "exit=2": "3.818 G", "full": "9264.151296 M"}),
+    ("dvt_nano_32", {}, "1,329,118", {"exit=1": "7.177856 M", "exit=2": "25.2 M", "full": "59.654784 M"}),
+    ("dvt_nano_2exits_32", {}, "1.35 M", {"exit=1": "11.1 M", "full": "60.1 M"}),
+    # The table that these networks come from has 167.7 and 393.0 after exits 2 and 3, but its formula for an exit gives these.
+    ("dvt_tiny_32", {}, "9.09 M", {"exit=1": "48.3 M", "exit=2": "167.646 M", "full": "392.946 M"}),
+    ("perceiver_224", {}, "44,912,254", {"full": "353.14 G"}),
+    ("perceiver_nano_32", {}, "0.30 M", {"K=1, i=1": "3.1 M", "i=1": "13.4 M", "K=16": "31.9 M", "full": "53.6 M"}),
+    ("perceiver_nano_32", {"share_weights": False}, "0.99 M", {"full": "53.6 M"}),
+    ("perceiver_tiny_32", {}, "0.66 M", {"full": "401.4 M"}),
+    ("perceiver_tiny_32", {"share_weights": False}, "4.39 M", {"full": "401.4 M"}),
+    ("perceiver_io_224", {}, "48,440,627", {"full": "203.06 G"}),
+    (
+        "perceiver_io_nano_32",
+        {},
+        "764,053",
+        {"K=1, i=1": "10.6 M", "K=16, i=1": "23.2 M", "K=16": "33.1 M", "full": "57,904,384"},
+    ),
+    ("perceiver_io_tiny_32", {}, "3.03 M", {"full": "402.2 M"}),
+    ("lookupvit_small_patch16_224", {}, "34.9 M", {}),
+    (
+        "lookupvit_base_patch16_224",
+        {},
+        "137,024,720",
+        {"grid=3": "6.67 G", "grid=5": "8.47 G", "grid=7": "11.18 G", "grid=10": "17.01 G"},
+    ),
+    (
+        "lookupvit_base_patch16_224",
+        {"img_size": 384},
+        None,
+        {"grid=3": "17.75 G", "grid=5": "19.71 G", "grid=7": "22.68 G", "grid=10": "29.04 G"},
+    ),
+    (
+        "lookupvit_nano_patch4_32",
+        {},
+        "902,372",
+        {
+            "grid=2": "15.242112 M",
+            "grid=3": "19.2 M",
+            "grid=4": "24.9 M",
+            "grid=5": "32.3 M",
+            "grid=6": "41.5 M",
+            "grid=7": "52.8 M",
+            "full": "66.160512 M",
+        },
+    ),
+    (
+        "lookupvit_tiny_patch4_32",
+        {},
+        "6.38 M",
+        {
+            "grid=2": "106.8 M",
+            "grid=3": "133.6 M",
+            "grid=4": "171.3 M",
+            "grid=5": "220.4 M",
+            "grid=6": "281.1 M",
+            "grid=7": "353.9 M",
+            "full": "439.4 M",
+        },
+    ),
+    ("qna_vit_tiny_224", {}, "15,715,560", {"full": "2.423 G"}),
+    ("qna_vit_tiny_224", {"num_queries": 1}, None, {"full": "2.392 G"}),
+    ("qna_vit_tiny_7x7_224", {}, "15,753,960", {"full": "2.511 G"}),
+    ("qna_vit_small_224", {}, "24,971,560", {"full": "4.345 G"}),
+    ("qna_vit_base_224", {}, "55,670,008", {"full": "9.506 G"}),
+    ("qna_vit_nano_32", {}, "996,058", {"full": "57.077504 M"}),
+    ("qna_vit_nano_32", {"num_queries": 1}, None, {"full": "56.0 M"}),
+    ("qna_vit_tiny_32", {}, "6.77 M", {"full": "381.8 M"}),
+]
 
 
 T2T_19 = {"hidden_size": 448, "intermediate_size": 1344, "num_hidden_layers": 19, "num_attention_heads": 7}
@@ -141,16 +198,28 @@ def images() -> torch.Tensor:
     return torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sizes_and_costs(name):
-    parameters, least, most = PUBLISHED[name]
+def as_written(number: int, expected: str) -> str:
+    """The number in the unit and with the decimals of the expected one, such as "6.67 G"."""
+    digits, _, unit = expected.partition(" ")
+    if not unit:
+        return f"{number:,}"
+    decimals = len(digits.partition(".")[2])
+    return f"{number / {'M': 1e6, 'G': 1e9}[unit]:.{decimals}f} {unit}"
+
+
+@pytest.mark.parametrize(("name", "arguments", "parameters", "macs"), PUBLISHED)
+def test_published_sizes_and_costs(name, arguments, parameters, macs):
     with torch.device("meta"):
-        model = timm.create_model(name)
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    budgets = model.config.budgets()
-    for budget, expected in ((budgets[0], least), (budgets[-1], most)):
-        if expected is not None:
-            assert model.config.count_macs(budget) / 1e6 == pytest.approx(expected, rel=5e-4)
+        model = timm.create_model(name, **arguments)
+    if parameters is not None:
+        assert as_written(sum(p.numel() for p in model.parameters()), parameters) == parameters
+    counted = {budget: model.config.count_macs(model.config.parse_budget(budget)) for budget in macs}
+    assert {budget: as_written(counted[budget], macs[budget]) for budget in macs} == macs
+
+
+def test_every_architecture_has_a_published_size():
+    named = {name for config_class, *_ in FAMILIES.values() for name in config_class.named}
+    assert named == {name for name, *_ in PUBLISHED}
 
 
 @pytest.mark.parametrize(
@@ -326,7 +395,7 @@ def test_bad_input(name, images):
     model = small(name)
     for pixels, message in (
         (images[:, :1], "images of 3 channels, got 1"),
-        (images[..., :8], "images of size 16x16, got 16x8; a model loaded with `image_size=...`"),
+        (images[..., :8], "images of size 16x16, got 16x8; "),
         (images[0], r"`pixel_values` of shape \(B, C, H, W\)"),
         (images[:0], "at least one image"),
         (images.int(), "floating-point"),
@@ -343,6 +412,22 @@ def test_bad_input(name, images):
                 type(model.config)(**{**model.config.to_diff_dict(), knob: value})
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_advice_for_images_of_another_size(name, images, tmp_path):
+    model, other = small(name), torch.randn(1, 3, 32, 32)
+    model.save_pretrained(tmp_path)
+    fits = name.startswith("qna") or name == "dvt, t2t" or (name.startswith("perceiver") and "learned" not in name)
+    for network in (model, model.optimize_for_inference(backend="torch")):
+        advice = "`image_size=...`" if fits else "the position embeddings are for this size alone.$"
+        with pytest.raises(ValueError, match=f"images of size 16x16, got 32x32; .*{advice}"):
+            network(other)
+    if fits:
+        assert type(model).from_pretrained(tmp_path, image_size=32)(other).logits.shape == (1, 5)
+    else:
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            type(model).from_pretrained(tmp_path, image_size=32)
+
+
 @pytest.mark.parametrize("name", [*SMALL, "dvt, t2t"])
 def test_arguments_of_timm(name):
     config_class = FAMILIES[name.split(",")[0]][0]
@@ -355,6 +440,13 @@ def test_arguments_of_timm(name):
         config_class.from_timm(depht=3)
     with pytest.raises(ValueError, match=r"square images, got `img_size` \[16, 32\]"):
         config_class.from_timm(img_size=(16, 32))
+
+
+@pytest.mark.parametrize("name", ["dvt_nano_32", "lookupvit_nano_patch4_32", "perceiver_nano_32", "qna_vit_nano_32"])
+def test_timm_says_that_there_are_no_feature_maps(name):
+    with pytest.raises(RuntimeError, match=r"^features_only not implemented for .+ models\.$"):
+        timm.create_model(name, features_only=True)
+    assert timm.create_model(name, features_only=False, num_classes=0).num_classes == 0
 
 
 class TestDynamicVisionTransformer:
@@ -387,6 +479,57 @@ class TestDynamicVisionTransformer:
         torch.testing.assert_close(
             model(images, exit_thresholds=1.1).logits, model(images).logits, rtol=1e-4, atol=1e-5
         )
+
+    @pytest.mark.parametrize("scalar", [np.float32, np.float64, torch.tensor, lambda x: torch.tensor([x])])
+    def test_numbers_of_other_libraries(self, scalar, images, tmp_path):
+        model = small("dvt", patches=[[8, 8, 0], [4, 4, 0], [2, 2, 0]])
+        resolve, full = model.config.resolve, math.inf
+        whole = np.int64(2) if isinstance(scalar, type) else scalar(2)
+        assert resolve(max_exit=whole) == {"max_exit": 2, "exit_thresholds": [full, full]}
+        two = [scalar(0.5), scalar(0.75)]
+        for given, expected in ((scalar(0.5), [0.5, 0.5]), (two, [0.5, 0.75]), (scalar(full), [full, full])):
+            assert resolve(exit_thresholds=given)["exit_thresholds"] == expected
+            assert all(type(t) is float for t in resolve(exit_thresholds=given)["exit_thresholds"])
+        for several in (torch.tensor([0.5, 0.75]), np.array([0.5, 0.75], np.float32)):
+            assert resolve(exit_thresholds=several)["exit_thresholds"] == [0.5, 0.75]
+        expected = model(images, max_exit=2, exit_thresholds=0.5)
+        assert torch.equal(model(images, max_exit=whole, exit_thresholds=scalar(0.5)).logits, expected.logits)
+        for thresholds in (scalar(0.5), two, np.array([0.5, 0.5], np.float32)):
+            config = DynamicVisionTransformerConfig(max_exit=whole, exit_thresholds=thresholds)
+            config.save_pretrained(tmp_path)
+            again = DynamicVisionTransformerConfig.from_pretrained(tmp_path)
+            assert again.default_budget == config.default_budget
+            assert again.knobs_for() == config.knobs_for() == config.resolve(max_exit=2, exit_thresholds=thresholds)
+
+    @pytest.mark.parametrize(
+        "bad", [-0.5, [0.5], [0.5] * 3, "x", True, math.nan, [True, 0.5], torch.zeros(3), object()]
+    )
+    def test_bad_thresholds(self, bad):
+        with pytest.raises(
+            ValueError, match=r"`exit_thresholds` .*at least 0 or 2 of them, where infinity stops no image"
+        ):
+            DynamicVisionTransformerConfig().resolve(exit_thresholds=bad)
+        for exit in (np.float32(2), torch.tensor(1.0), np.int64(4), torch.tensor([1, 2]), True):
+            with pytest.raises(ValueError, match=r"`max_exit` to be an integer in \[1, 3\], got"):
+                DynamicVisionTransformerConfig().resolve(max_exit=exit)
+
+    @torch.no_grad()
+    def test_features_in_timm_are_of_the_last_exit(self, images):
+        config = small("dvt").config
+        model = DynamicVisionTransformer(**config.timm_model_args, num_classes=5).eval()
+        for knobs in ({}, {"max_exit": 2}, {"exit_thresholds": math.inf}):
+            logits = model.forward_head(model.forward_features(images, **knobs))
+            torch.testing.assert_close(logits, model(images, **knobs), rtol=1e-5, atol=1e-5)
+        for knobs in ({"max_exit": 1}, {"exit_thresholds": 0.5}, {"max_exit": 1, "exit_thresholds": [0.9]}):
+            stored = DynamicVisionTransformer(**{**config.timm_model_args, **knobs}, num_classes=5).eval()
+            stored.load_state_dict(model.state_dict())
+            for network, given in ((model, knobs), (stored, {})):
+                with pytest.raises(
+                    ValueError, match=r"`max_exit` 2 and infinite .*, got .*; `model\(x, max_exit=...\)` "
+                ):
+                    network.forward_features(images, **given)
+            assert torch.equal(model(images, **knobs), stored(images))
+            assert stored.forward_features(images, max_exit=2, exit_thresholds=math.inf).shape == (7, 17, 24)
 
     def test_all_exits_learn_for_the_price_of_the_last(self):
         config = DynamicVisionTransformerConfig.from_architecture("dvt_nano_32")
@@ -571,6 +714,9 @@ class TestIterativePerceiver:
     def test_other_models_are_refused(self):
         for other in (small("perceiver"), PerceiverForMaskedLM(PerceiverConfig(**THEIRS, d_model=16))):
             with pytest.raises(ValueError, match=f"PerceiverForImageClassificationFourier.*got {type(other).__name__}"):
+                IterativePerceiverForImageClassification.from_transformers(other)
+        for other in ("deepmind/vision-perceiver-learned", Path("model"), None, PerceiverConfig):
+            with pytest.raises(ValueError, match=f"Expected a loaded model .*Fourier.*, got {re.escape(repr(other))}"):
                 IterativePerceiverForImageClassification.from_transformers(other)
 
     @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_visual_perceiver import VisualPerceiverConfig, VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling import FAMILIES, Budget
 
 
 PAPER = {1: 11.46, 2: 17.25, 4: 28.86, 8: 52.18, 16: 99.27, 32: 195.22, 48: 293.53, 64: 394.20}
@@ -54,3 +55,28 @@ def test_bad_numbers():
             count_macs(config, K)
     with pytest.raises(ValueError, match="at least"):
         count_macs(config, 8, num_candidates=4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name):
+    config = FAMILIES[name].config(num_labels=10)
+    assert count_macs(config) == config.count_macs(Budget())
+    for budget in (*config.budgets(), *config.adaptive_budgets()):
+        assert count_macs(config, **budget.kwargs) == config.count_macs(budget)
+    with pytest.raises(ValueError, match=r"Expected .*knobs.*, got nonsense"):
+        count_macs(config, nonsense=3)
+
+
+def test_a_missing_knob_is_the_configs():
+    config = FAMILIES["dynamic_vision_transformer"].config(num_labels=10, max_exit=1)
+    assert count_macs(config) == config.count_macs() < count_macs(config, max_exit=2)
+    assert count_macs(config, exit_thresholds=0.5) == config.count_macs()
+    config = small_config(num_active_queries=3)
+    assert count_macs(config, dqs_threshold=0.8) == count_macs(config, 3, 3)
+
+
+def test_numbers_of_queries_of_a_family_without_them():
+    config = FAMILIES["lookupvit"].config()
+    for given in ({"num_active_queries": 3}, {"num_candidates": 3}):
+        with pytest.raises(ValueError, match=f"among compressed_size, got {next(iter(given))}"):
+            count_macs(config, **given)
