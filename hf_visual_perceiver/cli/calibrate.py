@@ -43,7 +43,9 @@ def calibrate_command(
     ] = None,
     search: Annotated[
         str | None,
-        typer.Option(help='Knobs to search over, such as "K", "t" or "K,t"; by default the model\'s first.'),
+        typer.Option(
+            help='Knobs of the model to search over, such as "K", "t", "K,t", "p" or "grid"; by default its first.'
+        ),
     ] = None,
     budget: BudgetOption = None,
     write: Annotated[
@@ -85,12 +87,13 @@ def calibrate_command(
         raise ValueError(f"Expected a local model folder for --write, got {name!r}.")
     network = load_model(name, choose_device(device), dtype)
     knobs = [knob.strip() for knob in search.split(",")] if search else []
-    budgets = parsed_budgets(network.config, budget) or candidate_budgets(network.config, knobs, target)
+    budgets = parsed_budgets(network.config, budget) or None
+    candidate_budgets(network.config, knobs)  # raises if there are no such knobs
     data = at_most(load_images(dataset or default_dataset(), split), max_images)
     if len(data) < FEW_IMAGES:
         few = f"warning: calibrating on {len(data)} images, fewer than {FEW_IMAGES}: the intervals are wide"
         messages.print(few, style="yellow", highlight=False, soft_wrap=True)
-    result = calibrate(network, data, target, budgets, batch_size)
+    result = calibrate(network, data, target, budgets, batch_size, search=knobs)
     conditions = measurement_conditions(
         next(network.parameters()).device,
         dtype=dtype,

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy.stats import binomtest, norm
 
 from hf_visual_perceiver.data.images import ImageDataset
+from hf_visual_perceiver.evaluation.cascade import search_thresholds
 from hf_visual_perceiver.evaluation.evaluate import Measurement, Row, measure_budgets, plain
 from hf_visual_perceiver.inference.loading import config_from_dict
 from hf_visual_perceiver.modeling import Budget, ElasticConfig
@@ -181,6 +183,42 @@ def candidate_budgets(config: ElasticConfig, search: Sequence[str] = (), target:
     return sorted(dict.fromkeys(budgets), key=config.count_macs)
 
 
+def stopping_budgets(
+    model: Any,
+    data: ImageDataset,
+    target: Target,
+    search: Sequence[str] = (),
+    batch_size: int = 256,
+    progress: bool = True,
+) -> list[Budget]:
+    """Thresholds for each exit of a model with early exits, found by `search_thresholds` for several mean costs.
+
+    Empty if `search` does not name the knob of the thresholds, or the family has none.
+
+    Args:
+        model: A model in eval mode.
+        data: Labelled images to search on.
+        target: The target to meet; a MACs target is one of the costs.
+        search: The knobs to vary, as in `candidate_budgets`.
+        batch_size: Number of images per batch.
+        progress: Whether to show progress on stderr.
+    """
+    config, stages = model.config, model.config.budgets()
+    probe = config.stopping_budget([math.inf] * (len(stages) - 1))
+    if probe is None or not probe.kwargs.keys() <= set(config.knob_names(search)):
+        return []
+    measured = measure_budgets(model, data, stages, batch_size, progress)
+    confidence, correct = (
+        np.stack(columns, axis=1) for columns in ([m.confidence for m in measured], [m.correct for m in measured])
+    )
+    costs = [config.count_macs(stage) for stage in stages]
+    limits = [*np.linspace(costs[0], costs[-1], 9), *([target.value * costs[-1]] if target.kind == "macs" else [])]
+    found = [search_thresholds(confidence, correct, costs, limit) for limit in limits if limit >= costs[0]]
+    # Rounded down, which costs no more.
+    rounded = ([math.floor(1e4 * t) / 1e4 if t <= 1 else math.inf for t in choice.thresholds] for choice in found)
+    return [config.stopping_budget(thresholds) for thresholds in rounded]
+
+
 def calibrate(
     model: Any,
     data: ImageDataset,
@@ -188,6 +226,7 @@ def calibrate(
     budgets: Sequence[Budget] | None = None,
     batch_size: int = 256,
     progress: bool = True,
+    search: Sequence[str] = (),
 ) -> Calibration:
     """Choose a budget on every other image, and report its results on the rest.
 
@@ -195,9 +234,10 @@ def calibrate(
         model: A model in eval mode, on the device and in the dtype to run.
         data: Labelled images that the model was not trained on, at least two.
         target: The target to meet.
-        budgets: Budgets to try beside the full network; `candidate_budgets` if None.
+        budgets: Budgets to try beside the full network; `candidate_budgets` and `stopping_budgets` if None.
         batch_size: Number of images per batch; it matters for a time target.
         progress: Whether to show progress on stderr.
+        search: The knobs to vary if `budgets` is None, by short or long names; if empty, the family's first knob.
 
     Raises:
         ValueError: If the target cannot be met, or the data do not fit the model.
@@ -214,9 +254,11 @@ def calibrate(
         raise ValueError(
             f"Expected at least 2 images to calibrate on, half to choose and half to report, got {len(data)}."
         )
-    budgets = candidate_budgets(model.config, target=target) if budgets is None else budgets
     # Every other image, so that both halves have all classes even if the dataset is sorted by class.
     halves = data.subset(slice(0, None, 2)), data.subset(slice(1, None, 2))
+    if budgets is None:
+        budgets = candidate_budgets(model.config, search, target)
+        budgets += stopping_budgets(model, halves[0], target, search, batch_size, progress)
     measured = measure_budgets(model, halves[0], list(dict.fromkeys([*budgets, Budget()])), batch_size, progress)
     curve = [m.row() for m in measured]
     chosen = choose_budget(curve, target, model.config.knobs)

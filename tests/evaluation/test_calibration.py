@@ -12,6 +12,7 @@ from support import papers_form, small_config
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
+from hf_visual_perceiver import bundled_checkpoint
 from hf_visual_perceiver.cli.main import app
 from hf_visual_perceiver.data.images import load_images, normalise
 from hf_visual_perceiver.evaluation.calibration import (
@@ -19,10 +20,13 @@ from hf_visual_perceiver.evaluation.calibration import (
     calibrate,
     candidate_budgets,
     choose_budget,
+    meets,
     paired_interval,
+    reference_row,
     write_budget,
 )
 from hf_visual_perceiver.evaluation.evaluate import Row
+from hf_visual_perceiver.inference.loading import load_model
 from hf_visual_perceiver.modeling import Budget, count_macs
 
 
@@ -123,6 +127,25 @@ def test_impossible_counts():
 @pytest.fixture(scope="module")
 def data(cifar10):
     return load_images(cifar10, "test").subset(slice(0, 120))
+
+
+@pytest.mark.parametrize("target", [Target("macs", 0.3), Target("accuracy_drop", 3)], ids=str)
+def test_thresholds_of_early_exits_are_searched_one_by_one(data, target):
+    model = load_model(bundled_checkpoint("dvt_nano_cifar10"))
+    result = calibrate(model, data, target, batch_size=60, progress=False, search=["p"])
+    # One threshold for all exits is tried too, and is no better.
+    same = [row for row in result.curve if len(set(row.budget.kwargs.get("exit_thresholds", [0]))) == 1]
+    alone = [row for row in same if row.budget == Budget() or meets(row, reference_row(result.curve), target)]
+    if target.kind == "macs":
+        assert result.chosen_on.accuracy > max((row.accuracy for row in alone if row.budget != Budget()), default=0)
+        assert result.chosen_on.macs <= 0.3 * result.full.macs
+    else:
+        assert result.chosen_on.macs < min(row.macs for row in alone)
+    assert len(set(result.budget.kwargs["exit_thresholds"])) == 2
+    assert not any("max_exit" in row.budget.kwargs for row in result.curve)
+    # Without the thresholds' knob, exits are tried alone.
+    exits = calibrate(model, data, Target("macs", 0.5), batch_size=60, progress=False)
+    assert exits.budget == Budget(max_exit=2)
 
 
 def test_it_chooses_on_one_half_and_reports_on_the_other(trained, data):
