@@ -1,6 +1,7 @@
-"""A run's curves: training loss, and validation accuracy at every K. accelerate's trackers get the same values live."""
+"""A run's curves: training loss, and validation accuracy at every budget. accelerate's trackers get the same values live."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from hf_visual_perceiver.modeling import Budget, family_of
+from hf_visual_perceiver.training.recipe import TIMM
 from hf_visual_perceiver.utils.files import written_aside
 
 
@@ -17,8 +20,53 @@ from hf_visual_perceiver.utils.files import written_aside
 LOSSES = {"loss": "loss", "full_loss": "full", "student_loss": "students"}
 
 
+def step_names(ladder: Sequence[Budget], knobs: Mapping[str, str]) -> dict[int, str]:
+    """Names of a ladder's steps 1, 2, ..., which recipes and logs call K: short names of the budgets.
+
+    If each step is a number of queries, that is its name, also at the last, the full network.
+
+    Example:
+        >>> from hf_visual_perceiver import DynamicVisionTransformerConfig, VisualPerceiverConfig
+        >>> config = VisualPerceiverConfig(num_queries=3)
+        >>> step_names(config.ladder(), config.knobs)
+        {1: 'K=1', 2: 'K=2', 3: 'K=3'}
+        >>> config = DynamicVisionTransformerConfig()
+        >>> step_names(config.ladder(), config.knobs)
+        {1: 'exit=1', 2: 'exit=2', 3: 'full'}
+    """
+    numbers = [f"K={K}" for K in range(1, len(ladder) + 1)]
+    names = [budget.short(knobs) for budget in ladder]
+    return dict(enumerate(numbers if "K" in knobs and names[:-1] == numbers[:-1] else names, start=1))
+
+
+def recipe_step_names(recipe: Mapping[str, Any]) -> dict[int, str]:
+    """`step_names` of the network of a recipe, of which only `architecture` and `config` are read.
+
+    Example:
+        >>> recipe_step_names({"architecture": "lookupvit_nano_patch4_32", "config": {"max_compressed_size": 4}})
+        {1: 'grid=2', 2: 'grid=3', 3: 'full'}
+        >>> recipe_step_names({"architecture": "timm/resnet18", "config": {}})
+        {1: 'full'}
+    """
+    architecture = recipe["architecture"]
+    if architecture.startswith(TIMM):
+        return step_names([Budget()], {})
+    config = family_of(architecture).create_config(architecture, **recipe["config"])
+    return step_names(config.ladder(), config.knobs)
+
+
+def in_words(name: str) -> str:
+    """A budget's name for running text.
+
+    Example:
+        >>> in_words("K=8"), in_words("full")
+        ('K = 8', 'the full network')
+    """
+    return "the full network" if name == "full" else name.replace("=", " = ")
+
+
 def plot_curves(entries: list[dict[str, Any]], path: str | Path) -> None:
-    """Plot a run's log: training loss on the left, validation accuracy at every K on the right.
+    """Plot a run's log: training loss on the left, validation accuracy at every budget on the right.
 
     Args:
         entries: Lines of log.jsonl; lines without a loss or accuracy are skipped, and the list may be empty.
@@ -64,13 +112,15 @@ def _plot_losses(axes: Axes, entries: list[dict[str, Any]]) -> None:
 
 def _plot_accuracies(axes: Axes, entries: list[dict[str, Any]]) -> None:
     lines: dict[int, list[tuple[int, float]]] = {}
+    names = {}
     for entry in entries:
         if "validation_accuracy" in entry:
             lines.setdefault(entry["K"], []).append((entry["step"], 100 * entry["validation_accuracy"]))
+            names[entry["K"]] = entry.get("budget", f"K={entry['K']}")  # earlier versions logged K alone
     # Only the dark part of viridis: its yellow end is hard to see on white.
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.82, len(lines)))
     for K, color in zip(sorted(lines), colors, strict=True):
-        axes.plot(*zip(*lines[K], strict=True), color=color, marker="o", markersize=3, label=f"K = {K}")
+        axes.plot(*zip(*lines[K], strict=True), color=color, marker="o", markersize=3, label=in_words(names[K]))
 
 
 def smoothed(values: tuple[float, ...]) -> list[float]:

@@ -21,7 +21,7 @@ from hf_visual_perceiver.modeling import Budget, Pass
 from hf_visual_perceiver.training.augmentation import BatchAugmentation
 from hf_visual_perceiver.training.batches import fits_in_memory, open_data
 from hf_visual_perceiver.training.checkpointing import RunFolder
-from hf_visual_perceiver.training.curves import plot_curves
+from hf_visual_perceiver.training.curves import in_words, plot_curves, step_names
 from hf_visual_perceiver.training.distributed import all_finite, gathered, keeps_state_apart, main_process_alone
 from hf_visual_perceiver.training.factory import (
     Network,
@@ -364,12 +364,14 @@ class TrainingRun:
             self.accelerator,
             self.recipe.batch_size,
         )
-        scalars = {f"validation_accuracy/K={K}": accuracy for K, accuracy in accuracies.items()}
+        names = step_names(self.ladder, knobs_of(self.network))
+        scalars = {f"validation_accuracy/{names[K]}": accuracy for K, accuracy in accuracies.items()}
         self.accelerator.log(scalars, step=self.done)
         if self.accelerator.is_main_process:
             for K, accuracy in accuracies.items():
-                self.folder.log({"step": self.done, "validation_accuracy": accuracy, "K": K})
-        line = ", ".join(f"{100 * accuracy:.2f} with K = {K}" for K, accuracy in accuracies.items())
+                entry = {"step": self.done, "validation_accuracy": accuracy, "K": K, "budget": names[K]}
+                self.folder.log(entry)
+        line = ", ".join(f"{100 * accuracy:.2f} with {in_words(names[K])}" for K, accuracy in accuracies.items())
         self.say(f"step {self.done}: validation accuracy (%) {line}")
 
     def finish(self, reason: str) -> bool:

@@ -47,7 +47,7 @@ def frontier_command(
     from hf_visual_perceiver.inference.loading import choose_device, default_dataset, default_model, load_model
     from hf_visual_perceiver.utils.conditions import command_line, conditions_line, measurement_conditions
 
-    console = output_console(json_file)
+    console = output_console(json_file, width=240)
     names = models or [default_model()]
     check_names([model_label(name) for name in names])
     source = dataset or default_dataset()

@@ -1,4 +1,4 @@
-"""Compare training runs: accuracy at every K, with mean and standard deviation over seeds."""
+"""Compare training runs: accuracy at every budget, with mean and standard deviation over seeds."""
 
 import itertools
 import json
@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import NullLocator
 
 from hf_visual_perceiver.evaluation.plots import save_figure
 from hf_visual_perceiver.training.checkpointing import FREE_KEYS, RunFolder
+from hf_visual_perceiver.training.curves import recipe_step_names
 from hf_visual_perceiver.training.recipe import recipe_from_dict
 from hf_visual_perceiver.utils.tables import markdown_table
 
@@ -32,7 +33,8 @@ class Run:
         seed: Seed in the recipe.
         recipe: The recipe's keys that affect learning, without the seed, as dotted names such as `budgets.schedule`.
         step: The last evaluated step.
-        accuracy: Validation accuracy at that step, by K.
+        accuracy: Validation accuracy at that step, by K, the step of the network's ladder of budgets.
+        budgets: Name of the budget at each K.
         macs_per_image: Mean multiply-accumulates per image in training, if known.
     """
 
@@ -41,6 +43,7 @@ class Run:
     recipe: dict[str, Any]
     step: int
     accuracy: dict[int, float]
+    budgets: dict[int, str]
     macs_per_image: float | None
 
 
@@ -55,6 +58,7 @@ class Row:
         step: The last evaluated step.
         accuracy: Mean validation accuracy, by K.
         deviation: Sample standard deviation over seeds, by K; None with a single seed.
+        budgets: Name of the budget at each K.
         macs_per_image: Mean over the runs for which it is known.
         recipe: The recipe's values for the keys in which the rows of the comparison differ.
     """
@@ -65,6 +69,7 @@ class Row:
     step: int
     accuracy: dict[int, float]
     deviation: dict[int, float | None]
+    budgets: dict[int, str]
     macs_per_image: float | None
     recipe: dict[str, Any]
 
@@ -76,9 +81,11 @@ class Comparison:
     rows: list[Row]
 
     @property
-    def budgets(self) -> list[int]:
-        """Every K that was evaluated in any row, ascending."""
-        return sorted({K for row in self.rows for K in row.accuracy})
+    def budgets(self) -> list[str]:
+        """Names of the budgets that were evaluated in any row, ascending in K."""
+        steps = sorted((K, name) for row in self.rows for K, name in row.budgets.items())
+        last = {name: K for K, name in steps}
+        return sorted(last, key=lambda name: (last[name], name))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -88,11 +95,12 @@ class Comparison:
         """Cells of the table, headers first; accuracies are in percent."""
         with_macs = any(row.macs_per_image is not None for row in self.rows)
         headers = ["runs", "seeds", "step", *(["training MACs (M)"] if with_macs else [])]
-        lines = [[*headers, *(f"K = {K}" for K in self.budgets)]]
+        lines = [[*headers, *(name.replace("=", " = ") for name in self.budgets)]]
         for row in self.rows:
             macs = "" if row.macs_per_image is None else f"{row.macs_per_image / 1e6:.1f}"
             facts = [row.name, f"{len(row.seeds)}", f"{row.step}", *([macs] if with_macs else [])]
-            lines.append([*facts, *(_percent(row.accuracy.get(K), row.deviation.get(K)) for K in self.budgets)])
+            cells = {name: _percent(row.accuracy[K], row.deviation[K]) for K, name in row.budgets.items()}
+            lines.append([*facts, *(cells.get(name, "") for name in self.budgets)])
         return lines
 
     def to_markdown(self) -> str:
@@ -139,6 +147,7 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
                 deviation={
                     K: statistics.stdev(values) if len(values) > 1 else None for K, values in accuracies.items()
                 },
+                budgets=group[0].budgets,
                 macs_per_image=statistics.fmean(macs) if macs else None,
                 recipe={key: group[0].recipe[key] for key in differing if key in group[0].recipe},
             )
@@ -172,19 +181,22 @@ def read_run(folder: str | Path) -> Run:
             f"Expected validation accuracies in {run.log_file}, got none: the run has not been evaluated yet."
         )
     step = max(entry["step"] for entry in evaluated)
+    accuracy = {entry["K"]: entry["validation_accuracy"] for entry in evaluated if entry["step"] == step}
+    names = recipe_step_names(recipe)
     return Run(
         path=run.path,
         seed=seed,
         # The path of the data may differ between runs, but another name means other data.
         recipe=_flat({**learned, "dataset": dataset}),
         step=step,
-        accuracy={entry["K"]: entry["validation_accuracy"] for entry in evaluated if entry["step"] == step},
+        accuracy=accuracy,
+        budgets={K: names.get(K, f"K={K}") for K in accuracy},
         macs_per_image=_training_macs(run, entries),
     )
 
 
 def plot_comparison(comparison: Comparison, path: str | Path) -> None:
-    """Plot validation accuracy against K, one line per row, with the standard deviation over seeds as error bars."""
+    """Plot validation accuracy against budgets, one line per row, with the standard deviation over seeds as error bars."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for row in comparison.rows:
@@ -200,10 +212,15 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
             label=f"{row.name}, step {row.step:,}{several}",
         )
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(_apart(comparison.budgets)))
+    names: dict[int, dict[str, None]] = {}  # those of different families may be at the same place
+    for row in comparison.rows:
+        for K, name in row.budgets.items():
+            names.setdefault(K, {})[name] = None
+    ticks = _apart(sorted(names))
+    counted = all(list(names[K]) == [f"K={K}"] for K in names)
+    axes.set_xticks(ticks, [f"{K}" if counted else "\n".join(names[K]) for K in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.set_xlabel("queries K")
+    axes.set_xlabel("queries K" if counted else "budget")
     axes.set_ylabel("validation accuracy (%)")
     if any(len(row.seeds) > 1 for row in comparison.rows):
         axes.set_title("mean ± standard deviation over seeds", fontsize=10)
@@ -260,7 +277,8 @@ def _check_fits(run: Run, group: list[Run]) -> None:
 
 
 def _evaluated(run: Run) -> str:
-    return f"step {run.step}, K = {', '.join(map(str, sorted(run.accuracy)))} in {run.path}"
+    names = ", ".join(run.budgets[K] for K in sorted(run.accuracy)).replace(", K=", ", ")
+    return f"step {run.step}, {names.replace('=', ' = ')} in {run.path}"
 
 
 def _differing_keys(recipes: list[dict[str, Any]]) -> list[str]:
@@ -302,9 +320,7 @@ def _common_name(names: list[str]) -> str:
     return re.sub(r"[-_. ]*(seed[-_. ]*\d*)?$", "", "".join(letter for letter, _ in alike))
 
 
-def _percent(mean: float | None, deviation: float | None) -> str:
-    if mean is None:
-        return ""
+def _percent(mean: float, deviation: float | None) -> str:
     return f"{100 * mean:.2f}" + (f" ± {100 * deviation:.2f}" if deviation is not None else "")
 
 

@@ -136,7 +136,7 @@ def compare_exports(
 def comparison_budgets(
     forms: dict[str, Any], config: ElasticConfig, budgets: Sequence[Budget] | None = None
 ) -> list[Budget]:
-    """The budgets to measure, given the knobs that the files fix."""
+    """The budgets to measure, given the knobs that the files fix; knobs at their full value are left out of them."""
     fixed: dict[str, Any] = {}
     for form, classifier in forms.items():
         for name, value in classifier.fixed.items() if isinstance(classifier, ExportedClassifier) else ():
@@ -148,10 +148,14 @@ def comparison_budgets(
         for name, value in budget.kwargs.items():
             if fixed.get(name, value) != value:
                 raise ValueError(f"Expected {name} = {fixed[name]}, which is fixed in a file, got {value}.")
-    settable = [Budget(**{**b.kwargs, **fixed}) for b in wanted]
-    if not any(isinstance(c, ExportedClassifier) and not c.inputs for c in forms.values()):
-        return list(dict.fromkeys(settable))
-    return [Budget(**fixed)]
+    if any(isinstance(c, ExportedClassifier) and not c.inputs for c in forms.values()):
+        wanted = [Budget()]
+    full, chosen = config.resolve(), []
+    for budget in wanted:
+        knobs = {**budget.kwargs, **fixed}
+        values = config.resolve(**knobs)
+        chosen.append(Budget(**{name: knobs[name] for name in knobs if values[name] != full[name]}))
+    return list(dict.fromkeys(chosen))
 
 
 def check_same_model(path: Path, given: Any, expected: Any) -> None:

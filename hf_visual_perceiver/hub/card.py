@@ -14,6 +14,7 @@ from hf_visual_perceiver.evaluation.plots import plot_tradeoff
 from hf_visual_perceiver.evaluation.robustness import ALL, CLEAN, Robustness, read_robustness
 from hf_visual_perceiver.inference.loading import load_config
 from hf_visual_perceiver.modeling import FAMILIES, Budget
+from hf_visual_perceiver.training.curves import recipe_step_names
 from hf_visual_perceiver.utils.bundled import SAMPLE, shipped
 from hf_visual_perceiver.utils.conditions import conditions_line
 from hf_visual_perceiver.utils.files import read_json, write_json, write_text
@@ -220,7 +221,10 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
     if recipe.get("initial_model"):
         lines.insert(1, f"Initial weights: {_run_name(recipe['initial_model'])}{_earlier_stage(facts)}.")
     if facts["validation_accuracy"]:
-        accuracies = ", ".join(f"{100 * a:.2f} % ({_budget_name(k)})" for k, a in facts["validation_accuracy"].items())
+        names = {f"{K}": name for K, name in recipe_step_names(recipe).items()}
+        accuracies = ", ".join(
+            f"{100 * accuracy:.2f} % ({names.get(K, K)})" for K, accuracy in facts["validation_accuracy"].items()
+        )
         lines.append(f"Validation accuracy at the end: {accuracies}.")
     return lines
 
@@ -228,11 +232,6 @@ def training_lines(facts: dict[str, Any]) -> list[str]:
 def _schedule(recipe: dict[str, Any]) -> str:
     """The name of the schedule; earlier versions stored it under `queries`."""
     return str((recipe.get("budgets") or recipe["queries"])["schedule"])
-
-
-def _budget_name(name: str) -> str:
-    """The name of a budget; earlier versions stored K alone."""
-    return f"K={name}" if name.isdigit() else name
 
 
 def _run_name(model: str) -> str:

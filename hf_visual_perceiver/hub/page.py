@@ -9,8 +9,6 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_visual_perceiver.modeling import Budget
-
 
 # Images in this folder of a checkpoint become the examples of the Hub's widget.
 EXAMPLES = "examples"
@@ -75,9 +73,8 @@ def hub_card(card: ModelCard, folder: Path, config: Any, repo_id: str, url: str,
                 f'("local-dir:{name}", pretrained=True)  # or hf-hub:', f'("hf-hub:{repo_id}", pretrained=True)'
             )
             text = text.replace(f"`{name}` is this folder, or its id on the Hub. ", "")
-    if config.default_budget != Budget():
-        full = f"full = model(**inputs, {_full_arguments(config)}).logits"
-        text = text.replace("full = model(**inputs).logits", full)
+    if arguments := _full_arguments(config):
+        text = text.replace("full = model(**inputs).logits", f"full = model(**inputs, {arguments}).logits")
     text = re.sub(rf"^## {SECTION}\n.*?(?=^## |\Z)", "", text, flags=re.M | re.S)
     section = _section(config, url, space)
     where = re.search(r"^## Training$", text, flags=re.M)
@@ -87,11 +84,16 @@ def hub_card(card: ModelCard, folder: Path, config: Any, repo_id: str, url: str,
 
 
 def _full_arguments(config: Any) -> str:
-    """The arguments that select the full network, whatever default the config stores."""
-    return ", ".join(
-        f"{name}={value!r}" if math.isfinite(value) else f'{name}=float("{value}")'
-        for name, value in config.resolve().items()
-    )
+    """The arguments that select the full network: the knobs whose default in the config is another value."""
+    stored = config.knobs_for()
+    return ", ".join(f"{name}={_code(value)}" for name, value in config.resolve().items() if stored[name] != value)
+
+
+def _code(value: Any) -> str:
+    """The value of a knob as Python code."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_code, value))}]"
+    return f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 
 def _section(config: Any, url: str, space: str | None) -> str:
@@ -101,19 +103,21 @@ def _section(config: Any, url: str, space: str | None) -> str:
         if space
         else ""
     )
-    whole = "" if config.default_budget == Budget() else f"\n`{_full_arguments(config)}` selects the full network."
+    arguments = _full_arguments(config)
+    whole = f"\n`{arguments}` selects the full network." if arguments else ""
     budgets, adaptive = config.budgets(), config.adaptive_budgets()
     some = {**budgets[2 * len(budgets) // 3].kwargs, **(adaptive[len(adaptive) // 2].kwargs if adaptive else {})}
     parameters = json.dumps(some)
-    own = config.default_budget
-    uses = "the full network" if own == Budget() else f"the budget {own.short(config.knobs)}"
+    uses = f"the budget {config.default_budget.short(config.knobs)}" if arguments else "the full network"
     knobs = " and ".join(f"`{name}`" for name in config.knobs.values())
+    stored = f" ({knobs} in config.json)" if knobs else ""
+    takes = " and takes a budget with each request" if knobs else ""
     return f"""## {SECTION}
 
-By default, this model uses {uses} ({knobs} in config.json).{whole}
+By default, this model uses {uses}{stored}.{whole}
 
 The Hub's hosted widget does not run models with their own code, and cannot set a budget.
-{shown}On an Inference Endpoint, `handler.py` serves the model and takes a budget with each request:
+{shown}On an Inference Endpoint, `handler.py` serves the model{takes}:
 
 ```bash
 curl "$ENDPOINT_URL" -H "Authorization: Bearer $HF_TOKEN" -H "Content-Type: application/json" \\

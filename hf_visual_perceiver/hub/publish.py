@@ -18,6 +18,7 @@ from hf_visual_perceiver.evaluation.calibration import with_default
 from hf_visual_perceiver.hub.errors import hub_step
 from hf_visual_perceiver.hub.folder_check import check_folder
 from hf_visual_perceiver.hub.page import hub_card, read_card
+from hf_visual_perceiver.hub.space.demo import check_sliders
 from hf_visual_perceiver.inference.loading import load_config
 from hf_visual_perceiver.modeling import FAMILIES, handler
 
@@ -75,7 +76,8 @@ def prepare(
         check: Called with the stage; raises a `ValueError` if the ways of loading it do not agree.
 
     Raises:
-        ValueError: If the folder cannot be published as it is, or an argument is not as described.
+        ValueError: If the folder cannot be published as it is, an argument is not as described, or a Space cannot show
+            the model.
     """
     for name in filter(None, (repo_id, space)):
         if name.count("/") != 1:
@@ -93,6 +95,8 @@ def prepare(
             _link(folder / name, stage / name)
     (stage / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     config = load_config(str(stage))
+    if space is not None:
+        check_sliders(config)
     (stage / "README.md").write_text(hub_card(card, folder, config, repo_id, f"{endpoint}/{repo_id}", space))
     if "handler.py" not in files:
         shutil.copyfile(handler.__file__, stage / "handler.py")

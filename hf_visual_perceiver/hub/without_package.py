@@ -46,7 +46,8 @@ def main(folder: str, inputs: str, outputs: str) -> None:
         raise ValueError(f"Expected the folder's processor to make {height}x{width} images.")
     with torch.no_grad():
         logits = {str(i): model(pixels, **point).logits for i, point in enumerate(points)}
-        if not torch.equal(model.head(base(pixels, **points[0]).pooler_output), logits["0"]):
+        alone, inside = base(pixels), model.base_model(pixels)
+        if not all(torch.equal(alone[name], inside[name]) for name in ("last_hidden_state", "pooler_output")):
             raise ValueError("Expected AutoModel and AutoModelForImageClassification to load the same weights.")
     save_file(logits, outputs)
 

@@ -9,12 +9,15 @@ from pathlib import Path
 import nbformat
 import pytest
 import timm
+import typer
 from nbclient import NotebookClient
 from support import PATIENCE, REPOSITORY
 
 from hf_visual_perceiver import ARCHITECTURES, count_macs
+from hf_visual_perceiver.cli.main import app
 from hf_visual_perceiver.evaluation.evaluate import Evaluation
 from hf_visual_perceiver.inference.loading import default_model
+from hf_visual_perceiver.modeling import FAMILIES
 
 
 MODULES = sorted(
@@ -66,6 +69,41 @@ def test_pages(name, monkeypatch, tmp_path):
     assert blocks
     for block in blocks:
         exec(compile(block, name, "exec"), {})
+
+
+def rows_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the table after a heading of a page in docs/, without the code marks."""
+    text = (REPOSITORY / "docs" / page).read_text().partition(heading)[2]
+    lines = re.search(r"(?:^\|.*\n)+", text, flags=re.M)[0].splitlines()[2:]
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_pages_knobs_are_the_configs():
+    names = {name: family.config for name, family in FAMILIES.items()}
+    titles = {config.title: name for name, config in names.items()} | {"Perceiver, Perceiver IO": "iterative_perceiver"}
+    found = {name: {} for name in names}
+    for title, short, knob, _ in rows_of("command_line.md", "## Knobs"):
+        found[titles[title]] |= {} if short == "none" else {short: knob}
+    assert found == {name: dict(config.knobs) for name, config in names.items()}
+    answers = {titles[title]: (knobs, key) for title, knobs, key in rows_of("publishing.md", "what the image used:")}
+    assert answers == {
+        name: (", ".join(config.knobs.values()) or "none", f"{config.unit}_used") for name, config in names.items()
+    }
+
+
+def test_the_reference_has_every_family():
+    text = (REPOSITORY / "docs" / "api.md").read_text()
+    for family in FAMILIES.values():
+        for kind in (family.config, family.model, family.classifier):
+            assert f"::: hf_visual_perceiver.modeling.{kind.__name__}\n" in text
+
+
+def test_help_names_knobs_of_other_families():
+    commands = typer.main.get_command(app).commands
+    for command, option in (("evaluate", "budget"), ("attention-maps", "budget"), ("calibrate", "search")):
+        (parameter,) = (p for p in commands[command].params if p.name == option)
+        assert "K=16" in parameter.help or '"K"' in parameter.help
+        assert "grid" in parameter.help
 
 
 def test_the_quickstart(tmp_path):

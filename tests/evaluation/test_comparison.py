@@ -8,6 +8,7 @@ import yaml
 from PIL import Image
 from support import run
 
+from hf_visual_perceiver.evaluation import comparison as module
 from hf_visual_perceiver.evaluation.comparison import compare_runs, plot_comparison
 from hf_visual_perceiver.training.recipe import recipe_from_dict
 
@@ -120,6 +121,32 @@ def test_markdown(make_run, seeds):
     ]
 
 
+def test_budgets_of_other_families_have_their_names(make_run, seeds, tmp_path, monkeypatch):
+    dvt = make_run("dvt", {1: 0.5, 3: 0.7}, architecture="dvt_nano_32")
+    other = make_run("lookupvit", {3: 0.6, 7: 0.8}, architecture="lookupvit_nano_patch4_32")
+    qna = make_run("qna", {1: 0.9}, architecture="qna_vit_nano_32", budgets={"schedule": "fixed", "K": 1})
+    comparison = compare_runs([dvt, other, qna])
+    assert comparison.to_markdown().splitlines()[0] == "| runs | seeds | step | exit = 1 | grid = 4 | full |"
+    assert [line.split(" | ")[3:] for line in comparison.to_markdown().splitlines()[2:]] == [
+        ["50.00", "", "70.00 |"],
+        ["", "60.00", "80.00 |"],
+        ["", "", "90.00 |"],
+    ]
+    assert json.loads(json.dumps(comparison.to_dict()))["rows"][0]["accuracy"] == {"1": 0.5, "3": 0.7}
+    assert compare_runs([dvt, seeds[0]]).table()[0][3:] == ["exit = 1", "full", "K = 8", "K = 64"]
+
+    figures = []
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: figures.append(figure))
+    for runs, label, ticks in (
+        ([dvt, qna], "budget", ["full", "exit=1\nfull"]),
+        (seeds, "queries K", ["64", "8"]),
+    ):
+        plot_comparison(compare_runs(runs), tmp_path / "a.png")
+        (axes,) = figures[-1].axes
+        assert axes.get_xlabel() == label
+        assert [text.get_text() for text in axes.get_xticklabels()] == ticks
+
+
 def test_plain_values(seeds):
     result = json.loads(json.dumps(compare_runs(seeds).to_dict()))
     assert result["rows"][0]["accuracy"]["64"] == pytest.approx(0.65)
@@ -189,6 +216,9 @@ class TestErrors:
             ValueError, match=r"same step and K, got step 20, K = 8, 64 in .* and step 15, K = 8, 64 in"
         ):
             compare_runs([*seeds, make_run("killed", {8: 0.4, 64: 0.5}, step=15, seed=9)])
+        runs = [make_run(f"dvt{i}", {1: 0.4, 3: 0.5}, step=15 + i, architecture="dvt_nano_32", seed=i) for i in (0, 1)]
+        with pytest.raises(ValueError, match=r"got step 15, exit = 1, full in .* and step 16, exit = 1, full in"):
+            compare_runs(runs)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
@@ -204,8 +234,6 @@ def test_plot(make_run, seeds, tmp_path, suffix):
 
 
 def test_plot_has_a_line_with_error_bars_for_each_row(make_run, seeds, tmp_path, monkeypatch):
-    from hf_visual_perceiver.evaluation import comparison as module
-
     figures = []
     monkeypatch.setattr(module, "save_figure", lambda figure, path: figures.append(figure))
     plot_comparison(compare_runs([*seeds, make_run("other", {64: 0.7}, queries=SANDWICH)]), tmp_path / "a.png")

@@ -19,7 +19,7 @@ from hf_visual_perceiver.export.comparison import compare_exports, comparison_bu
 from hf_visual_perceiver.export.graph import export_onnx, export_program, export_timm, quantise, trace
 from hf_visual_perceiver.export.runtime import METADATA_KEY, OnnxClassifier, load_exported
 from hf_visual_perceiver.inference.loading import default_dataset
-from hf_visual_perceiver.modeling import Budget, VisualPerceiverForImageClassification, count_macs
+from hf_visual_perceiver.modeling import FAMILIES, Budget, VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.modeling.modeling_visual_perceiver import clear_threshold
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities
 from hf_visual_perceiver.training.folder import save_folder
@@ -229,6 +229,23 @@ def test_int8_resembles_and_is_small(int8, exported, trained, data):
         comparison_budgets({name: fixed_at(exported, K) for name, K in (("a", 4), ("b", 5))}, trained.config)
     with pytest.raises(ValueError, match="got another label_names"):
         compare_exports(other, [exported], data, progress=False)
+
+
+def test_budgets_to_compare_leave_out_knobs_at_their_full_value(exported):
+    dvt = FAMILIES["dynamic_vision_transformer"].config()
+    off = [float("inf")] * 2
+    for fixed, name in (
+        ({"max_exit": 1, "exit_thresholds": off}, "exit=1"),
+        ({"max_exit": 3, "exit_thresholds": off}, "full"),
+        ({"max_exit": 3, "exit_thresholds": [0.7, 0.8]}, "p=[0.7, 0.8]"),
+    ):
+        graph = OnnxClassifier(exported)
+        graph.fixed, graph.inputs = fixed, []
+        assert [b.short(dvt.knobs) for b in comparison_budgets({"PyTorch": None, "a.onnx": graph}, dvt)] == [name]
+    config, graph = small_config(), fixed_at(exported, 12)
+    wanted = [Budget(dqs_threshold=0.8), Budget(num_active_queries=12), Budget()]
+    chosen = comparison_budgets({"PyTorch": None, "a.onnx": graph}, config, wanted)
+    assert chosen == [Budget(dqs_threshold=0.8), Budget()]
 
 
 def test_int8_on_the_command_line(small_folder, tmp_path):

@@ -181,6 +181,21 @@ class TestCard:
             facts["recipe"]["teacher"] = {"model": model, "distillation": "hard"}
             assert any(f"hard distillation from {name}." in line for line in training_lines(facts))
 
+    @pytest.mark.parametrize(
+        ("name", "accuracies", "expected"),
+        [
+            ("dvt_nano", {"1": 0.5, "3": 0.7}, "50.00 % (exit=1), 70.00 % (full)"),
+            ("lookupvit_nano", {"4": 0.5, "7": 0.6}, "50.00 % (grid=5), 60.00 % (full)"),
+            ("perceiver_nano", {"2": 0.5, "6": 0.6}, "50.00 % (i=1), 60.00 % (i=2)"),
+            ("qna_vit_nano", {"1": 0.7}, "70.00 % (full)"),
+            ("visual_perceiver_nano", {"8": 0.5, "64": 0.7}, "50.00 % (K=8), 70.00 % (K=64)"),
+        ],
+    )
+    def test_validation_accuracies_name_their_budgets(self, name, accuracies, expected):
+        facts = json.loads((REPOSITORY / "checkpoints" / f"{name}_cifar10" / "training.json").read_text())
+        facts["validation_accuracy"] = accuracies
+        assert training_lines(facts)[-1] == f"Validation accuracy at the end: {expected}."
+
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda path: path.name)
 class TestPublishedCards:

@@ -70,6 +70,11 @@ def laid_out(folder, tmp_path, check=lambda stage: {}, **options):
     return prepare(folder, REPO, stage, check=check, **options)
 
 
+def bundled(name: str) -> Path:
+    """The checkpoint of another family in the repository."""
+    return REPOSITORY / "checkpoints" / f"{name}_nano_cifar10"
+
+
 def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -104,7 +109,7 @@ class TestLayout:
         assert card.data.widget == [{"src": f"{url}/resolve/main/examples/000_red.png", "example_title": "red"}]
         assert f'from_pretrained("{REPO}"' in card.text
         assert "uses the budget K=3" in card.text
-        assert '`num_active_queries=12, dqs_threshold=float("inf")` selects the full network' in card.text
+        assert "`num_active_queries=12` selects the full network" in card.text
         assert "https://huggingface.co/spaces/somebody/demo" in card.text
         assert "does not run models with their own code" in card.text
         assert card.text.index("## On the Hub") < card.text.index("## Training")
@@ -132,10 +137,51 @@ class TestLayout:
         assert [example["example_title"] for example in after.data.widget] == ["cat", "ship", "ship"]
 
     def test_the_whole_network_in_the_cards_code_stays_the_whole_one(self, tmp_path):
-        text = (laid_out(Path(papers_form()), tmp_path, budget="K=32").stage / "README.md").read_text()
-        assert 'full = model(**inputs, num_active_queries=64, dqs_threshold=float("inf")).logits' in text
-        text = (laid_out(Path(papers_form()), tmp_path).stage / "README.md").read_text()
-        assert "full = model(**inputs).logits" in text
+        for budget, arguments in (
+            ("K=32", ", num_active_queries=64"),
+            ("t=0.8", ', dqs_threshold=float("inf")'),
+            ("K=32, t=0.8", ', num_active_queries=64, dqs_threshold=float("inf")'),
+            ("K=64", ""),
+            (None, ""),
+        ):
+            text = (laid_out(Path(papers_form()), tmp_path, budget=budget).stage / "README.md").read_text()
+            assert f"full = model(**inputs{arguments}).logits" in text
+
+    @pytest.mark.parametrize(
+        ("name", "budget", "arguments"),
+        [
+            ("dvt", "p=0.7", 'exit_thresholds=[float("inf"), float("inf")]'),
+            ("dvt", "exit=2", "max_exit=3"),
+            ("lookupvit", "grid=5", "compressed_size=8"),
+            ("perceiver", "i=2", "num_iterations=4"),
+        ],
+    )
+    def test_the_whole_network_of_other_families(self, tmp_path, name, budget, arguments):
+        plan = laid_out(bundled(name), tmp_path, budget=budget)
+        text = (plan.stage / "README.md").read_text()
+        assert f"full = model(**inputs, {arguments}).logits" in text
+        assert f"uses the budget {budget} " in text
+        assert f"`{arguments}` selects the full network" in text
+        given = eval(f"dict({arguments})", {"float": float})
+        assert plan.config.knobs_for(**given) == plan.config.resolve()
+
+    def test_a_network_without_knobs(self, tmp_path):
+        text = (laid_out(bundled("qna_vit"), tmp_path).stage / "README.md").read_text()
+        assert "By default, this model uses the full network.\n" in text
+        assert "`handler.py` serves the model:\n" in text
+
+    @pytest.mark.parametrize(
+        ("name", "knobs"),
+        [
+            ("dvt", "the knobs max_exit, exit_thresholds"),
+            ("perceiver", "the knobs num_active_queries, num_iterations"),
+            ("qna_vit", "no knobs"),
+        ],
+    )
+    def test_a_space_that_could_not_start(self, tmp_path, name, knobs):
+        with pytest.raises(ValueError, match=f"num_active_queries and dqs_threshold, .*, got one with {knobs}"):
+            laid_out(bundled(name), tmp_path, space="somebody/demo")
+        assert laid_out(bundled(name), tmp_path).sizes
 
     def test_the_endpoints_requirement_is_the_packages(self):
         assert publishing.endpoint_requirements().startswith("transformers")
@@ -190,6 +236,26 @@ def test_folders_that_are_not_fit(small, tmp_path, change, options, message):
 
 class TestCheck:
     """The bundled checkpoint passes in tests/hub/test_hub.py."""
+
+    @pytest.mark.parametrize("name", ["dvt", "lookupvit", "perceiver_io", "qna_vit"])
+    def test_every_family(self, tmp_path, name):
+        differences = laid_out(bundled(name), tmp_path, check=check_folder).differences
+        assert len(differences) == 2
+        assert max(differences.values()) < 1e-4
+
+    def test_other_weights_of_the_model_without_a_head_are_found(self, stage):
+        spoiled = """
+def spoiled(*arguments, load=VisualPerceiverModel.from_pretrained, **options):
+    model = load(*arguments, **options)
+    torch.nn.init.zeros_(next(model.parameters()))
+    return model
+
+
+VisualPerceiverModel.from_pretrained = spoiled
+"""
+        self.change(stage, "modeling_visual_perceiver.py", lambda text: f"{text}{spoiled}")
+        with pytest.raises(ValueError, match="AutoModel and AutoModelForImageClassification to load the same weights"):
+            check_folder(stage)
 
     @pytest.fixture
     def stage(self, small, tmp_path):

@@ -282,6 +282,20 @@ class TestPage:
         assert 'pip install "hf-visual-perceiver[demo]"' in error
         assert len(error.strip().splitlines()) == 1
 
+    @pytest.mark.parametrize(
+        ("name", "given"),
+        [
+            ("dvt", "the knobs max_exit, exit_thresholds"),
+            ("lookupvit", "the knobs compressed_size"),
+            ("perceiver", "the knobs num_active_queries, num_iterations"),
+            ("qna_vit", "no knobs"),
+        ],
+    )
+    def test_a_model_with_other_knobs(self, name, given):
+        message = f"Expected a model with the knobs num_active_queries and dqs_threshold, .*, got one with {given}"
+        with pytest.raises(ValueError, match=message):
+            Demo.load(str(REPOSITORY / "checkpoints" / f"{name}_nano_cifar10"))
+
     @pytest.mark.parametrize("name", ["nowhere/at all", "no-such-folder"])
     def test_no_checkpoint(self, name, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -22,7 +22,7 @@ from hf_visual_perceiver.data.image_processor import create_image_processor
 from hf_visual_perceiver.evaluation.evaluate import Evaluation, read_evaluation
 from hf_visual_perceiver.hub.page import EXAMPLES, PICTURES
 from hf_visual_perceiver.inference.loading import load_model
-from hf_visual_perceiver.modeling import Budget
+from hf_visual_perceiver.modeling import Budget, ElasticConfig
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities
 
 
@@ -31,6 +31,18 @@ TIMING = 0.25
 LEAST_REPETITIONS, MOST_REPETITIONS = 3, 7
 # The files that the app downloads from a checkpoint's repository; its code is not among them.
 READ = ["config.json", "model.safetensors", "evaluation.json", f"{EXAMPLES}/*"]
+# The knobs that the app has sliders for.
+SLIDERS = {"num_active_queries", "dqs_threshold"}
+
+
+def check_sliders(config: ElasticConfig) -> None:
+    """Raise a `ValueError` unless the app can show a model with this config."""
+    if set(config.knobs.values()) != SLIDERS:
+        knobs = f"the knobs {', '.join(config.knobs.values())}" if config.knobs else "no knobs"
+        raise ValueError(
+            "Expected a model with the knobs num_active_queries and dqs_threshold, for which the app has sliders, got "
+            f"one with {knobs}."
+        )
 
 
 @dataclass(frozen=True)
@@ -104,10 +116,13 @@ class Demo:
     """A checkpoint to show in the app.
 
     Args:
-        model: A model in eval mode. The knobs start at its operating point.
+        model: A Visual Perceiver in eval mode. The knobs start at its operating point.
         name: Name to display.
         evaluation: The checkpoint's evaluation, if there is one.
         examples: Example image files.
+
+    Raises:
+        ValueError: If the model has other knobs.
 
     Example:
         >>> from hf_visual_perceiver.inference.loading import default_model
@@ -126,6 +141,7 @@ class Demo:
     ):
         self.model, self.name, self.evaluation, self.examples = model, name, evaluation, examples or []
         self.config = model.config
+        check_sliders(self.config)
         self.start = self.config.operating_point()
         self.all_queries = self.config.resolve()
         self.processor = create_image_processor(self.config)
@@ -140,7 +156,7 @@ class Demo:
             device: torch's name of the device.
 
         Raises:
-            ValueError: If there is no such checkpoint, or it is damaged.
+            ValueError: If there is no such checkpoint, it is damaged, or its model has other knobs.
         """
         folder = Path(name)
         if not folder.is_dir():
