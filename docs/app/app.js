@@ -141,6 +141,7 @@ async function load() {
   showKnobs();
   document.querySelector("main").hidden = false;
   say("Ready.");
+  openChosen(); // what was chosen while the model was loading
 }
 
 function showKnobs() {
@@ -228,7 +229,11 @@ function show(probabilities, active, milliseconds) {
 
 $("k").addEventListener("input", classify);
 $("t").addEventListener("input", classify);
-$("file").addEventListener("change", () => $("file").files.length && open($("file").files[0]));
+function openChosen() {
+  if (session && $("file").files.length) open($("file").files[0]);
+}
+
+$("file").addEventListener("change", openChosen);
 for (const kind of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
     event.preventDefault(); // the browser would leave the page for the picture
