@@ -16,6 +16,7 @@ from reproduce_measure import (
     specialist_role,
 )
 
+from hf_visual_perceiver import bundled_checkpoint
 from hf_visual_perceiver.evaluation import paper
 from hf_visual_perceiver.evaluation.attention_maps import plot_attention_maps
 from hf_visual_perceiver.evaluation.evaluate import Row
@@ -86,6 +87,29 @@ def table_1(found: Measurements, folder: Path) -> str:
         f"{heading}{markdown_table([*headers, 'paper', 'difference'], lines)}\n\n"
         "± is one standard error over images. Time is the median over batches, of the model alone, and relative to all queries. "
         "The paper does not name its hardware; compare only relative times. It calls its MACs FLOP."
+    )
+
+
+def bundled_section(found: Measurements, folder: Path) -> str:
+    """The bundled network, from its card's measurement on the whole test set, beside the paper's network at that cost."""
+    card = read_json(Path(bundled_checkpoint()) / "evaluation.json", dict)
+    lines = []
+    for row in card["rows"]:
+        if "dqs_threshold" in row["budget"]:
+            continue
+        K, macs = row["budget"].get("num_active_queries", "all"), row["macs"] / 1e6
+        within = max((k for k, cost in paper.MACS_M.items() if cost <= macs), default=None)
+        published = f"{paper.QUERY_MASKING[within]:.2f} (K = {within}, {paper.MACS_M[within]})" if within else ABSENT
+        accuracy = f"{100 * row['accuracy']:.2f} ± {100 * row['standard_error']:.2f}"
+        lines.append([f"{K}", f"{macs:.2f}", accuracy, published])
+    headers = ["K", "MACs (M)", "accuracy (%)", "paper, at most these MACs (K, MACs in M)"]
+    c = card["conditions"]
+    return (
+        "## The bundled network\n\n"
+        f"`{c['model']}` has a convolutional stem with levels and a block-causal trunk instead of the paper's patches and "
+        f"full attention. Its first K queries, on all 10,000 test images:\n\n{markdown_table(headers, lines)}\n\n"
+        f"Measured by `{c['command']}` at commit {c['commit']}. The paper's network has {paper.QUERY_MASKING[64]:.2f} % at "
+        f"{paper.MACS_M[64]} M MACs with all queries; the README has the bundled network's cascades."
     )
 
 
@@ -241,6 +265,7 @@ def corruptions_section(found: Measurements, folder: Path) -> str:
 # The report, in order. A section takes the measurements and the folder of the pictures.
 SECTIONS: tuple[Callable[[Measurements, Path], str], ...] = (
     networks_section,
+    bundled_section,
     table_1,
     table_2,
     table_3,
