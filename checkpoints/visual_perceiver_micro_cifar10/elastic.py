@@ -344,8 +344,7 @@ def check_pixel_values(
 ) -> None:
     """Raise a `ValueError` unless `pixel_values` is a non-empty floating-point batch of the config's image size.
 
-    `any_size` allows every multiple of the patch size. `advice` ends the message for images of another size, unless weights fit
-    none.
+    `any_size` allows every multiple of the patch size. `advice` ends the message for images of another size, if weights fit any.
     """
     if pixel_values is None or pixel_values.ndim != 4:
         given = None if pixel_values is None else tuple(pixel_values.shape)
@@ -378,7 +377,7 @@ RECORDED = ("output_attentions", "output_hidden_states")
 
 
 def check_keywords(model: Any, given: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` if `forward` would ignore one of its further keywords, or the config's wish to record.
+    """Raise a `ValueError` if `forward` would ignore a keyword, or if it or the config asks to record what the model cannot.
 
     Args:
         model: A `PreTrainedModel`.
