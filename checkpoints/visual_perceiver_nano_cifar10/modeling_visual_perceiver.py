@@ -57,7 +57,6 @@ class VisualPerceiverPreTrainedModel(PreTrainedModel):
     input_modalities = "image"
     supports_gradient_checkpointing = True
     _no_split_modules = ["VisualPerceiverEmbeddings", "VisualPerceiverCrossAttention", "VisualPerceiverLayer"]
-    _input_embed_layer = "patch_embeddings"
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -67,6 +66,16 @@ class VisualPerceiverPreTrainedModel(PreTrainedModel):
         "attentions": VisualPerceiverSelfAttention,
         "cross_attentions": OutputRecorder(VisualPerceiverCrossAttention, index=1, layer_name="cross_attention"),
     }
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The projection to tokens. Adapters with gradient checkpointing make its output need a gradient."""
+        base: Any = self.base_model
+        return base.embeddings.patch_embeddings.projection
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the projection to tokens."""
+        base: Any = self.base_model
+        base.embeddings.patch_embeddings.projection = value
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -221,6 +221,14 @@ class TestLora:
         assert all("lora_" in name or "head.modules_to_save" in name for name in touched)
         assert len(touched) == 2 * 24 + 2
 
+    def test_checkpointing_may_be_enabled_before(self, batch):
+        plain = fresh()
+        plain.gradient_checkpointing_enable()
+        config = peft.LoraConfig(r=4, target_modules=TRUNK, init_lora_weights=False)
+        adapted = peft.get_peft_model(plain, config).train()  # makes the input embeddings' output need a gradient
+        adapted(**batch, num_active_queries=4).loss.backward()
+        assert all(p.grad.any() for name, p in adapted.named_parameters() if "lora_" in name)
+
     @torch.no_grad()
     def test_budgets_work_and_merging_changes_no_logits(self, adapted, batch):
         x = batch["pixel_values"]
