@@ -73,7 +73,6 @@ def calibrate_command(
         FEW_IMAGES,
         Target,
         calibrate,
-        candidate_budgets,
         write_budget,
     )
     from hf_visual_perceiver.inference.loading import choose_device, default_dataset, load_model
@@ -88,7 +87,7 @@ def calibrate_command(
     network = load_model(name, choose_device(device), dtype)
     knobs = [knob.strip() for knob in search.split(",")] if search else []
     budgets = parsed_budgets(network.config, budget) or None
-    candidate_budgets(network.config, knobs)  # raises if there are no such knobs
+    network.config.candidates(knobs)  # raises if there are no such knobs
     data = at_most(load_images(dataset or default_dataset(), split), max_images)
     if len(data) < FEW_IMAGES:
         few = f"warning: calibrating on {len(data)} images, fewer than {FEW_IMAGES}: the intervals are wide"

@@ -18,7 +18,7 @@ from hf_visual_perceiver.export.check import check_export, check_quantised
 from hf_visual_perceiver.export.comparison import compare_exports, comparison_budgets
 from hf_visual_perceiver.export.graph import export_onnx, export_program, export_timm, quantise, trace
 from hf_visual_perceiver.export.runtime import METADATA_KEY, OnnxClassifier, load_exported
-from hf_visual_perceiver.inference.loading import default_dataset
+from hf_visual_perceiver.inference.loading import default_dataset, default_model, load_model
 from hf_visual_perceiver.modeling import FAMILIES, Budget, VisualPerceiverForImageClassification, count_macs
 from hf_visual_perceiver.modeling.modeling_visual_perceiver import clear_threshold
 from hf_visual_perceiver.modeling.query_selection import cosine_similarities
@@ -100,6 +100,15 @@ def test_onnx_gives_pytorchs_logits_and_queries(exported, trained, pixels):
                     np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=1e-4)
                     np.testing.assert_array_equal(active, expected.active_queries)
         assert len(set(trained(pixels, dqs_threshold=0.8).active_queries.sum(1).tolist())) > 1
+
+
+def test_a_stem_with_levels_in_whole_and_up_to_a_budget(tmp_path):
+    network, few = load_model(default_model()), Budget(num_active_queries=4)
+    # Compared with PyTorch at several budgets while it is written.
+    assert export_onnx(network, tmp_path / "all.onnx") < 1e-4
+    assert export_onnx(network, tmp_path / "few.onnx", few) < 1e-4
+    # Levels that no query of the budget reads are left out.
+    assert (tmp_path / "few.onnx").stat().st_size < 0.8 * (tmp_path / "all.onnx").stat().st_size
 
 
 def test_a_number_of_queries_that_does_not_exist_is_the_nearest(exported, pixels):
